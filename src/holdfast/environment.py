@@ -1,0 +1,86 @@
+"""The one place where holdfast reads the environment, and the names of what it finds there.
+
+The launcher sets these variables for the workers that it starts; `worker_environment` reads them back. A script that
+runs under plain ``python`` or ``torchrun`` has none of them, and `worker_environment` returns None.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.checkpoint.version import GenerationId
+from holdfast.errors import UsageError
+
+DAEMON = "HOLDFAST_DAEMON"
+ARENA = "HOLDFAST_ARENA"
+RUN_DIR = "HOLDFAST_RUN_DIR"
+RUN_ID = "HOLDFAST_RUN_ID"
+GENERATION = "HOLDFAST_GENERATION"
+FAULTS = "HOLDFAST_FAULTS"
+TOKEN = "HOLDFAST_TOKEN"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerEnvironment:
+    """What a worker under ``holdfast run`` knows about its place."""
+
+    daemon: str
+    """ZeroMQ endpoint (ipc://) of the node's snapshot daemon."""
+    arena: Path
+    """Directory under /dev/shm that holds the control page and the slots of this node."""
+    run_dir: Path
+    """Directory of the run: events, stacks, fired faults."""
+    run_id: str
+    """Stable over restarts."""
+    generation: GenerationId
+    """Incarnation, nonce and generation that this worker belongs to."""
+    global_rank: int
+    local_rank: int
+    node_rank: int
+    world_size: int
+    local_world_size: int
+
+    def variables(self) -> dict[str, str]:
+        """The HOLDFAST_* part of the environment of this worker (torchrun's own variables are the launcher's)."""
+        return {
+            DAEMON: self.daemon,
+            ARENA: str(self.arena),
+            RUN_DIR: str(self.run_dir),
+            RUN_ID: self.run_id,
+            GENERATION: str(self.generation),
+        }
+
+
+def worker_environment(environ: Mapping[str, str] = os.environ) -> WorkerEnvironment | None:
+    """Read the worker's place from the environment; None where no ``holdfast run`` started this process.
+
+    Raises:
+        UsageError: HOLDFAST_* variables are there but incomplete.
+    """
+    if DAEMON not in environ:
+        return None
+    try:
+        return WorkerEnvironment(
+            daemon=environ[DAEMON],
+            arena=Path(environ[ARENA]),
+            run_dir=Path(environ[RUN_DIR]),
+            run_id=environ[RUN_ID],
+            generation=GenerationId.parse(environ[GENERATION]),
+            global_rank=int(environ["RANK"]),
+            local_rank=int(environ["LOCAL_RANK"]),
+            node_rank=int(environ["GROUP_RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            local_world_size=int(environ["LOCAL_WORLD_SIZE"]),
+        )
+    except KeyError as error:
+        raise UsageError(
+            f"{DAEMON} is set but {error.args[0]} is not: start the script with `holdfast run`, or unset {DAEMON}"
+        ) from error
+
+
+def fault_schedule(environ: Mapping[str, str] = os.environ) -> str:
+    """The schedule of rehearsed faults, "" where there is none."""
+    return environ.get(FAULTS, "")

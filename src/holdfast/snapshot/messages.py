@@ -1,0 +1,538 @@
+"""Messages between workers, agents and snapshot daemons. One message, one class; dispatched with ``match``.
+
+Everything on a socket is msgpack of a tagged union (`encode`, `decode`). What does not decode into a known class within
+its size limit is counted by the receiver and dropped; it is never fatal. Every message that speaks about a version or a
+generation carries its `GenerationId`; receivers refuse older ones.
+
+Direction is written at each class: W worker, A agent, D the node's daemon, L the leader's daemon (the daemon of node
+rank 0's agent unless the generation names another).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.errors import PeerError
+
+MAX_MESSAGE_BYTES = 64 << 20
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=True):
+    """Root of all messages."""
+
+
+# --- agent and daemon ---------------------------------------------------------------------------------------------
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """One node of a generation."""
+
+    node_rank: int
+    daemon: str
+    """ZeroMQ endpoint (tcp://) at which other nodes reach this node's daemon."""
+    first_global_rank: int
+    num_ranks: int
+
+
+class Hello(Message):
+    """A -> D: who owns this daemon now. Answered with `Welcome`."""
+
+    agent_pid: int
+    linger_s: float
+    memory_limit_bytes: int | None = None
+
+
+class Welcome(Message):
+    """D -> A: what the daemon found or holds."""
+
+    daemon: str
+    """tcp:// endpoint for other nodes."""
+    pid: int
+    newest_incarnation: int
+    """Largest incarnation that any version or record of this node names; 0 where there is none."""
+    run_id: str | None
+    """The run that the adopted memory belongs to, None where there is nothing."""
+    newest: Version | None
+    """Newest clean version of this node."""
+
+
+class StartGeneration(Message):
+    """A -> D, before workers start. The daemon fences everything of older generations. Answered with `Ack`."""
+
+    generation: GenerationId
+    run_id: str
+    members: tuple[Member, ...]
+    node_rank: int
+    leader: int
+    """Node rank whose daemon leads."""
+    fresh: bool
+    """First generation of its incarnation: `resume` of the Session applies."""
+
+
+class EndGeneration(Message):
+    """A -> D: all workers of the generation on this node have ended (pids reaped). Answered with `Ack`."""
+
+    generation: GenerationId
+
+
+class Shutdown(Message):
+    """A -> D: the job has ended. Persist the newest complete version first where `persist` and where it is not in
+    storage yet, then remove the arena and exit. Answered with `Bye` before exit."""
+
+    persist: bool
+
+
+class Bye(Message):
+    """D -> A: gone in a moment."""
+
+    persisted: Version | None = None
+    path: str | None = None
+    error: str | None = None
+
+
+class Progress(Message):
+    """D -> A, pushed: a version is complete (on all ranks)."""
+
+    version: Version
+
+
+class RestoreChosen(Message):
+    """D -> A, pushed: what the generation starts from, for the event log. `tier`: memory, peers, storage or none."""
+
+    generation: GenerationId
+    tier: str
+    version: Version | None
+    step: int
+    steps_lost: int
+    reason: str = ""
+
+
+class SessionPhase(Message):
+    """D -> A, pushed: a worker reached a phase, for the recovery timeline: opened, restored, first_step, closed."""
+
+    generation: GenerationId
+    global_rank: int
+    phase: str
+    step: int
+    seconds: float
+    """time.time() of the worker at which the phase was reached."""
+
+
+class RequestStop(Message):
+    """A -> D -> L: end at an agreed step (preemption, SIGTERM); persist it where `persist`."""
+
+    reason: str
+    persist: bool = True
+
+
+class Notice(Message):
+    """D -> A and D -> W, pushed: one line for people, with its severity (info, warning, error)."""
+
+    severity: str
+    text: str
+
+
+class Ack(Message):
+    """The request was carried out."""
+
+
+class Refused(Message):
+    """The request was not carried out; `reason` is one clear line."""
+
+    reason: str
+    kind: str = "peer"
+    """usage, state, mismatch, corrupt, storage, fence or peer: which error the caller raises."""
+
+
+# --- worker and daemon --------------------------------------------------------------------------------------------
+
+
+class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a Session asks of its daemon; equal on all ranks, or the Session is refused."""
+
+    ranks: tuple[int, ...]
+    """Global ranks of the Session's process group."""
+    checkpoint_dir: str | None
+    snapshot_every: int
+    """0: auto."""
+    persist_every_steps: int | None
+    persist_every_s: float | None
+    keep: str
+    """Retention policy, encoded by `holdfast.checkpoint.retention`."""
+    resume: str
+    """auto, never, step:N, or path:TAG-OR-PATH."""
+    has_init_from: bool
+
+
+class OpenSession(Message):
+    """W -> D: a Session opens. Answered with `Restore` once all its ranks have opened, or with `Refused`."""
+
+    generation: GenerationId
+    global_rank: int
+    local_rank: int
+    pid: int
+    config: SessionConfig
+
+
+class ImageLocation(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one image of the version to restore lies."""
+
+    node_rank: int
+    """Node rank in the generation that now starts."""
+    daemon: str
+    """tcp:// endpoint that serves it by range to other nodes."""
+    path: str
+    """Slot file on that node, or the image's file name in the checkpoint step directory."""
+    offset: int
+    """Where the image starts in the file (bytes)."""
+    size_bytes: int
+    local: bool
+    """This node's own: read by mmap."""
+
+
+class Restore(Message):
+    """D -> W: where the state comes from, the same on every rank."""
+
+    tier: str
+    """memory, peers, storage or none."""
+    version: Version | None = None
+    step: int = 0
+    path: str | None = None
+    """Step directory, where the tier is storage."""
+    images: tuple[ImageLocation, ...] = ()
+    steps_lost: int = 0
+    first_of_incarnation: bool = True
+
+
+class RestoreFailed(Message):
+    """W -> D: an image did not match its checksum or could not be read; answered with the next `Restore`."""
+
+    generation: GenerationId
+    global_rank: int
+    version: Version
+    reason: str
+
+
+class Reached(Message):
+    """W -> D: the Session reached a phase (see `SessionPhase`)."""
+
+    generation: GenerationId
+    global_rank: int
+    phase: str
+    step: int
+    seconds: float
+
+
+class NeedSlots(Message):
+    """W -> D: the image of this rank takes `size_bytes`; make slots ready. Answered (late) by `SlotsReady` or `Refused`.
+    Sent again, larger, when the state has grown."""
+
+    generation: GenerationId
+    global_rank: int
+    local_rank: int
+    size_bytes: int
+    until: int | None = None
+    """Last step of the loop where known: always granted."""
+
+
+class SlotsReady(Message):
+    """D -> W: slot files are there, reserved and faulted in; index i of `paths` is slot i. Fewer than two: no memory
+    tier, the reason was sent as a `Notice`."""
+
+    paths: tuple[str, ...]
+    capacity_bytes: int
+    """Room for one image in each."""
+
+
+class Committed(Message):
+    """W -> D, doorbell: the slot header says clean (the header is the truth)."""
+
+    version: Version
+    global_rank: int
+    slot: int
+    wait_s: float = 0.0
+    """Training thread's wait for this version."""
+    step_s: float = 0.0
+    """Duration of the last step."""
+
+
+class Missed(Message):
+    """W -> D: a granted step passed without a copy."""
+
+    version: Version
+    global_rank: int
+
+
+class RequestSave(Message):
+    """W -> D -> L: persist a version at an agreed step. Answered with `SaveAgreed` on every rank's connection."""
+
+    generation: GenerationId
+    global_rank: int
+    tag: str | None
+    metrics: dict[str, float] = {}
+
+
+class SaveAgreed(Message):
+    """D -> W: the save is made at this step."""
+
+    step: int
+    tag: str | None
+
+
+class RequestEnd(Message):
+    """W -> L through D: some rank called ``stop()`` or a signal asked: end at an agreed step."""
+
+    generation: GenerationId
+    global_rank: int
+    persist: bool
+
+
+class FinalStep(Message):
+    """W -> D: the loop ended at `step` on this rank: grant it, persist it. The grant appears on the control page."""
+
+    generation: GenerationId
+    global_rank: int
+    step: int
+    persist: bool
+
+
+class PersistedMessage(Message):
+    """D -> W, pushed: a version is in storage."""
+
+    version: Version
+    path: str
+    seconds: float
+    tag: str | None = None
+
+
+class PersistFailedMessage(Message):
+    """D -> W, pushed: a version could not be written; older checkpoints are as they were."""
+
+    version: Version
+    reason: str
+
+
+class CloseSession(Message):
+    """W -> D: the Session is over on this rank; `outcome` is done or failed. Answered with `Ack`."""
+
+    generation: GenerationId
+    global_rank: int
+    step: int
+    outcome: str
+
+
+# --- daemon and daemon --------------------------------------------------------------------------------------------
+# The shells carry the events and instructions of the ledgers in these.
+
+
+class Inventory(Message):
+    """D -> L, when a generation starts and when a daemon restarts: what this node holds and knows."""
+
+    generation: GenerationId
+    node_rank: int
+    clean: tuple[CleanImage, ...]
+    parents: tuple[Parentage, ...]
+    history: str | None
+    """History id of the checkpoint directory that the memory belongs to."""
+    newest_step: int
+    """Newest finished step that any worker of this node published in the generation before."""
+
+
+class CleanImage(msgspec.Struct, frozen=True, kw_only=True):
+    """One clean slot."""
+
+    version: Version
+    global_rank: int
+    """In the generation that wrote it."""
+    world_size: int
+    path: str
+    offset: int
+    size_bytes: int
+
+
+class Parentage(msgspec.Struct, frozen=True, kw_only=True):
+    """A generation and the version it started from (None: from nothing, or from storage at `step`)."""
+
+    generation: GenerationId
+    parent: Version | None
+    step: int
+
+
+class ReadRange(Message):
+    """W or D -> D: bytes of a slot file of the version, for a reader on another node. Answered with `RangeData`."""
+
+    request: int
+    path: str
+    version: Version
+    offset: int
+    length: int
+
+
+class RangeData(Message):
+    """The bytes, or an error where the slot no longer holds the version."""
+
+    request: int
+    data: bytes = b""
+    error: str | None = None
+
+
+class RanksOpened(Message):
+    """D -> L: Sessions that opened on this node, with their configuration."""
+
+    generation: GenerationId
+    node_rank: int
+    opened: tuple[tuple[int, SessionConfig], ...]
+
+
+class LeaderRestore(Message):
+    """L -> D: the choice for the generation; `Restore` less what is local to a node."""
+
+    generation: GenerationId
+    restore: Restore
+    history: str | None
+
+
+class NodeReport(Message):
+    """D -> L: this node's room, newest step, and what became clean or was missed since the last report."""
+
+    generation: GenerationId
+    node_rank: int
+    num_slots: int
+    newest_step: int
+    opened: int
+    clean: tuple[int, ...] = ()
+    """Steps clean on all ranks of this node."""
+    missed: tuple[int, ...] = ()
+    wait_s: float = 0.0
+    step_s: float = 0.0
+    until: int | None = None
+    acknowledged: int | None = None
+    """Agreed step that all workers of this node have acknowledged."""
+
+
+class Granted(Message):
+    """L -> D: copy this step."""
+
+    version: Version
+
+
+class Completed(Message):
+    """L -> D: the version is complete on all ranks."""
+
+    version: Version
+
+
+class Abandoned(Message):
+    """L -> D: the version will never be complete."""
+
+    version: Version
+
+
+class AgreedStep(Message):
+    """L -> D: proposed (confirmed False) or confirmed agreed step of the numbered request."""
+
+    generation: GenerationId
+    request: int
+    step: int
+    confirmed: bool
+    kind: str
+    """save or stop."""
+    tag: str | None = None
+
+
+class PersistOrder(Message):
+    """L -> D: write your job-scope part of this version into `directory`; answered with `PersistPart`."""
+
+    version: Version
+    directory: str
+    attempt: int
+    tag: str | None = None
+    metrics: dict[str, float] = {}
+
+
+class PersistPart(Message):
+    """D -> L: the images that this node wrote (encoded image records), or why it could not."""
+
+    version: Version
+    node_rank: int
+    attempt: int
+    records: tuple[bytes, ...] = ()
+    error: str | None = None
+
+
+class PersistEnded(Message):
+    """L -> D: the root record is there (path), or the attempt failed (error)."""
+
+    version: Version
+    path: str | None = None
+    error: str | None = None
+    seconds: float = 0.0
+    tag: str | None = None
+
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | StartGeneration
+    | EndGeneration
+    | Shutdown
+    | Bye
+    | Progress
+    | RestoreChosen
+    | SessionPhase
+    | RequestStop
+    | Notice
+    | Ack
+    | Refused
+    | OpenSession
+    | Restore
+    | RestoreFailed
+    | Reached
+    | NeedSlots
+    | SlotsReady
+    | Committed
+    | Missed
+    | RequestSave
+    | SaveAgreed
+    | RequestEnd
+    | FinalStep
+    | PersistedMessage
+    | PersistFailedMessage
+    | CloseSession
+    | Inventory
+    | ReadRange
+    | RangeData
+    | RanksOpened
+    | LeaderRestore
+    | NodeReport
+    | Granted
+    | Completed
+    | Abandoned
+    | AgreedStep
+    | PersistOrder
+    | PersistPart
+    | PersistEnded
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """The bytes of `message` for a socket."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> AnyMessage:
+    """The message in `data`.
+
+    Raises:
+        PeerError: `data` is no message, or too large.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise PeerError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise PeerError(f"{len(data)} bytes from a peer are no message: {error}") from error
