@@ -6,9 +6,9 @@ A schedule is text, entries separated by ``;``, each one ``kind:key=value,...``:
 
 It comes from ``holdfast run --hold-faults``, from the variable HOLDFAST_FAULTS, or from a test (`holdfast.testing`).
 
-``step`` is `Session.step` (completed steps) at the instant: with ``when=begin`` the number that ``steps()`` yields, with
-``when=copy`` the number of the version that is being copied. A fault fires at the first such instant at or after its
-step, once per run: what fired is written to ``faults.jsonl`` in the run's directory, and synced, before anything
+``step`` is `Session.step` (completed steps) at the instant: with ``when=begin`` the number that ``steps()`` yields,
+with ``when=copy`` the number of the version that is being copied. A fault fires at the first such instant at or after
+its step, once per run: what fired is written to ``faults.jsonl`` in the run's directory, and synced, before anything
 breaks, so that no restart repeats it.
 
 This module imports neither torch nor anything above `holdfast.environment`.

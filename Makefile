@@ -1,0 +1,53 @@
+# Everything runs from .venv in this checkout; `make env` makes it, and every other target makes it first.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+# The first of these that is Python 3.11 or later; `make env PYTHON=/path/to/python` overrides.
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+# Where the CPU build of torch is published; used only where the configured index does not have it.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help env demo test check bench chaos clean lint
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+env: $(STAMP) ## make .venv with holdfast, CPU torch and the tools
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "holdfast needs Python 3.11 or later with venv: put one on PATH, or make env PYTHON=/path/to/python" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
+	@echo "installing holdfast and its tools into .venv (torch is a download of some 200 MB the first time)"
+	@$(PIP) -e '.[dev]' 2>.venv/pip.log || $(PIP) --extra-index-url $(TORCH_INDEX) -e '.[dev]' || { cat .venv/pip.log >&2; exit 1; }
+	@touch $@
+
+demo: $(STAMP) ## train two workers, kill one, resume from memory, compare with stock torchrun
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMP) ## the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff, its formatter and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: $(STAMP) ## what CI runs: lint, types, tests, build
+	.ci/run
+
+bench: $(STAMP) ## benchmarks against memcpy and rivals; rivals that do not install are left out
+	@$(PIP) torchsnapshot torch_checkpointing 2>/dev/null || echo "some rivals do not install here and are left out"
+	$(BIN)/python benchmarks/stall.py $(BENCH_ARGS)
+
+chaos: $(STAMP) ## the whole kill matrix and the long campaigns
+	$(BIN)/python -m pytest tests/chaos -m "campaign or not campaign"
+
+clean: ## remove .venv and everything built
+	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+	rm -rf src/holdfast.egg-info
