@@ -1,0 +1,329 @@
+"""The arena: shared memory of one node that outlives its workers and its daemon.
+
+A directory under /dev/shm (mode 0700) of files (mode 0600), opened and mapped without
+`multiprocessing.shared_memory`, whose resource tracker would remove a segment when a process that attached to it is
+killed. Who finds the directory later (a successor of the daemon) reads everything that it has to know from the files:
+
+    control                               the control page (`holdfast.snapshot.control`)
+    node.state                            generations, parents, configuration (`NodeState`), replaced atomically
+    slot-<pool>-<local_rank>-<index>      a slot: 4096 bytes of header, then room for one image
+
+A slot header exists twice; each write goes to the older copy with the next sequence number, and a reader takes the
+newest copy whose checksum holds. A writer that dies in the middle of a header write thus leaves the header before it:
+FILLING or CLEAN as it was, which is the truth, because the image is touched only after `begin` has returned and named
+clean only after the last byte of it.
+
+All slots of a pool have the same capacity. When images outgrow it, a new pool is made; the old one stays until its
+newest complete version is no longer needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import enum
+import mmap
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import xxhash
+
+from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.errors import CorruptError
+from holdfast.snapshot.control import ControlPage
+from holdfast.snapshot.messages import Parentage, SessionConfig, StartGeneration
+
+SLOT_HEADER_BYTES: Final = 4096
+_COPY_BYTES: Final = 2048
+_MAGIC: Final = b"hfslot01"
+_FIELDS: Final = struct.Struct("<8sQIIIQIIQQQ8s16s")
+"""magic, sequence, state, incarnation, generation, step, global rank, world size, pid, pid start, image bytes, nonce,
+header digest."""
+_DIGEST: Final = struct.Struct("<Q")
+_NAME: Final = re.compile(r"slot-(\d+)-(\d+)-(\d+)")
+_FALLOCATE_CHUNK: Final = 64 << 20
+_MADV_POPULATE_WRITE: Final = 23
+_GRAIN: Final = 2 << 20
+
+
+class SlotState(enum.IntEnum):
+    """What a slot holds."""
+
+    FREE = 0
+    FILLING = 1
+    CLEAN = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotHeader:
+    """What the header of a slot says."""
+
+    state: SlotState
+    sequence: int
+    version: Version | None
+    """None where nothing was ever written."""
+    global_rank: int
+    world_size: int
+    pid: int
+    pid_start: int
+    """Start time of the writer in clock ticks since boot: tells a reused pid."""
+    size_bytes: int
+    """Bytes of the image; 0 unless clean."""
+    header_digest: bytes
+    """16 bytes: xxh3_128 of the image's header; zeros unless clean."""
+
+
+EMPTY_HEADER: Final = SlotHeader(
+    state=SlotState.FREE,
+    sequence=0,
+    version=None,
+    global_rank=0,
+    world_size=0,
+    pid=0,
+    pid_start=0,
+    size_bytes=0,
+    header_digest=bytes(16),
+)
+
+
+def process_start(pid: int) -> int | None:
+    """Start time of process `pid` in clock ticks since boot, None where no such process is."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rsplit(b")", 1)[1].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+class Slot:
+    """One slot file, mapped. Used by the copier of the worker that it belongs to; the daemon maps it to read.
+
+    `begin`, the bytes of the image, `finish`: in this order, by one thread at a time.
+    """
+
+    def __init__(self, path: Path, mapping: mmap.mmap) -> None:
+        self.path = path
+        self._mapping = mapping
+        self._bytes = memoryview(mapping)
+        self.image: memoryview = self._bytes[SLOT_HEADER_BYTES:]
+        """Room for one image, writable; starts at a multiple of 4096 bytes in memory and in the file."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> Slot:
+        """Map the slot file at `path`, which a daemon has made.
+
+        Raises:
+            CorruptError: the file is too short to be a slot.
+            OSError: there is no such file.
+        """
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size < SLOT_HEADER_BYTES:
+                raise CorruptError(f"{path} is no slot: {size} bytes")
+            return cls(Path(path), mmap.mmap(descriptor, size))
+        finally:
+            os.close(descriptor)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Room for one image."""
+        return len(self._bytes) - SLOT_HEADER_BYTES
+
+    def prefault(self) -> None:
+        """Map every page now, without holding the interpreter lock, so that the first copy does not pay for it."""
+        _populate(self._mapping)
+
+    def read_header(self) -> SlotHeader:
+        """The newest sound copy of the header; `EMPTY_HEADER` where there is none."""
+        return read_slot_header(self._bytes[:SLOT_HEADER_BYTES])
+
+    def begin(self, version: Version, global_rank: int, world_size: int) -> None:
+        """The slot is being filled with the image of `global_rank` at `version` by this process."""
+        pid = os.getpid()
+        self._write(
+            replace(
+                EMPTY_HEADER,
+                state=SlotState.FILLING,
+                sequence=self.read_header().sequence + 1,
+                version=version,
+                global_rank=global_rank,
+                world_size=world_size,
+                pid=pid,
+                pid_start=process_start(pid) or 0,
+            )
+        )
+
+    def finish(self, size_bytes: int, header_digest: bytes) -> None:
+        """The image is whole: the first `size_bytes` of `image`. `header_digest`: 16 bytes, xxh3_128 of its header."""
+        header = self.read_header()
+        assert header.state is SlotState.FILLING, f"{self.path} is finished but was not begun: {header}"
+        assert 0 < size_bytes <= self.capacity_bytes, f"an image of {size_bytes} bytes in {self.path}"
+        self._write(
+            replace(
+                header,
+                state=SlotState.CLEAN,
+                sequence=header.sequence + 1,
+                size_bytes=size_bytes,
+                header_digest=header_digest,
+            )
+        )
+
+    def clear(self) -> None:
+        """Nothing is in the slot. The daemon calls this when it knows that no writer is left."""
+        self._write(replace(EMPTY_HEADER, sequence=self.read_header().sequence + 1))
+
+    def close(self) -> None:
+        """Unmap; views of `image` that someone still holds keep the mapping until they go."""
+        with contextlib.suppress(BufferError):
+            self.image.release()
+            self._bytes.release()
+            self._mapping.close()
+
+    def _write(self, header: SlotHeader) -> None:
+        at = _COPY_BYTES * (header.sequence % 2)
+        copy = pack_slot_header(header)
+        self._bytes[at : at + len(copy)] = copy
+
+
+def pack_slot_header(header: SlotHeader) -> bytes:
+    """One copy of the header, with its checksum."""
+    generation = header.version.generation if header.version else None
+    fields = _FIELDS.pack(
+        _MAGIC,
+        header.sequence,
+        header.state,
+        generation.incarnation if generation else 0,
+        generation.generation if generation else 0,
+        header.version.step if header.version else 0,
+        header.global_rank,
+        header.world_size,
+        header.pid,
+        header.pid_start,
+        header.size_bytes,
+        generation.nonce.encode() if generation else b"",
+        header.header_digest,
+    )
+    return fields + _DIGEST.pack(xxhash.xxh3_64_intdigest(fields))
+
+
+def _unpack_copy(copy: memoryview) -> SlotHeader | None:
+    fields = copy[: _FIELDS.size]
+    (digest,) = _DIGEST.unpack_from(copy, _FIELDS.size)
+    if bytes(fields[:8]) != _MAGIC or xxhash.xxh3_64_intdigest(fields) != digest:
+        return None
+    _, sequence, state, incarnation, number, step, rank, world, pid, start, size, nonce, digest = _FIELDS.unpack(fields)
+    if state not in SlotState._value2member_map_:
+        return None
+    generation = GenerationId(incarnation=incarnation, nonce=nonce.rstrip(b"\0").decode("ascii"), generation=number)
+    return SlotHeader(
+        state=SlotState(state),
+        sequence=sequence,
+        version=generation.at(step) if nonce.rstrip(b"\0") else None,
+        global_rank=rank,
+        world_size=world,
+        pid=pid,
+        pid_start=start,
+        size_bytes=size,
+        header_digest=digest,
+    )
+
+
+def read_slot_header(data: memoryview | bytes) -> SlotHeader:
+    """The newest sound copy in the 4096 bytes of a slot header; `EMPTY_HEADER` where none is sound."""
+    view = memoryview(data)
+    copies = [_unpack_copy(view[at : at + _COPY_BYTES]) for at in (0, _COPY_BYTES)]
+    return max((copy for copy in copies if copy is not None), key=lambda copy: copy.sequence, default=EMPTY_HEADER)
+
+
+class NodeState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a successor of the daemon has to know beside the slots; lies in `node.state`."""
+
+    run_id: str | None = None
+    generations: tuple[GenerationId, ...] = ()
+    """Generations that this node took part in, oldest first."""
+    parents: tuple[Parentage, ...] = ()
+    history: str | None = None
+    config: SessionConfig | None = None
+    start: StartGeneration | None = None
+    """The generation that runs now or ran last."""
+    running: bool = False
+    """No EndGeneration came yet."""
+    linger_s: float = 600.0
+    agent_pid: int = 0
+    memory_limit_bytes: int | None = None
+    pool: int = -1
+    """Number of the newest pool of slots, -1 where there is none."""
+    num_slots: int = 0
+    capacity_bytes: int = 0
+    complete: Version | None = None
+    """Newest version that was complete on all ranks of the job."""
+    persisted: Version | None = None
+    """Newest version that is in storage."""
+    newest_step: int = -1
+    """Newest finished step that any worker of this node published."""
+
+
+@dataclass(frozen=True)
+class FoundSlot:
+    """A slot file that lies in the arena."""
+
+    path: Path
+    pool: int
+    local_rank: int
+    index: int
+    capacity_bytes: int
+    header: SlotHeader
+
+
+class Arena:
+    """The directory of one node. The daemon owns it; every method is the daemon's."""
+
+    def __init__(self, directory: Path, control: ControlPage, state: NodeState) -> None:
+        self.directory = directory
+        self.control = control
+        self.state = state
+
+    @classmethod
+    def open(cls, directory: Path) -> Arena:
+        """Make the directory, or adopt what a predecessor left there (a torn `node.state` counts as none).
+
+        Raises:
+            StorageError: the directory belongs to someone else or is open to others.
+        """
+        raise NotImplementedError
+
+    def save_state(self, state: NodeState) -> None:
+        """Replace `node.state` atomically."""
+        raise NotImplementedError
+
+    def slot_path(self, pool: int, local_rank: int, index: int) -> Path:
+        """Where that slot lies."""
+        return self.directory / f"slot-{pool}-{local_rank}-{index}"
+
+    def scan(self) -> list[FoundSlot]:
+        """Every whole slot file with its header."""
+        raise NotImplementedError
+
+    def reserve(self, pool: int, local_ranks: int, num_slots: int, capacity_bytes: int) -> int:
+        """Make the missing slots of `pool` with real pages behind them; blocks, call it from a thread of its own.
+
+        Returns:
+            How many slots every local rank has: fewer than `num_slots` where memory ended early.
+        """
+        raise NotImplementedError
+
+    def drop(self, paths: Iterable[Path]) -> None:
+        """Remove slot files; who has mapped them keeps the bytes until it unmaps."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Remove everything, the directory too."""
+        raise NotImplementedError
