@@ -66,20 +66,28 @@ class When(enum.StrEnum):
     """Start of the loop body."""
     FORWARD = "forward"
     """In the middle of the forward pass."""
+    LOSS = "loss"
+    """After the forward pass of the whole model, before backward."""
     BACKWARD = "backward"
     """In the middle of the backward pass."""
     OPTIMIZER = "optimizer"
-    """Just before the optimizer updates."""
+    """Just before an optimizer updates."""
+    UPDATED = "updated"
+    """Just after an optimizer updated."""
     BOUNDARY = "boundary"
     """At the session boundary, before anything is copied."""
     COPY = "copy"
     """In the middle of a copy into a slot."""
+    COPIED = "copied"
+    """All bytes are in the slot, which does not say clean yet."""
     COMMIT = "commit"
     """The slot is clean, the daemon has not been told."""
     RESTORE = "restore"
     """While state is restored after an earlier failure; ``step`` may be left out."""
 
 
+HOOK_INSTANTS = (When.FORWARD, When.LOSS, When.BACKWARD, When.OPTIMIZER, When.UPDATED)
+"""Instants inside the user's code, which `holdfast.testing.install_hooks` reaches; the others are in our own code."""
 NODE_KINDS = frozenset({Kind.KILL_AGENT, Kind.KILL_DAEMON})
 """Kinds that the agent carries out; all others happen in a worker."""
 _SLEEPING_KINDS = frozenset({Kind.SLOW, Kind.PYHANG})
