@@ -22,12 +22,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import logging
 import mmap
 import os
 import re
 import shutil
+import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -36,7 +40,7 @@ import msgspec
 import xxhash
 
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.errors import CorruptError
+from holdfast.errors import CorruptError, StorageError
 from holdfast.snapshot.control import ControlPage
 from holdfast.snapshot.messages import Parentage, SessionConfig, StartGeneration
 
@@ -51,6 +55,7 @@ _NAME: Final = re.compile(r"slot-(\d+)-(\d+)-(\d+)")
 _FALLOCATE_CHUNK: Final = 64 << 20
 _MADV_POPULATE_WRITE: Final = 23
 _GRAIN: Final = 2 << 20
+_log = logging.getLogger(__name__)
 
 
 class SlotState(enum.IntEnum):
@@ -290,40 +295,151 @@ class Arena:
         self.directory = directory
         self.control = control
         self.state = state
+        self._stop = threading.Event()  # set by `remove`: reservations under way give up
 
     @classmethod
     def open(cls, directory: Path) -> Arena:
-        """Make the directory, or adopt what a predecessor left there (a torn `node.state` counts as none).
+        """Make the directory, or adopt what a predecessor left there (a damaged `node.state` counts as none).
 
         Raises:
             StorageError: the directory belongs to someone else or is open to others.
         """
-        raise NotImplementedError
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+            status = os.lstat(directory)
+        except OSError as error:
+            raise StorageError(
+                f"cannot make the arena {directory}: {error}; set --hold-job to a shorter name"
+            ) from error
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise StorageError(
+                f"the arena {directory} is no private directory of this user (mode {stat.filemode(status.st_mode)}, "
+                f"owner {status.st_uid}): remove it"
+            )
+        for leftover in directory.glob("making-*"):
+            leftover.unlink(missing_ok=True)
+        return cls(directory, ControlPage.create(directory / "control"), _load_state(directory / "node.state"))
 
     def save_state(self, state: NodeState) -> None:
         """Replace `node.state` atomically."""
-        raise NotImplementedError
+        data = msgspec.msgpack.encode(state)
+        temporary = self.directory / "making-node.state"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(xxhash.xxh3_128_digest(data) + data)
+        os.replace(temporary, self.directory / "node.state")
+        self.state = state
 
     def slot_path(self, pool: int, local_rank: int, index: int) -> Path:
         """Where that slot lies."""
         return self.directory / f"slot-{pool}-{local_rank}-{index}"
 
     def scan(self) -> list[FoundSlot]:
-        """Every whole slot file with its header."""
-        raise NotImplementedError
+        """Every whole slot file with its header, in the order of pool, local rank and index."""
+        found = []
+        for path in self.directory.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    pool, local_rank, index = (int(group) for group in match.groups())
+                    header, size = read_header_of(path)
+                    found.append(FoundSlot(path, pool, local_rank, index, size - SLOT_HEADER_BYTES, header))
+        return sorted(found, key=lambda slot: (slot.pool, slot.local_rank, slot.index))
+
+    def used_bytes(self) -> int:
+        """Bytes of all slot files."""
+        return sum(slot.capacity_bytes + SLOT_HEADER_BYTES for slot in self.scan())
 
     def reserve(self, pool: int, local_ranks: int, num_slots: int, capacity_bytes: int) -> int:
         """Make the missing slots of `pool` with real pages behind them; blocks, call it from a thread of its own.
 
+        A slot appears under its name only when all of its pages are there, so a successor never adopts half of one.
+
         Returns:
             How many slots every local rank has: fewer than `num_slots` where memory ended early.
         """
-        raise NotImplementedError
+        with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1)), thread_name_prefix="holdfast-reserve") as threads:
+            for index in range(num_slots):
+                paths = [self.slot_path(pool, local_rank, index) for local_rank in range(local_ranks)]
+                missing = [path for path in paths if not path.exists()]
+                if not all(list(threads.map(lambda path: self._reserve_one(path, capacity_bytes), missing))):
+                    self.drop(missing)
+                    return index
+        return num_slots
+
+    def _reserve_one(self, path: Path, capacity_bytes: int) -> bool:
+        temporary = path.with_name(f"making-{path.name}")
+        size = SLOT_HEADER_BYTES + capacity_bytes
+        try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                for start in range(0, size, _FALLOCATE_CHUNK):
+                    if self._stop.is_set():
+                        raise InterruptedError("the arena is being removed")
+                    os.posix_fallocate(descriptor, start, min(_FALLOCATE_CHUNK, size - start))
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, path)
+        except OSError as error:
+            _log.warning("cannot reserve %d bytes for %s: %s", size, path, error)
+            temporary.unlink(missing_ok=True)
+            return False
+        return True
 
     def drop(self, paths: Iterable[Path]) -> None:
         """Remove slot files; who has mapped them keeps the bytes until it unmaps."""
-        raise NotImplementedError
+        for path in paths:
+            path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove everything, the directory too."""
-        raise NotImplementedError
+        self._stop.set()
+        self.control.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def read_header_of(path: Path) -> tuple[SlotHeader, int]:
+    """The header of the slot file at `path` and the size of the file in bytes, without mapping it.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return read_slot_header(os.pread(descriptor, SLOT_HEADER_BYTES, 0)), os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
+def round_capacity(size_bytes: int) -> int:
+    """Capacity of a slot for images of `size_bytes`: a little room, so that the next layout of the same state fits."""
+    return -(-(size_bytes + size_bytes // 64) // _GRAIN) * _GRAIN
+
+
+def _load_state(path: Path) -> NodeState:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return NodeState()
+    if xxhash.xxh3_128_digest(data[16:]) != data[:16]:
+        _log.warning("%s is damaged; what it knew is forgotten", path)
+        return NodeState()
+    try:
+        return msgspec.msgpack.decode(data[16:], type=NodeState)
+    except msgspec.MsgspecError as error:
+        _log.warning("%s is of another version of holdfast (%s); what it knew is forgotten", path, error)
+        return NodeState()
+
+
+def _populate(mapping: mmap.mmap) -> None:
+    """Fault in all pages of `mapping`; ctypes releases the interpreter lock, `mmap.madvise` would hold it."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    first = ctypes.c_char.from_buffer(mapping)
+    try:
+        start = ctypes.addressof(first)
+        for offset in range(0, len(mapping), _FALLOCATE_CHUNK):
+            if madvise(start + offset, min(_FALLOCATE_CHUNK, len(mapping) - offset), _MADV_POPULATE_WRITE):
+                return  # a kernel older than 5.14: pages are mapped at their first use
+    finally:
+        del first

@@ -5,8 +5,8 @@ that only mean something together are packed into one word (a grant, an acknowle
 that is odd while they change (the agreed steps). A word that belongs to a generation carries it, so that what a fenced
 generation left behind is never taken for news.
 
-Writers: the node's daemon writes the node part, each worker its own rank part. Readers: everybody, agents too (progress,
-hang detection, rehearsed faults). The page stays where it is when a daemon dies: a successor maps the same file.
+Writers: the node's daemon writes the node part, each worker its own rank part. Readers: everybody, agents too
+(progress, hang detection, rehearsed faults). The page stays where it is when a daemon dies: a successor maps it.
 
     word 0..63        node: magic, epoch, generation, granted_through, must_persist, agreed sequence and table
     word 64..127      node: grants ring
@@ -155,8 +155,8 @@ class RankPart:
 class ControlPage:
     """The mapping of one node's control page. Use as a context manager or call `close`.
 
-    The node part has one writer, the daemon; its setters are called by no one else. Every read takes microseconds, holds
-    no lock and makes no system call.
+    The node part has one writer, the daemon; its setters are called by no one else. Every read takes microseconds,
+    holds no lock and makes no system call.
     """
 
     def __init__(self, path: Path, mapping: mmap.mmap) -> None:

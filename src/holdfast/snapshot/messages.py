@@ -225,8 +225,8 @@ class Reached(Message):
 
 
 class NeedSlots(Message):
-    """W -> D: the image of this rank takes `size_bytes`; make slots ready. Answered (late) by `SlotsReady` or `Refused`.
-    Sent again, larger, when the state has grown."""
+    """W -> D: the image of this rank takes `size_bytes`; make slots ready. Answered (late) by `SlotsReady` or
+    `Refused`. Sent again, larger, when the state has grown."""
 
     generation: GenerationId
     global_rank: int
