@@ -1,0 +1,137 @@
+"""What a node's ledger and the leader's ledger tell each other: two states, not a stream of changes.
+
+`NodeState` goes up, `Orders` come down. Each is the whole truth of its sender, so only the newest one counts: a lost,
+repeated or coalesced message costs time and never a decision. The daemons carry them as they are, as the one field of a
+message.
+
+A *grant* is a permission to copy one step; the leader numbers grants from 1 within a generation (`Grant.serial`).
+Serials only grow, steps of grants need not: the final step of a loop that ends early may be granted after a later one.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from holdfast.checkpoint.version import GenerationId, Version
+
+
+class SlotRef(msgspec.Struct, frozen=True, order=True):
+    """One slot of a node: the files ``slot-<pool>-<local_rank>-<index>`` of all its local ranks."""
+
+    pool: int
+    index: int
+
+
+class Grant(msgspec.Struct, frozen=True, order=True):
+    """Permission to copy `step` (completed steps) of the current generation."""
+
+    serial: int
+    step: int
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody on a node wants an agreed step. It is repeated in every report until the orders cover it."""
+
+    id: str
+    """Unique in the job, chosen by the daemon that received it (for example ``n0-17``)."""
+    kind: str
+    """save or stop."""
+    persist: bool = True
+    tag: str | None = None
+    metrics: dict[str, float] = {}
+
+
+class Agreed(msgspec.Struct, frozen=True, kw_only=True):
+    """A proposed or confirmed agreed step. A later pick for the same requests has a new, larger number."""
+
+    number: int
+    step: int
+    confirmed: bool
+    kind: str
+    """save or stop."""
+    persist: bool = True
+    tag: str | None = None
+    metrics: dict[str, float] = {}
+    requests: tuple[str, ...] = ()
+    """Ids of the requests that it answers."""
+
+
+class Final(msgspec.Struct, frozen=True, kw_only=True):
+    """The loop of a rank ended by itself after `step` completed steps."""
+
+    step: int
+    persist: bool
+
+
+class RankState(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker has published on the control page or told its daemon."""
+
+    global_rank: int
+    step: int
+    """Newest finished step."""
+    entered: bool
+    """It has opened its Session and restored its state: it may be granted steps."""
+    acknowledged: int = 0
+    """Number of the newest proposed agreed step that it acknowledged."""
+    until: int | None = None
+    final: Final | None = None
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    """A slot of this node that is granted to, or holds, a step of the current generation."""
+
+    serial: int
+    step: int
+    state: str
+    """granted: some rank may still write. clean: all ranks of the node are. missed: some rank never will be."""
+    wait_s: float = 0.0
+    """Largest wait of any local training thread for this version."""
+    step_s: float = 0.0
+    """Largest step duration of any local rank at this version."""
+
+
+class NodeState(msgspec.Struct, frozen=True, kw_only=True):
+    """Node to leader: the whole state of a node's ledger."""
+
+    generation: GenerationId
+    node_rank: int
+    epoch: int
+    """Grows whenever the daemon of this node is restarted."""
+    leader_epoch: int
+    """The newest leader epoch that this node obeys; orders of older ones are refused."""
+    num_slots: int
+    """Slots of the pool in use; 0 while there is none or it grows; below 2 there is no memory tier."""
+    free: int
+    """Slots that a grant could take now."""
+    through: int
+    """Largest serial of all orders obeyed so far."""
+    held: tuple[Held, ...]
+    complete: int | None
+    """Newest complete step of this generation that the node knows of."""
+    pinned: tuple[Version, ...]
+    ranks: tuple[RankState, ...]
+    requests: tuple[Request, ...] = ()
+    agreed: Agreed | None = None
+    """What stands on the control page."""
+
+
+class Orders(msgspec.Struct, frozen=True, kw_only=True):
+    """Leader to node: the whole state of the leader's ledger, as far as nodes need it."""
+
+    generation: GenerationId
+    leader_epoch: int
+    """Grows whenever the leader's daemon is restarted."""
+    resync: bool = False
+    """A restarted leader asks for a report and orders nothing: every other field is to be ignored."""
+    running: bool = False
+    """All ranks have entered: old versions other than the parent and the pinned ones may go."""
+    through: int = 0
+    """Largest serial granted so far. A held grant up to here that is neither in `grants`, complete nor pinned is
+    abandoned (or superseded) and its slot may go."""
+    grants: tuple[Grant, ...] = ()
+    """Outstanding grants: neither complete nor abandoned."""
+    complete: int | None = None
+    """Newest complete step of this generation."""
+    pinned: tuple[Version, ...] = ()
+    """Versions being persisted or queued for it."""
+    agreed: Agreed | None = None
