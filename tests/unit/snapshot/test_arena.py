@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import CorruptError, StorageError
 from holdfast.snapshot.arena import (
@@ -23,21 +26,19 @@ from holdfast.snapshot.arena import (
     read_slot_header,
     round_capacity,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 GENERATION = GenerationId(incarnation=1, nonce="00000000", generation=4)
 DIGEST = bytes(range(16))
 
 
-@pytest.fixture()
+@pytest.fixture
 def arena(tmp_path: Path) -> Iterator[Arena]:
     made = Arena.open(tmp_path / "arena")
     yield made
     made.remove()
 
 
-@pytest.fixture()
+@pytest.fixture
 def slot(arena: Arena) -> Iterator[Slot]:
     assert arena.reserve(0, 1, 1, 1 << 16) == 1
     opened = Slot.open(arena.slot_path(0, 0, 0))

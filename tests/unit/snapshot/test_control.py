@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import CorruptError
 from holdfast.snapshot.control import RING, AgreedEntry, ControlPage, Phase, generation_word
@@ -16,7 +17,7 @@ ONE = GenerationId(incarnation=1, nonce="7f3a9c02", generation=4)
 TWO = GenerationId(incarnation=1, nonce="7f3a9c02", generation=5)
 
 
-@pytest.fixture()
+@pytest.fixture
 def page(tmp_path: Path) -> Iterator[ControlPage]:
     with ControlPage.create(tmp_path / "control") as made:
         made.start_generation(ONE)

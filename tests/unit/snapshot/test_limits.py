@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from holdfast.snapshot.limits import Limit, cgroup_limits, least_limit, plan_slots
 
 GB = 1 << 30
