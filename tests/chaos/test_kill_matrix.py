@@ -1,0 +1,182 @@
+"""Kill things at every instant of a step; the run must end as if nothing had happened.
+
+`make test` runs a pairwise subset, `make chaos` the whole matrix (marker ``campaign``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+from support.jobs import BIN, TRAIN, Job, fingerprints, job_in, leftovers
+
+INSTANTS = ("begin", "forward", "loss", "backward", "optimizer", "updated", "boundary", "copy", "copied", "commit")
+STEPS = 12
+KILL_STEP = 7
+
+Reference = Callable[[str, int], list[dict[str, str]]]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """What each rank ends with under stock torchrun without holdfast, computed once for a layout."""
+    known: dict[tuple[str, int], list[dict[str, str]]] = {}
+
+    def reference(parallel: str, world: int) -> list[dict[str, str]]:
+        if (parallel, world) not in known:
+            job = Job(tmp_path_factory.mktemp(f"plain-{parallel}-{world}"))
+            launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(world)]
+            script = [
+                str(TRAIN),
+                "--plain",
+                "--parallel",
+                parallel,
+                "--steps",
+                str(STEPS),
+                "--out",
+                str(job.root / "out"),
+            ]
+            assert job.run([*launcher, *script]) == 0, job.output()
+            known[parallel, world] = fingerprints(job.root / "out", world)
+        return known[parallel, world]
+
+    return reference
+
+
+def script(job: Job, parallel: str) -> list[str]:
+    """The script and its arguments for one run of the matrix."""
+    return [
+        str(TRAIN),
+        "--parallel",
+        parallel,
+        "--steps",
+        str(STEPS),
+        "--out",
+        str(job.root / "out"),
+        "--step-seconds",
+        "0.02",
+    ]
+
+
+def check(job: Job, world: int, expected: list[dict[str, str]], *, fired: int, at_most_lost: int = 2) -> None:
+    """The faults fired, each recovery came from memory and lost little, the end is the undisturbed one, nothing stays."""
+    assert len(job.fired()) == fired, job.output()
+    recoveries = [event for event in job.events() if event["kind"] == "recovery"]
+    assert recoveries, job.output()
+    for event in recoveries:
+        assert event["tier"] == "memory", (event, job.output())
+        assert 0 <= event["steps_lost"] <= at_most_lost, (event, job.output())
+    assert fingerprints(job.root / "out", world) == expected
+    assert leftovers(job) == []
+
+
+def kill_one(root: Path, undisturbed: Reference, *, parallel: str, world: int, rank: int, instant: str) -> None:
+    with job_in(root) as job:
+        faults = f"kill:rank={rank},step={KILL_STEP},when={instant}"
+        flags = ["--standalone", "--nproc-per-node", str(world), "--hold-faults", faults]
+        code = job.run(job.holdfast(*flags, *script(job, parallel)))
+        assert code == 0, job.output()
+        check(job, world, undisturbed(parallel, world), fired=1)
+
+
+SUBSET = [
+    ("ddp", 2, 0, "begin"),
+    ("fsdp2", 2, 1, "forward"),
+    ("ddp", 2, 1, "backward"),
+    ("fsdp2", 2, 0, "optimizer"),
+    ("none", 1, 0, "updated"),
+    ("ddp", 2, 1, "boundary"),
+    ("fsdp2", 2, 1, "copy"),
+    ("none", 1, 0, "copied"),
+    ("fsdp2", 4, 3, "loss"),
+    ("ddp", 2, 0, "commit"),
+]
+WHOLE = [
+    (parallel, world, rank, instant)
+    for (parallel, world), instant in product(
+        (("none", 1), ("ddp", 2), ("fsdp2", 2), ("ddp", 4), ("fsdp2", 4)), INSTANTS
+    )
+    for rank in range(world)
+    if (parallel, world, rank, instant) not in SUBSET
+]
+
+
+@pytest.mark.parametrize(("parallel", "world", "rank", "instant"), SUBSET)
+def test_a_killed_rank_costs_at_most_two_steps_and_changes_nothing(
+    tmp_path: Path, undisturbed: Reference, parallel: str, world: int, rank: int, instant: str
+) -> None:
+    kill_one(tmp_path, undisturbed, parallel=parallel, world=world, rank=rank, instant=instant)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(("parallel", "world", "rank", "instant"), WHOLE)
+def test_every_rank_can_be_killed_at_every_instant(
+    tmp_path: Path, undisturbed: Reference, parallel: str, world: int, rank: int, instant: str
+) -> None:
+    kill_one(tmp_path, undisturbed, parallel=parallel, world=world, rank=rank, instant=instant)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_three_failures_in_one_run_change_nothing(tmp_path: Path, undisturbed: Reference, parallel: str) -> None:
+    with job_in(tmp_path) as job:
+        faults = "kill:rank=1,step=3,when=backward;raise:rank=0,step=6,when=forward;kill:rank=0,step=9,when=copy"
+        flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
+        assert job.run(job.holdfast(*flags, *script(job, parallel))) == 0, job.output()
+        check(job, 2, undisturbed(parallel, 2), fired=3)
+
+
+def test_a_failure_during_recovery_changes_nothing(tmp_path: Path, undisturbed: Reference) -> None:
+    with job_in(tmp_path) as job:
+        faults = "kill:rank=1,step=5,when=backward;kill:rank=0,step=0,when=restore"
+        flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
+        assert job.run(job.holdfast(*flags, *script(job, "ddp"))) == 0, job.output()
+        check(job, 2, undisturbed("ddp", 2), fired=2)
+
+
+def test_an_exception_in_one_rank_changes_nothing(tmp_path: Path, undisturbed: Reference) -> None:
+    with job_in(tmp_path) as job:
+        flags = [
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--hold-faults",
+            f"raise:rank=1,step={KILL_STEP},when=forward",
+        ]
+        assert job.run(job.holdfast(*flags, *script(job, "fsdp2"))) == 0, job.output()
+        check(job, 2, undisturbed("fsdp2", 2), fired=1)
+
+
+def test_training_goes_on_without_its_daemon_and_the_next_failure_resumes_from_its_slots(
+    tmp_path: Path, undisturbed: Reference
+) -> None:
+    with job_in(tmp_path) as job:
+        faults = "kill-daemon:node=0,step=4;kill:rank=0,step=9,when=backward"
+        flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
+        slow = [*script(job, "ddp"), "--step-seconds", "0.2"]
+        assert job.run(job.holdfast(*flags, *slow)) == 0, job.output()
+        check(job, 2, undisturbed("ddp", 2), fired=2, at_most_lost=3)
+
+
+def test_a_killed_agent_is_started_again_and_resumes_from_memory(tmp_path: Path, undisturbed: Reference) -> None:
+    with job_in(tmp_path) as job:
+        flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", f"kill-agent:node=0,step={KILL_STEP}"]
+        slow = [*script(job, "ddp"), "--step-seconds", "0.1"]
+        assert job.run(job.holdfast(*flags, *slow)) == -9, job.output()
+        assert job.run(job.holdfast(*flags, *slow)) == 0, job.output()
+        check(job, 2, undisturbed("ddp", 2), fired=1)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_two_agents_restart_together(tmp_path: Path, undisturbed: Reference, parallel: str) -> None:
+    port = 20000 + os.getpid() % 20000
+    with job_in(tmp_path) as job:
+        faults = f"kill:rank=1,step={KILL_STEP},when=backward"
+        flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "matrix"]
+        flags += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--hold-faults", faults]
+        agents = [job.start(job.holdfast(*flags, *script(job, parallel)), log=f"agent{i}.txt") for i in range(2)]
+        codes = [agent.wait(120) for agent in agents]
+        assert codes == [0, 0], job.output("agent0.txt") + job.output("agent1.txt")
+        check(job, 2, undisturbed(parallel, 2), fired=1)

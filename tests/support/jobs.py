@@ -1,0 +1,145 @@
+"""Run jobs as a user would, wait for them, and look for what they left behind.
+
+Every process that a job starts inherits a marker in its environment, by which `leftovers` finds each one that lives on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TRAIN = Path(__file__).with_name("train.py")
+MARKER = "HOLDFAST_TEST_MARKER"
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Job:
+    """One job's own folder, name and marker; any number of launches share them."""
+
+    root: Path
+    name: str = field(default_factory=lambda: f"t{secrets.token_hex(4)}")
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def variables(self) -> dict[str, str]:
+        kept = {
+            key: value for key, value in os.environ.items() if not key.startswith(("HOLDFAST_", "PET_", "TORCHELASTIC"))
+        }
+        temporary = self.root / "tmp"
+        temporary.mkdir(exist_ok=True)
+        return kept | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), MARKER: self.name, **self.environment}
+
+    def holdfast(self, *arguments: str | os.PathLike[str]) -> list[str]:
+        """The command line of `holdfast run` for this job."""
+        flags = ["--hold-job", self.name, "--hold-run-dir", str(self.run_dir)]
+        return [str(BIN / "holdfast"), "run", *flags, *map(str, arguments)]
+
+    def start(self, command: Sequence[str], *, log: str = "log.txt") -> subprocess.Popen[bytes]:
+        """Start a command of this job; its output goes to a file in the job's folder."""
+        with (self.root / log).open("ab") as output:
+            return subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self.variables(),
+                cwd=self.root,
+            )
+
+    def run(self, command: Sequence[str], *, timeout_s: float = 120, log: str = "log.txt") -> int:
+        """Run a command to its end and give its exit code; a command that outlasts the limit is killed and fails."""
+        process = self.start(command, log=log)
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            kill_marked(self.name)
+            raise AssertionError(
+                f"still running after {timeout_s} s: {' '.join(command)}\n{self.output(log)}"
+            ) from None
+
+    def output(self, log: str = "log.txt") -> str:
+        path = self.root / log
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events of the run directory, in order of time."""
+        lines = [line for path in sorted(self.run_dir.glob("events*.jsonl")) for line in path.read_text().splitlines()]
+        return sorted((json.loads(line) for line in lines), key=lambda event: event["time"])
+
+    def fired(self) -> list[dict[str, Any]]:
+        """Faults that fired."""
+        path = self.run_dir / "faults.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def fingerprints(folder: Path, world_size: int) -> list[dict[str, str]]:
+    """What each rank ended with (see train.py)."""
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def marked(name: str) -> dict[int, str]:
+    """Living processes of a job: pid and command line."""
+    needle = f"{MARKER}={name}".encode()
+    found: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if needle in (entry / "environ").read_bytes().split(b"\0"):
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return found
+
+
+def kill_marked(name: str) -> None:
+    """SIGKILL whatever lives of a job."""
+    for pid in marked(name):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def traces(job: Job) -> list[str]:
+    """Processes, shared memory, sockets and temporary files of the job."""
+    found = [f"process {pid}: {command}" for pid, command in marked(job.name).items()]
+    found += [f"shared memory {path}" for path in Path("/dev/shm").glob("holdfast-*") if job.name in path.name]
+    for base in (Path(f"/tmp/holdfast-{os.getuid()}"), job.root / "tmp"):
+        found += [f"file {path}" for path in base.rglob("*") if base == job.root / "tmp" or job.name in str(path)]
+    return found
+
+
+def leftovers(job: Job, *, within_s: float = 10) -> list[str]:
+    """What is still there of the job after its end; a daemon that is just leaving gets a moment."""
+    deadline = time.monotonic() + within_s
+    while (found := traces(job)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+@contextlib.contextmanager
+def job_in(root: Path, **environment: str) -> Iterator[Job]:
+    """A job that is cleared away however the test ends."""
+    job = Job(root, environment=environment)
+    try:
+        yield job
+    finally:
+        kill_marked(job.name)
+        for path in Path("/dev/shm").glob("holdfast-*"):
+            if job.name in path.name:
+                subprocess.run(["rm", "-rf", str(path)], check=False)
