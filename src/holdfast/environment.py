@@ -21,6 +21,7 @@ RUN_ID = "HOLDFAST_RUN_ID"
 GENERATION = "HOLDFAST_GENERATION"
 FAULTS = "HOLDFAST_FAULTS"
 TOKEN = "HOLDFAST_TOKEN"
+ISAL = "HOLDFAST_ISAL"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,3 +85,8 @@ def worker_environment(environ: Mapping[str, str] = os.environ) -> WorkerEnviron
 def fault_schedule(environ: Mapping[str, str] = os.environ) -> str:
     """The schedule of rehearsed faults, "" where there is none."""
     return environ.get(FAULTS, "")
+
+
+def isal_library(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Path of the ISA-L library that the user asks for, ``"none"`` for the numpy kernel, None to search for one."""
+    return environ.get(ISAL) or None
