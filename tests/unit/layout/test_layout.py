@@ -1,0 +1,169 @@
+"""The shape of the repository: layers, links, what may not be imported, and links in the documents."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGE = ROOT / "src" / "holdfast"
+LAYERS = ("erasure", "checkpoint", "snapshot", "runtime", "launcher")
+"""From the lowest to the highest; imports go downwards only."""
+BASE = {
+    "errors": set(),
+    "environment": {"holdfast.errors", "holdfast.checkpoint.version"},
+    "faults": {"holdfast.errors", "holdfast.environment"},
+    "testing": {"holdfast.errors", "holdfast.environment", "holdfast.faults"},
+}
+"""Modules that every layer may use, and all that each of them may use."""
+WITH_TORCH = {
+    "holdfast.checkpoint.tensors",
+    "holdfast.checkpoint.saving",
+    "holdfast.checkpoint.api",
+    "holdfast.snapshot.copier",
+}
+UNSAFE_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+UNSAFE_CALLS = {
+    "torch.load",
+    "torch.save",
+    "eval",
+    "exec",
+    "all_gather_object",
+    "broadcast_object_list",
+    "gather_object",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported anywhere, types included; ``from a import b`` gives a and a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def of_ours(tree: ast.AST) -> set[str]:
+    return {name for name in imports(tree) if name.startswith("holdfast.")}
+
+
+def layer_of(name: str) -> str | None:
+    part = name.split(".")[1] if "." in name else ""
+    return part if part in LAYERS else None
+
+
+@pytest.mark.parametrize("path", modules(), ids=module_name)
+def test_imports_go_downwards_only(path: Path) -> None:
+    name, tree = module_name(path), ast.parse(path.read_text())
+    own = layer_of(name)
+    if own is None:
+        return
+    for imported in of_ours(tree):
+        other = layer_of(imported)
+        assert other is None or LAYERS.index(other) <= LAYERS.index(own), f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("module", sorted(BASE))
+def test_the_base_modules_stay_below_all_layers(module: str) -> None:
+    used = of_ours(ast.parse((PACKAGE / f"{module}.py").read_text()))
+    beyond = {name for name in used if not any(name == known or name.startswith(f"{known}.") for known in BASE[module])}
+    assert not beyond - {"holdfast.checkpoint"}
+
+
+def test_a_module_belongs_to_a_layer_or_to_the_base() -> None:
+    strays = {path.stem for path in PACKAGE.glob("*.py")} - set(BASE) - {"__init__"}
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} - set(LAYERS)
+    assert (strays, folders) == (set(), set())
+
+
+@pytest.mark.parametrize("path", modules(), ids=module_name)
+def test_nothing_unpickles_or_runs_code_from_data(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert not {name.split(".")[0] for name in imports(tree)} & UNSAFE_MODULES
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not {name for name in called if name in UNSAFE_CALLS or name.split(".")[-1] in UNSAFE_CALLS - {"load"}}
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "allow_pickle"]
+
+
+def test_the_search_for_unsafe_calls_finds_one() -> None:
+    tree = ast.parse("import torch\nx = torch.load('f')\n")
+    assert {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)} & UNSAFE_CALLS
+
+
+def torch_free_modules() -> list[str]:
+    names = [module_name(path) for path in modules()]
+    free = [name for name in names if layer_of(name) in ("erasure", "checkpoint", "snapshot") or layer_of(name) is None]
+    return [name for name in free if name not in WITH_TORCH and not name.endswith("__main__")]
+
+
+def test_the_daemon_and_all_below_it_import_no_torch() -> None:
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'torch' not in sys.modules, name + ' imports torch'\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", script, *torch_free_modules()]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_environment_is_read_in_one_module_and_by_the_launcher() -> None:
+    readers = {
+        module_name(path)
+        for path in modules()
+        if re.search(r"os\.environ|os\.getenv|from os import.*environ", path.read_text())
+    }
+    assert {name for name in readers if layer_of(name) != "launcher"} <= {"holdfast.environment"}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_root_has_a_link_to_each_package(layer: str) -> None:
+    link = ROOT / layer
+    assert link.is_symlink()
+    assert link.resolve() == PACKAGE / layer
+
+
+def documents() -> list[Path]:
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_in_documents_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text())
+    missing = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+    assert not missing
+
+
+def test_every_page_of_the_documentation_is_reached_from_the_readme() -> None:
+    reached, queue = set(), [ROOT / "README.md"]
+    while queue:
+        page = queue.pop()
+        if page in reached or page.suffix != ".md" or not page.exists():
+            continue
+        reached.add(page)
+        queue += [(page.parent / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)", page.read_text())]
+    assert {str(path.relative_to(ROOT)) for path in documents()} - {
+        str(path.relative_to(ROOT)) for path in reached
+    } == set()
