@@ -8,17 +8,18 @@ Theory of operation, one version:
 2. The copying thread moves those, block by block of the image, and hashes each block while it is in the cache. When the
    last byte has been read the ticket is *copied*: training may update. While the training thread is already waiting
    for that, blocks are copied without being hashed.
-3. What was not hashed on the way is hashed now, from the slot: nothing else writes there. Then the header goes in front,
-   the slot becomes CLEAN and ``on_clean`` rings the doorbell: the ticket is *done*.
+3. What was not hashed on the way is hashed now, from the slot: nothing else writes there. Then the header goes in
+   front, the slot becomes CLEAN and ``on_clean`` rings the doorbell: the ticket is *done*.
 
 Copies go before checksums of older versions, so that an update never waits for a checksum.
 
-``wait_before_update`` is called before each in-place update (a global optimizer hook, ``Session.mutating``). A change that
-nobody declared is found by the tensors' version counters: the version is given up, never written torn.
+``wait_before_update`` is called before each in-place update (a global optimizer hook, ``Session.mutating``). A change
+that nobody declared is found by the tensors' version counters: the version is given up, never written torn.
 
-Measured on 2 cores, 512 MB of float32 in 1 MiB blocks (seconds of CPU): ``Tensor.copy_`` 0.058, this copy 0.058, copy and
-hash of the hot block 0.073, copy and then hash of the cold slot 0.090. Blocks of 256 KiB to 4 MiB differ by less than the
-noise. Only a single memcpy over 64 MB, which bypasses the cache, is faster (0.039), with 0.032 for its hash: the same sum.
+Measured on 2 cores, 512 MB of float32 in 1 MiB blocks (seconds of CPU): ``Tensor.copy_`` 0.058, this copy 0.058, copy
+and hash of the hot block 0.073, copy and then hash of the cold slot 0.090. Blocks of 256 KiB to 4 MiB differ by less
+than the noise. Only a single memcpy over 64 MB, which bypasses the cache, is faster (0.039), with 0.032 for its hash:
+the same sum.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Fill(Protocol):
 
 @dataclass(eq=False)
 class Ticket:
-    """One version on its way into a slot. Fields are written by the copying thread before the event that tells of them."""
+    """One version on its way into a slot. The copying thread writes a field before the event that tells of it."""
 
     version: Version
     slot: int
@@ -151,7 +152,7 @@ def _destinations(image: torch.Tensor, plan: CopyPlan) -> list[torch.Tensor]:
             stop += sources[end].size_bytes
             end += 1
         run = image[sources[start].offset : stop].view(dtype)
-        views += run.split([source.tensor.numel() for source in sources[start:end]])
+        views += run.split_with_sizes([source.tensor.numel() for source in sources[start:end]])
         start = end
     return [
         view if tensor.dim() == 1 else view.view(tensor.shape)
@@ -269,7 +270,8 @@ class Copier:
         begun = time.perf_counter()
         self._hurry = True
         while not ticket._copied.wait(60):
-            assert self._thread is not None and self._thread.is_alive(), "the copying thread has died"
+            assert self._thread is not None
+            assert self._thread.is_alive(), "the copying thread has died"
             log.warning("an update has waited %.0f s for the copy of %s", time.perf_counter() - begun, ticket.version)
         self._hurry = False
         return time.perf_counter() - begun
@@ -451,8 +453,10 @@ def _whole_blocks(plan: CopyPlan) -> set[int]:
 
 
 def _mark(tensor: torch.Tensor) -> tuple[int, ...]:
-    """What tells that a frozen tensor is as it was: where it lies, its version counter, and samples of its bytes, because
-    writes through ``.data`` leave the counter alone."""
+    """What tells that a frozen tensor is as it was: its address, its version counter, and samples of its bytes.
+
+    The samples are there because writes through ``.data`` leave the counter alone.
+    """
     address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     step = max(1, (size - _SAMPLE_BYTES) // 3)
     samples = (
@@ -462,4 +466,4 @@ def _mark(tensor: torch.Tensor) -> tuple[int, ...]:
     return (address, tensor._version, *samples)
 
 
-__all__ = ["CopyPlan", "Copier", "Fill", "Source", "Ticket"]
+__all__ = ["Copier", "CopyPlan", "Fill", "Source", "Ticket"]

@@ -93,7 +93,7 @@ class CopyPlan:
         return start, min(start + self.layout.block_bytes, self.layout.size_bytes)
 
     def mutations(self) -> list[int]:
-        """Version counters of the host tensors that are read while training goes on: they tell of undeclared changes."""
+        """Version counters of the host tensors that are read while training goes on."""
         return [tensor._version for tensor in self._counted]
 
     def mutated(self, before: list[int]) -> tuple[str, ...]:
