@@ -42,7 +42,8 @@ import xxhash
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import CorruptError, StorageError
 from holdfast.snapshot.control import ControlPage
-from holdfast.snapshot.messages import Parentage, SessionConfig, StartGeneration
+from holdfast.snapshot.messages import LeaderRestore, Parentage, SessionConfig, StartGeneration
+from holdfast.snapshot.reports import Agreed, Request
 
 SLOT_HEADER_BYTES: Final = 4096
 _COPY_BYTES: Final = 2048
@@ -268,10 +269,12 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """Number of the newest pool of slots, -1 where there is none."""
     num_slots: int = 0
     capacity_bytes: int = 0
-    complete: Version | None = None
-    """Newest version that was complete on all ranks of the job."""
-    persisted: Version | None = None
-    """Newest version that is in storage."""
+    restore: LeaderRestore | None = None
+    """What the generation of `start` started from; None until the leader has chosen."""
+    requests: tuple[Request, ...] = ()
+    """Open requests for agreed steps."""
+    agreed: Agreed | None = None
+    """The agreed step that stands on the control page, with what the page has no room for."""
     newest_step: int = -1
     """Newest finished step that any worker of this node published."""
 
@@ -394,7 +397,6 @@ class Arena:
     def remove(self) -> None:
         """Remove everything, the directory too."""
         self._stop.set()
-        self.control.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 

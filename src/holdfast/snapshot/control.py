@@ -1,16 +1,17 @@
 """The control page: one small shared mapping per node, read and written without locks, messages or system calls.
 
 Every field is one aligned 64-bit word with one writer, so a load sees an old or a new value and never a mixture. Fields
-that only mean something together are packed into one word (a grant, an acknowledgement) or guarded by a sequence word
-that is odd while they change (the agreed steps). A word that belongs to a generation carries it, so that what a fenced
-generation left behind is never taken for news.
+that only mean something together are packed into one word (a grant) or guarded by a sequence word that is odd while they
+change (the agreed step). A grant carries a part of its generation, so that what a fenced generation left behind is never
+taken for news.
 
 Writers: the node's daemon writes the node part, each worker its own rank part. Readers: everybody, agents too
 (progress, hang detection, rehearsed faults). The page stays where it is when a daemon dies: a successor maps it.
 
-    word 0..63        node: magic, epoch, generation, granted_through, must_persist, agreed sequence and table
-    word 64..127      node: grants ring
-    word 512 + 16*r   rank part of local rank r
+    word 0..15        node: magic, epoch, generation, incarnation, pool, running, agreed sequence and agreed step
+    word 16..271      node: grant table, one word per slot of the pool in use
+    word 272..527     node: serials of these grants (read by a successor of the daemon only)
+    word 528 + 16*r   rank part of local rank r
 """
 
 from __future__ import annotations
@@ -19,24 +20,23 @@ import contextlib
 import enum
 import mmap
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import CorruptError
+from holdfast.snapshot.reports import Agreed, Grant
 
-MAX_LOCAL_RANKS: Final = 224
-RING: Final = 64
-AGREED_ENTRIES: Final = 8
+MAX_LOCAL_RANKS: Final = 223
 MAX_SLOTS: Final = 255
 MAX_STEP: Final = 1 << 39
 
 _MAGIC: Final = 0x3130_7466_646C_6F68  # "holdft01"
-_EPOCH, _GENERATION, _GRANTED_THROUGH, _MUST_PERSIST, _AGREED_SEQUENCE, _INCARNATION = 1, 2, 3, 4, 5, 6
-_AGREED, _AGREED_WORDS = 16, 4
-_RING = 64
-_RANKS, _RANK_WORDS = 512, 16
+_EPOCH, _GENERATION, _INCARNATION, _POOL, _RUNNING, _AGREED_SEQUENCE = 1, 2, 3, 4, 5, 6
+_AGREED_NUMBER, _AGREED_STEP, _AGREED_FLAGS = 7, 8, 9
+_STOP, _CONFIRMED, _PERSIST = 1, 2, 4
+_GRANTS, _SERIALS = 16, 272
+_RANKS, _RANK_WORDS = 528, 16
 _NUM_WORDS: Final = _RANKS + _RANK_WORDS * MAX_LOCAL_RANKS
 _TRIES: Final = 1000
 
@@ -51,31 +51,15 @@ class Phase(enum.IntEnum):
     CLOSED = 4
 
 
-@dataclass(frozen=True)
-class AgreedEntry:
-    """One agreed step as the leader has last named it."""
-
-    request: int
-    """Number of the request, 1 and up; a request that is given a later step keeps its number."""
-    step: int
-    confirmed: bool
-    kind: str
-    """save or stop."""
-
-
 def generation_word(generation: GenerationId) -> int:
     """`generation` as one positive 63-bit word; different for different generations of a job."""
     return (int(generation.nonce, 16) << 31) | (generation.generation & 0x7FFF_FFFF)
 
 
-def _grant_word(generation: int, step: int, slot: int) -> int:
-    return (step << 24) | ((generation & 0xFFFF) << 8) | (slot + 1)
-
-
 class RankPart:
     """The words of one local rank. Written by that worker only (the daemon clears them when a generation starts)."""
 
-    _GENERATION, _PID, _STEP, _BEATS, _ACK_REQUEST, _ACK_STEP, _PHASE, _PHASE_STEP = range(8)
+    _GENERATION, _PID, _STEP, _BEATS, _ACKNOWLEDGED, _PHASE, _PHASE_STEP = range(7)
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
@@ -122,18 +106,13 @@ class RankPart:
         self._words[self._BEATS] += 1
 
     @property
-    def acknowledged(self) -> tuple[int, int]:
-        """(request, step) of the newest acknowledged proposal; (0, 0) where there is none."""
-        return int(self._words[self._ACK_REQUEST]), int(self._words[self._ACK_STEP])
+    def acknowledged(self) -> int:
+        """Number of the newest acknowledged proposal of an agreed step, 0 where there is none."""
+        return int(self._words[self._ACKNOWLEDGED])
 
-    def acknowledge(self, request: int, step: int) -> None:
-        """Acknowledge the proposal of `step` for `request`.
-
-        The step is withdrawn first, so that no reader sees the new step with the old request.
-        """
-        self._words[self._ACK_STEP] = 0
-        self._words[self._ACK_REQUEST] = request
-        self._words[self._ACK_STEP] = step
+    @acknowledged.setter
+    def acknowledged(self, number: int) -> None:
+        self._words[self._ACKNOWLEDGED] = number
 
     @property
     def phase(self) -> Phase:
@@ -164,8 +143,7 @@ class ControlPage:
         self._mapping = mapping
         self._bytes = memoryview(mapping)
         self._words = self._bytes.cast("q")
-        self._ring = self._words[_RING : _RING + RING]
-        self._ring_next = 0
+        self._grants = self._words[_GRANTS : _GRANTS + MAX_SLOTS]
         self._parts: dict[int, RankPart] = {}
 
     @classmethod
@@ -206,7 +184,7 @@ class ControlPage:
         """Unmap; nothing of the page may be used after it."""
         self._parts.clear()
         with contextlib.suppress(BufferError):  # a RankPart that someone still holds keeps the mapping until it goes
-            self._ring.release()
+            self._grants.release()
             self._words.release()
             self._bytes.release()
             self._mapping.close()
@@ -255,86 +233,103 @@ class ControlPage:
         self._words[_GENERATION] = generation_word(generation)
 
     def end_generation(self) -> None:
-        """No generation: every grant is void."""
+        """No generation: every grant and agreed step is void."""
         self._words[_GENERATION] = 0
-        self._ring[:] = memoryview(bytes(RING * 8)).cast("q")
-        self._ring_next = 0
-        self._words[_GRANTED_THROUGH] = 0
-        self._words[_MUST_PERSIST] = 0
-        self.publish_agreed(())
+        self._words[_RUNNING] = 0
+        self.clear_grants()
+        self.publish_agreed(None)
+
+    @property
+    def running(self) -> bool:
+        """All ranks of the Session have restored their state."""
+        return bool(self._words[_RUNNING])
+
+    @running.setter
+    def running(self, value: bool) -> None:
+        self._words[_RUNNING] = int(value)
 
     # --- grants
 
-    def publish_grant(self, step: int, slot: int) -> None:
-        """Grant `step`: every rank of this node copies it into slot `slot`."""
-        assert 0 <= step < MAX_STEP, f"step {step} is out of range"
-        assert 0 <= slot < MAX_SLOTS, f"slot {slot} is out of range"
-        self._ring[self._ring_next % RING] = _grant_word(self.generation, step, slot)
-        self._ring_next += 1
-        self._words[_GRANTED_THROUGH] = max(self.granted_through, step)
+    @property
+    def pool(self) -> int:
+        """Number of the pool whose slots the grant table speaks of."""
+        return int(self._words[_POOL])
 
-    def withdraw_grant(self, step: int) -> None:
-        """The version of `step` was abandoned: a rank that has not begun it copies nothing."""
-        key = _grant_word(self.generation, step, 0) >> 8
-        for index, word in enumerate(self._ring.tolist()):
-            if word >> 8 == key:
-                self._ring[index] = 0
+    def use_pool(self, pool: int) -> None:
+        """The grant table speaks of the slots of `pool` from now on; grants into another one are void."""
+        if pool != self.pool:
+            self.clear_grants()
+            self._words[_POOL] = pool
+
+    def clear_grants(self) -> None:
+        """Take back every grant."""
+        self._grants[:] = memoryview(bytes(8 * MAX_SLOTS)).cast("q")
+
+    def publish_grant(self, slot: int, grant: Grant) -> None:
+        """Every rank of this node copies the step of `grant` into slot `slot`; what the slot was granted for is void.
+
+        Serial and step are two words: no reader takes the new serial for the old step, whenever we die.
+        """
+        assert 0 <= grant.step < MAX_STEP, f"step {grant.step} is out of range"
+        self._grants[slot] = 0
+        self._words[_SERIALS + slot] = grant.serial
+        self._grants[slot] = (grant.step << 16) | (self.generation & 0xFFFF)
+
+    def grants(self, num_slots: int) -> list[tuple[int, Grant]]:
+        """What stands in the table, for a successor of the daemon: (slot, grant)."""
+        return [
+            (slot, Grant(serial=int(self._words[_SERIALS + slot]), step=word >> 16))
+            for slot, word in enumerate(self._grants[:num_slots].tolist())
+            if word
+        ]
 
     def grant(self, generation: int, step: int) -> int | None:
         """Slot granted for `step` to the generation with this `generation_word`, None where there is none."""
-        if self._words[_GENERATION] != generation or self._words[_GRANTED_THROUGH] < step:
+        if self._words[_GENERATION] != generation:
             return None
-        key = (step << 16) | (generation & 0xFFFF)
-        for word in self._ring.tolist():
-            if word >> 8 == key:
-                return (word & 0xFF) - 1
-        return None
+        try:
+            return self._grants.tolist().index((step << 16) | (generation & 0xFFFF))
+        except ValueError:
+            return None
 
-    @property
-    def granted_through(self) -> int:
-        """Largest step that was ever granted in this generation."""
-        return int(self._words[_GRANTED_THROUGH])
+    def granted_before(self, generation: int, step: int) -> list[int]:
+        """Steps below `step` that stand in the table for this generation."""
+        if self._words[_GENERATION] != generation:
+            return []
+        return [word >> 16 for word in self._grants.tolist() if word and word >> 16 < step]
 
-    @property
-    def must_persist(self) -> int:
-        """Next step that has to become a version because it is persisted, 0 where none is known."""
-        return int(self._words[_MUST_PERSIST])
+    # --- the agreed step
 
-    @must_persist.setter
-    def must_persist(self, step: int) -> None:
-        self._words[_MUST_PERSIST] = step
-
-    # --- agreed steps
-
-    def publish_agreed(self, entries: tuple[AgreedEntry, ...]) -> None:
-        """Replace the table of agreed steps; only the newest `AGREED_ENTRIES` are kept."""
+    def publish_agreed(self, agreed: Agreed | None) -> None:
+        """Write the agreed step that the leader named last."""
+        flags = 0
+        if agreed is not None:
+            flags = _STOP * (agreed.kind == "stop") | _CONFIRMED * agreed.confirmed | _PERSIST * agreed.persist
         self._words[_AGREED_SEQUENCE] |= 1
-        for index in range(AGREED_ENTRIES):
-            at = _AGREED + _AGREED_WORDS * index
-            entry = entries[-AGREED_ENTRIES:][index] if index < len(entries[-AGREED_ENTRIES:]) else None
-            self._words[at] = entry.request if entry else 0
-            self._words[at + 1] = entry.step if entry else 0
-            self._words[at + 2] = (2 if entry.kind == "stop" else 1) if entry else 0
-            self._words[at + 3] = int(entry.confirmed) if entry else 0
+        self._words[_AGREED_NUMBER] = agreed.number if agreed else 0
+        self._words[_AGREED_STEP] = agreed.step if agreed else 0
+        self._words[_AGREED_FLAGS] = flags
         self._words[_AGREED_SEQUENCE] += 1
 
     @property
     def agreed_sequence(self) -> int:
-        """Changes whenever the table changes: one load tells a worker that there is nothing new."""
+        """Changes whenever the agreed step changes: one load tells a worker that there is nothing new."""
         return int(self._words[_AGREED_SEQUENCE])
 
-    def agreed(self) -> tuple[AgreedEntry, ...]:
-        """The agreed steps as the leader last named them, oldest request first.
+    def agreed(self) -> Agreed | None:
+        """The agreed step that the leader named last, less tag, metrics and requests.
 
-        A daemon that died in the middle of a change leaves the table empty until its successor writes it again.
+        A daemon that died in the middle of a change leaves none until its successor writes it again.
         """
         for _ in range(_TRIES):
             before = self.agreed_sequence
-            table = self._words[_AGREED : _AGREED + _AGREED_WORDS * AGREED_ENTRIES].tolist()
+            number, step, flags = self._words[_AGREED_NUMBER : _AGREED_FLAGS + 1].tolist()
             if before % 2 == 0 and before == self.agreed_sequence:
-                return tuple(
-                    AgreedEntry(request, step, bool(confirmed), "stop" if kind == 2 else "save")
-                    for request, step, kind, confirmed in zip(*[iter(table)] * _AGREED_WORDS, strict=True)
-                    if request
+                kind = "stop" if flags & _STOP else "save"
+                confirmed, persist = bool(flags & _CONFIRMED), bool(flags & _PERSIST)
+                return (
+                    Agreed(number=number, step=step, confirmed=confirmed, kind=kind, persist=persist)
+                    if number
+                    else None
                 )
-        return ()
+        return None

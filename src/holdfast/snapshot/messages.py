@@ -14,6 +14,7 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import PeerError
+from holdfast.snapshot.reports import NodeState, Orders
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -243,6 +244,16 @@ class SlotsReady(Message):
     paths: tuple[str, ...]
     capacity_bytes: int
     """Room for one image in each."""
+    pool: int = 0
+    """Number of the pool that they belong to."""
+
+
+class SlotsMapped(Message):
+    """W -> D: the slots of `SlotsReady` are mapped and faulted in; grants may come."""
+
+    generation: GenerationId
+    global_rank: int
+    pool: int
 
 
 class Committed(Message):
@@ -271,6 +282,8 @@ class RequestSave(Message):
     global_rank: int
     tag: str | None
     metrics: dict[str, float] = {}
+    request: str = ""
+    """Unique in the job: a request that is sent again is still one."""
 
 
 class SaveAgreed(Message):
@@ -278,6 +291,8 @@ class SaveAgreed(Message):
 
     step: int
     tag: str | None
+    requests: tuple[str, ...] = ()
+    """The requests that it answers."""
 
 
 class RequestEnd(Message):
@@ -286,6 +301,8 @@ class RequestEnd(Message):
     generation: GenerationId
     global_rank: int
     persist: bool
+    request: str = ""
+    """Unique in the job: a request that is sent again is still one."""
 
 
 class FinalStep(Message):
@@ -337,6 +354,8 @@ class Inventory(Message):
     """History id of the checkpoint directory that the memory belongs to."""
     newest_step: int
     """Newest finished step that any worker of this node published in the generation before."""
+    pinned: tuple[Version, ...] = ()
+    """Versions kept for a persist that has not ended."""
 
 
 class CleanImage(msgspec.Struct, frozen=True, kw_only=True):
@@ -393,52 +412,24 @@ class LeaderRestore(Message):
     history: str | None
 
 
+class AskNode(Message):
+    """L -> D: the leader of `generation` has no inventory, or not all openings, of this node yet; also sent by a restarted
+    leader. Answered with `Inventory` and `RanksOpened`."""
+
+    generation: GenerationId
+    leader_epoch: int
+
+
 class NodeReport(Message):
-    """D -> L: this node's room, newest step, and what became clean or was missed since the last report."""
+    """D -> L: the whole state of a node's ledger; only the newest one counts."""
 
-    generation: GenerationId
-    node_rank: int
-    num_slots: int
-    newest_step: int
-    opened: int
-    clean: tuple[int, ...] = ()
-    """Steps clean on all ranks of this node."""
-    missed: tuple[int, ...] = ()
-    wait_s: float = 0.0
-    step_s: float = 0.0
-    until: int | None = None
-    acknowledged: int | None = None
-    """Agreed step that all workers of this node have acknowledged."""
+    state: NodeState
 
 
-class Granted(Message):
-    """L -> D: copy this step."""
+class LeaderOrders(Message):
+    """L -> D: the whole state of the leader's ledger, as far as nodes need it; only the newest one counts."""
 
-    version: Version
-
-
-class Completed(Message):
-    """L -> D: the version is complete on all ranks."""
-
-    version: Version
-
-
-class Abandoned(Message):
-    """L -> D: the version will never be complete."""
-
-    version: Version
-
-
-class AgreedStep(Message):
-    """L -> D: proposed (confirmed False) or confirmed agreed step of the numbered request."""
-
-    generation: GenerationId
-    request: int
-    step: int
-    confirmed: bool
-    kind: str
-    """save or stop."""
-    tag: str | None = None
+    orders: Orders
 
 
 class PersistOrder(Message):
@@ -491,6 +482,7 @@ AnyMessage = (
     | Reached
     | NeedSlots
     | SlotsReady
+    | SlotsMapped
     | Committed
     | Missed
     | RequestSave
@@ -500,16 +492,14 @@ AnyMessage = (
     | PersistedMessage
     | PersistFailedMessage
     | CloseSession
+    | AskNode
     | Inventory
     | ReadRange
     | RangeData
     | RanksOpened
     | LeaderRestore
     | NodeReport
-    | Granted
-    | Completed
-    | Abandoned
-    | AgreedStep
+    | LeaderOrders
     | PersistOrder
     | PersistPart
     | PersistEnded
