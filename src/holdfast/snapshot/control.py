@@ -1,17 +1,17 @@
 """The control page: one small shared mapping per node, read and written without locks, messages or system calls.
 
-Every field is one aligned 64-bit word with one writer, so a load sees an old or a new value and never a mixture. Fields
-that only mean something together are packed into one word (a grant) or guarded by a sequence word that is odd while they
-change (the agreed step). A grant carries a part of its generation, so that what a fenced generation left behind is never
-taken for news.
+Every field is one aligned 64-bit word with one writer, so a load sees an old or a new value and never a mixture.
+Fields that only mean something together are packed into one word (a grant) or guarded by a sequence word that is odd
+while they change (the agreed step). A grant carries a part of its generation, so that what a fenced generation left
+behind is never taken for news.
 
 Writers: the node's daemon writes the node part, each worker its own rank part. Readers: everybody, agents too
 (progress, hang detection, rehearsed faults). The page stays where it is when a daemon dies: a successor maps it.
 
     word 0..15        node: magic, epoch, generation, incarnation, pool, running, agreed sequence and agreed step
-    word 16..271      node: grant table, one word per slot of the pool in use
-    word 272..527     node: serials of these grants (read by a successor of the daemon only)
-    word 528 + 16*r   rank part of local rank r
+    word 16..47       node: grant table, one word per slot of the pool in use
+    word 48..79       node: serials of these grants (read by a successor of the daemon only)
+    word 80 + 16*r    rank part of local rank r
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import CorruptError
 from holdfast.snapshot.reports import Agreed, Grant
 
-MAX_LOCAL_RANKS: Final = 223
-MAX_SLOTS: Final = 255
+MAX_LOCAL_RANKS: Final = 251
+MAX_SLOTS: Final = 32
 MAX_STEP: Final = 1 << 39
 
 _MAGIC: Final = 0x3130_7466_646C_6F68  # "holdft01"
 _EPOCH, _GENERATION, _INCARNATION, _POOL, _RUNNING, _AGREED_SEQUENCE = 1, 2, 3, 4, 5, 6
 _AGREED_NUMBER, _AGREED_STEP, _AGREED_FLAGS = 7, 8, 9
 _STOP, _CONFIRMED, _PERSIST = 1, 2, 4
-_GRANTS, _SERIALS = 16, 272
-_RANKS, _RANK_WORDS = 528, 16
+_GRANTS, _SERIALS = 16, 48
+_RANKS, _RANK_WORDS = 80, 16
 _NUM_WORDS: Final = _RANKS + _RANK_WORDS * MAX_LOCAL_RANKS
 _TRIES: Final = 1000
 

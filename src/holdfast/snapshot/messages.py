@@ -36,7 +36,7 @@ class Member(msgspec.Struct, frozen=True, kw_only=True):
     num_ranks: int
 
 
-class Hello(Message):
+class Hello(Message, frozen=True, kw_only=True):
     """A -> D: who owns this daemon now. Answered with `Welcome`."""
 
     agent_pid: int
@@ -44,7 +44,7 @@ class Hello(Message):
     memory_limit_bytes: int | None = None
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True, kw_only=True):
     """D -> A: what the daemon found or holds."""
 
     daemon: str
@@ -58,7 +58,7 @@ class Welcome(Message):
     """Newest clean version of this node."""
 
 
-class StartGeneration(Message):
+class StartGeneration(Message, frozen=True, kw_only=True):
     """A -> D, before workers start. The daemon fences everything of older generations. Answered with `Ack`."""
 
     generation: GenerationId
@@ -71,20 +71,20 @@ class StartGeneration(Message):
     """First generation of its incarnation: `resume` of the Session applies."""
 
 
-class EndGeneration(Message):
+class EndGeneration(Message, frozen=True, kw_only=True):
     """A -> D: all workers of the generation on this node have ended (pids reaped). Answered with `Ack`."""
 
     generation: GenerationId
 
 
-class Shutdown(Message):
+class Shutdown(Message, frozen=True, kw_only=True):
     """A -> D: the job has ended. Persist the newest complete version first where `persist` and where it is not in
     storage yet, then remove the arena and exit. Answered with `Bye` before exit."""
 
     persist: bool
 
 
-class Bye(Message):
+class Bye(Message, frozen=True, kw_only=True):
     """D -> A: gone in a moment."""
 
     persisted: Version | None = None
@@ -92,13 +92,13 @@ class Bye(Message):
     error: str | None = None
 
 
-class Progress(Message):
+class Progress(Message, frozen=True, kw_only=True):
     """D -> A, pushed: a version is complete (on all ranks)."""
 
     version: Version
 
 
-class RestoreChosen(Message):
+class RestoreChosen(Message, frozen=True, kw_only=True):
     """D -> A, pushed: what the generation starts from, for the event log. `tier`: memory, peers, storage or none."""
 
     generation: GenerationId
@@ -109,7 +109,7 @@ class RestoreChosen(Message):
     reason: str = ""
 
 
-class SessionPhase(Message):
+class SessionPhase(Message, frozen=True, kw_only=True):
     """D -> A, pushed: a worker reached a phase, for the recovery timeline: opened, restored, first_step, closed."""
 
     generation: GenerationId
@@ -120,25 +120,25 @@ class SessionPhase(Message):
     """time.time() of the worker at which the phase was reached."""
 
 
-class RequestStop(Message):
+class RequestStop(Message, frozen=True, kw_only=True):
     """A -> D -> L: end at an agreed step (preemption, SIGTERM); persist it where `persist`."""
 
     reason: str
     persist: bool = True
 
 
-class Notice(Message):
+class Notice(Message, frozen=True, kw_only=True):
     """D -> A and D -> W, pushed: one line for people, with its severity (info, warning, error)."""
 
     severity: str
     text: str
 
 
-class Ack(Message):
+class Ack(Message, frozen=True, kw_only=True):
     """The request was carried out."""
 
 
-class Refused(Message):
+class Refused(Message, frozen=True, kw_only=True):
     """The request was not carried out; `reason` is one clear line."""
 
     reason: str
@@ -166,7 +166,7 @@ class SessionConfig(msgspec.Struct, frozen=True, kw_only=True):
     has_init_from: bool
 
 
-class OpenSession(Message):
+class OpenSession(Message, frozen=True, kw_only=True):
     """W -> D: a Session opens. Answered with `Restore` once all its ranks have opened, or with `Refused`."""
 
     generation: GenerationId
@@ -192,7 +192,7 @@ class ImageLocation(msgspec.Struct, frozen=True, kw_only=True):
     """This node's own: read by mmap."""
 
 
-class Restore(Message):
+class Restore(Message, frozen=True, kw_only=True):
     """D -> W: where the state comes from, the same on every rank."""
 
     tier: str
@@ -206,7 +206,7 @@ class Restore(Message):
     first_of_incarnation: bool = True
 
 
-class RestoreFailed(Message):
+class RestoreFailed(Message, frozen=True, kw_only=True):
     """W -> D: an image did not match its checksum or could not be read; answered with the next `Restore`."""
 
     generation: GenerationId
@@ -215,7 +215,7 @@ class RestoreFailed(Message):
     reason: str
 
 
-class Reached(Message):
+class Reached(Message, frozen=True, kw_only=True):
     """W -> D: the Session reached a phase (see `SessionPhase`)."""
 
     generation: GenerationId
@@ -225,7 +225,7 @@ class Reached(Message):
     seconds: float
 
 
-class NeedSlots(Message):
+class NeedSlots(Message, frozen=True, kw_only=True):
     """W -> D: the image of this rank takes `size_bytes`; make slots ready. Answered (late) by `SlotsReady` or
     `Refused`. Sent again, larger, when the state has grown."""
 
@@ -237,7 +237,7 @@ class NeedSlots(Message):
     """Last step of the loop where known: always granted."""
 
 
-class SlotsReady(Message):
+class SlotsReady(Message, frozen=True, kw_only=True):
     """D -> W: slot files are there, reserved and faulted in; index i of `paths` is slot i. Fewer than two: no memory
     tier, the reason was sent as a `Notice`."""
 
@@ -248,7 +248,7 @@ class SlotsReady(Message):
     """Number of the pool that they belong to."""
 
 
-class SlotsMapped(Message):
+class SlotsMapped(Message, frozen=True, kw_only=True):
     """W -> D: the slots of `SlotsReady` are mapped and faulted in; grants may come."""
 
     generation: GenerationId
@@ -256,7 +256,7 @@ class SlotsMapped(Message):
     pool: int
 
 
-class Committed(Message):
+class Committed(Message, frozen=True, kw_only=True):
     """W -> D, doorbell: the slot header says clean (the header is the truth)."""
 
     version: Version
@@ -268,14 +268,14 @@ class Committed(Message):
     """Duration of the last step."""
 
 
-class Missed(Message):
+class Missed(Message, frozen=True, kw_only=True):
     """W -> D: a granted step passed without a copy."""
 
     version: Version
     global_rank: int
 
 
-class RequestSave(Message):
+class RequestSave(Message, frozen=True, kw_only=True):
     """W -> D -> L: persist a version at an agreed step. Answered with `SaveAgreed` on every rank's connection."""
 
     generation: GenerationId
@@ -286,7 +286,7 @@ class RequestSave(Message):
     """Unique in the job: a request that is sent again is still one."""
 
 
-class SaveAgreed(Message):
+class SaveAgreed(Message, frozen=True, kw_only=True):
     """D -> W: the save is made at this step."""
 
     step: int
@@ -295,7 +295,7 @@ class SaveAgreed(Message):
     """The requests that it answers."""
 
 
-class RequestEnd(Message):
+class RequestEnd(Message, frozen=True, kw_only=True):
     """W -> L through D: some rank called ``stop()`` or a signal asked: end at an agreed step."""
 
     generation: GenerationId
@@ -305,7 +305,7 @@ class RequestEnd(Message):
     """Unique in the job: a request that is sent again is still one."""
 
 
-class FinalStep(Message):
+class FinalStep(Message, frozen=True, kw_only=True):
     """W -> D: the loop ended at `step` on this rank: grant it, persist it. The grant appears on the control page."""
 
     generation: GenerationId
@@ -314,7 +314,7 @@ class FinalStep(Message):
     persist: bool
 
 
-class PersistedMessage(Message):
+class PersistedMessage(Message, frozen=True, kw_only=True):
     """D -> W, pushed: a version is in storage."""
 
     version: Version
@@ -323,14 +323,14 @@ class PersistedMessage(Message):
     tag: str | None = None
 
 
-class PersistFailedMessage(Message):
+class PersistFailedMessage(Message, frozen=True, kw_only=True):
     """D -> W, pushed: a version could not be written; older checkpoints are as they were."""
 
     version: Version
     reason: str
 
 
-class CloseSession(Message):
+class CloseSession(Message, frozen=True, kw_only=True):
     """W -> D: the Session is over on this rank; `outcome` is done or failed. Answered with `Ack`."""
 
     generation: GenerationId
@@ -343,7 +343,7 @@ class CloseSession(Message):
 # The shells carry the events and instructions of the ledgers in these.
 
 
-class Inventory(Message):
+class Inventory(Message, frozen=True, kw_only=True):
     """D -> L, when a generation starts and when a daemon restarts: what this node holds and knows."""
 
     generation: GenerationId
@@ -378,7 +378,7 @@ class Parentage(msgspec.Struct, frozen=True, kw_only=True):
     step: int
 
 
-class ReadRange(Message):
+class ReadRange(Message, frozen=True, kw_only=True):
     """W or D -> D: bytes of a slot file of the version, for a reader on another node. Answered with `RangeData`."""
 
     request: int
@@ -388,7 +388,7 @@ class ReadRange(Message):
     length: int
 
 
-class RangeData(Message):
+class RangeData(Message, frozen=True, kw_only=True):
     """The bytes, or an error where the slot no longer holds the version."""
 
     request: int
@@ -396,7 +396,7 @@ class RangeData(Message):
     error: str | None = None
 
 
-class RanksOpened(Message):
+class RanksOpened(Message, frozen=True, kw_only=True):
     """D -> L: Sessions that opened on this node, with their configuration."""
 
     generation: GenerationId
@@ -404,7 +404,7 @@ class RanksOpened(Message):
     opened: tuple[tuple[int, SessionConfig], ...]
 
 
-class LeaderRestore(Message):
+class LeaderRestore(Message, frozen=True, kw_only=True):
     """L -> D: the choice for the generation; `Restore` less what is local to a node."""
 
     generation: GenerationId
@@ -412,27 +412,27 @@ class LeaderRestore(Message):
     history: str | None
 
 
-class AskNode(Message):
-    """L -> D: the leader of `generation` has no inventory, or not all openings, of this node yet; also sent by a restarted
-    leader. Answered with `Inventory` and `RanksOpened`."""
+class AskNode(Message, frozen=True, kw_only=True):
+    """L -> D: the leader of `generation` has no inventory, or not all openings, of this node yet; also sent by a
+    restarted leader. Answered with `Inventory` and `RanksOpened`."""
 
     generation: GenerationId
     leader_epoch: int
 
 
-class NodeReport(Message):
+class NodeReport(Message, frozen=True, kw_only=True):
     """D -> L: the whole state of a node's ledger; only the newest one counts."""
 
     state: NodeState
 
 
-class LeaderOrders(Message):
+class LeaderOrders(Message, frozen=True, kw_only=True):
     """L -> D: the whole state of the leader's ledger, as far as nodes need it; only the newest one counts."""
 
     orders: Orders
 
 
-class PersistOrder(Message):
+class PersistOrder(Message, frozen=True, kw_only=True):
     """L -> D: write your job-scope part of this version into `directory`; answered with `PersistPart`."""
 
     version: Version
@@ -442,7 +442,7 @@ class PersistOrder(Message):
     metrics: dict[str, float] = {}
 
 
-class PersistPart(Message):
+class PersistPart(Message, frozen=True, kw_only=True):
     """D -> L: the images that this node wrote (encoded image records), or why it could not."""
 
     version: Version
@@ -452,7 +452,7 @@ class PersistPart(Message):
     error: str | None = None
 
 
-class PersistEnded(Message):
+class PersistEnded(Message, frozen=True, kw_only=True):
     """L -> D: the root record is there (path), or the attempt failed (error)."""
 
     version: Version
