@@ -42,7 +42,9 @@ def cauchy(num_data: int, num_parity: int) -> ByteArray:
     columns = np.arange(num_data)
     matrix: ByteArray = INVERSES[rows[:, None] ^ columns[None, :]]
     matrix = PRODUCTS[matrix, INVERSES[matrix[0]][None, :]]
-    matrix = PRODUCTS[matrix, INVERSES[matrix[:, 0]][:, None]]
+    scale = INVERSES[matrix[:, 0]][:, None]
+    matrix = PRODUCTS[matrix, scale]
+    assert matrix.all()
     return matrix
 
 
