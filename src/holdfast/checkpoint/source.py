@@ -1,16 +1,19 @@
-"""Where the bytes of an image come from (stub: bodies follow)."""
+"""Where the bytes of an image come from."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
+from holdfast.errors import CorruptError, StorageError
+
 
 class Source(Protocol):
-    """An image, readable by range. These two methods are the whole surface; both may be called from one thread only."""
+    """An image, readable by range. These two methods are the whole surface; one thread at a time calls them."""
 
     def read(self, offset: int, length: int) -> memoryview:
-        """Exactly `length` bytes at `offset` from the start of the image.
+        """Exactly `length` bytes at `offset` from the start of the image; called for each range that a reader needs.
 
         Raises:
             StorageError, PeerError, CorruptError: they cannot be had (the reader then tries another image).
@@ -18,31 +21,65 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what it holds."""
+        """Release what it holds; called once, when the reader is done."""
         ...
 
 
 class FileSource:
-    """An image in a file, from byte `offset` on; opened at the first read."""
+    """An image in a file, from byte `offset` on. The file is opened at the first read and stays open."""
 
     def __init__(self, path: str | Path, offset: int = 0) -> None:
-        raise NotImplementedError
+        self._path = Path(path)
+        self._offset = offset
+        self._fd: int | None = None
 
     def read(self, offset: int, length: int) -> memoryview:
-        raise NotImplementedError
+        """See `Source.read`.
+
+        Raises:
+            StorageError: the file cannot be opened or read.
+            CorruptError: it ends before the range does.
+        """
+        buffer = bytearray(length)
+        view = memoryview(buffer)
+        done = 0
+        try:
+            if self._fd is None:
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            while done < length:
+                count = os.preadv(self._fd, [view[done:]], self._offset + offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            raise StorageError(f"{self._path} cannot be read: {error.strerror}") from error
+        if done < length:
+            raise CorruptError(f"{self._path} ends {length - done} bytes short of {self._offset + offset + length}")
+        return view
 
     def close(self) -> None:
-        raise NotImplementedError
+        """Close the file; a later read opens it again."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
 
 class MemorySource:
     """An image in memory (a mapped slot) that does not change while it is read; reads are views of it."""
 
     def __init__(self, image: memoryview) -> None:
-        raise NotImplementedError
+        self._image = image.cast("B")
 
     def read(self, offset: int, length: int) -> memoryview:
-        raise NotImplementedError
+        """See `Source.read`; no copy.
+
+        Raises:
+            CorruptError: the range is not within the memory.
+        """
+        if offset < 0 or length < 0 or offset + length > len(self._image):
+            raise CorruptError(f"bytes {offset} to {offset + length} of an image of {len(self._image)} bytes")
+        return self._image[offset : offset + length]
 
     def close(self) -> None:
-        raise NotImplementedError
+        """Let go of the memory."""
+        self._image.release()
