@@ -10,8 +10,7 @@ Writers: the node's daemon writes the node part, each worker its own rank part. 
 
     word 0..15        node: magic, epoch, generation, incarnation, pool, running, agreed sequence and agreed step
     word 16..47       node: grant table, one word per slot of the pool in use
-    word 48..79       node: serials of these grants (read by a successor of the daemon only)
-    word 80 + 16*r    rank part of local rank r
+    word 48 + 16*r    rank part of local rank r
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from typing import Final
 
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import CorruptError
-from holdfast.snapshot.reports import Agreed, Grant
+from holdfast.snapshot.reports import Agreed
 
-MAX_LOCAL_RANKS: Final = 251
+MAX_LOCAL_RANKS: Final = 253
 MAX_SLOTS: Final = 32
 MAX_STEP: Final = 1 << 39
 
@@ -35,8 +34,8 @@ _MAGIC: Final = 0x3130_7466_646C_6F68  # "holdft01"
 _EPOCH, _GENERATION, _INCARNATION, _POOL, _RUNNING, _AGREED_SEQUENCE = 1, 2, 3, 4, 5, 6
 _AGREED_NUMBER, _AGREED_STEP, _AGREED_FLAGS = 7, 8, 9
 _STOP, _CONFIRMED, _PERSIST = 1, 2, 4
-_GRANTS, _SERIALS = 16, 48
-_RANKS, _RANK_WORDS = 80, 16
+_GRANTS = 16
+_RANKS, _RANK_WORDS = 48, 16
 _NUM_WORDS: Final = _RANKS + _RANK_WORDS * MAX_LOCAL_RANKS
 _TRIES: Final = 1000
 
@@ -265,23 +264,19 @@ class ControlPage:
         """Take back every grant."""
         self._grants[:] = memoryview(bytes(8 * MAX_SLOTS)).cast("q")
 
-    def publish_grant(self, slot: int, grant: Grant) -> None:
-        """Every rank of this node copies the step of `grant` into slot `slot`; what the slot was granted for is void.
+    def publish_grant(self, slot: int, step: int) -> None:
+        """Every rank of this node copies `step` into slot `slot`; what the slot was granted for before is void."""
+        assert 0 <= step < MAX_STEP, f"step {step} is out of range"
+        self._grants[slot] = (step << 16) | (self.generation & 0xFFFF)
 
-        Serial and step are two words: no reader takes the new serial for the old step, whenever we die.
-        """
-        assert 0 <= grant.step < MAX_STEP, f"step {grant.step} is out of range"
-        self._grants[slot] = 0
-        self._words[_SERIALS + slot] = grant.serial
-        self._grants[slot] = (grant.step << 16) | (self.generation & 0xFFFF)
+    def withdraw_grant(self, slot: int, step: int) -> None:
+        """Slot `slot` is no longer granted for `step`; a newer grant of the slot stays."""
+        if self._grants[slot] >> 16 == step:
+            self._grants[slot] = 0
 
-    def grants(self, num_slots: int) -> list[tuple[int, Grant]]:
-        """What stands in the table, for a successor of the daemon: (slot, grant)."""
-        return [
-            (slot, Grant(serial=int(self._words[_SERIALS + slot]), step=word >> 16))
-            for slot, word in enumerate(self._grants[:num_slots].tolist())
-            if word
-        ]
+    def grants(self) -> list[tuple[int, int]]:
+        """What stands in the table, for a successor of the daemon: (slot, step)."""
+        return [(slot, word >> 16) for slot, word in enumerate(self._grants.tolist()) if word]
 
     def grant(self, generation: int, step: int) -> int | None:
         """Slot granted for `step` to the generation with this `generation_word`, None where there is none."""

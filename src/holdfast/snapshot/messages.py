@@ -14,7 +14,7 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import PeerError
-from holdfast.snapshot.reports import NodeState, Orders
+from holdfast.snapshot.reports import NodeState, Orders, Pin
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -354,7 +354,7 @@ class Inventory(Message, frozen=True, kw_only=True):
     """History id of the checkpoint directory that the memory belongs to."""
     newest_step: int
     """Newest finished step that any worker of this node published in the generation before."""
-    pinned: tuple[Version, ...] = ()
+    pinned: tuple[Pin, ...] = ()
     """Versions kept for a persist that has not ended."""
 
 

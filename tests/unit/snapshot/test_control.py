@@ -12,7 +12,7 @@ import pytest
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import CorruptError
 from holdfast.snapshot.control import MAX_SLOTS, ControlPage, Phase, generation_word
-from holdfast.snapshot.reports import Agreed, Grant
+from holdfast.snapshot.reports import Agreed
 
 ONE = GenerationId(incarnation=1, nonce="7f3a9c02", generation=4)
 TWO = GenerationId(incarnation=1, nonce="7f3a9c02", generation=5)
@@ -31,8 +31,8 @@ def test_the_page_is_private_to_its_user(page: ControlPage) -> None:
 
 def test_a_grant_is_seen_through_another_mapping_of_the_page(page: ControlPage) -> None:
     with ControlPage.open(page.path) as other:
-        page.publish_grant(0, Grant(serial=1, step=7))
-        page.publish_grant(MAX_SLOTS - 1, Grant(serial=2, step=9))
+        page.publish_grant(0, 7)
+        page.publish_grant(MAX_SLOTS - 1, 9)
         word = generation_word(ONE)
         assert other.grant(word, 7) == 0
         assert other.grant(word, 9) == MAX_SLOTS - 1
@@ -40,7 +40,7 @@ def test_a_grant_is_seen_through_another_mapping_of_the_page(page: ControlPage) 
 
 
 def test_a_grant_of_another_generation_is_no_grant(page: ControlPage) -> None:
-    page.publish_grant(1, Grant(serial=1, step=7))
+    page.publish_grant(1, 7)
     assert page.grant(generation_word(TWO), 7) is None
     page.start_generation(TWO)
     assert page.grant(generation_word(ONE), 7) is None
@@ -48,16 +48,24 @@ def test_a_grant_of_another_generation_is_no_grant(page: ControlPage) -> None:
 
 
 def test_a_new_grant_of_a_slot_replaces_the_old_one(page: ControlPage) -> None:
-    page.publish_grant(1, Grant(serial=1, step=7))
-    page.publish_grant(2, Grant(serial=2, step=8))
-    page.publish_grant(1, Grant(serial=3, step=9))
+    page.publish_grant(1, 7)
+    page.publish_grant(2, 8)
+    page.publish_grant(1, 9)
     word = generation_word(ONE)
     assert [page.grant(word, step) for step in (7, 8, 9)] == [None, 2, 1]
     assert page.granted_before(word, 9) == [8]
 
 
+def test_a_withdrawn_grant_is_gone_unless_the_slot_is_granted_again(page: ControlPage) -> None:
+    page.publish_grant(1, 7)
+    page.withdraw_grant(1, 6)
+    assert page.grant(generation_word(ONE), 7) == 1
+    page.withdraw_grant(1, 7)
+    assert page.grant(generation_word(ONE), 7) is None
+
+
 def test_grants_into_another_pool_are_void(page: ControlPage) -> None:
-    page.publish_grant(1, Grant(serial=1, step=7))
+    page.publish_grant(1, 7)
     page.use_pool(page.pool)
     assert page.grant(generation_word(ONE), 7) == 1
     page.use_pool(page.pool + 1)
@@ -65,7 +73,7 @@ def test_grants_into_another_pool_are_void(page: ControlPage) -> None:
 
 
 def test_no_grant_counts_between_generations(page: ControlPage) -> None:
-    page.publish_grant(1, Grant(serial=1, step=7))
+    page.publish_grant(1, 7)
     page.running = True
     page.end_generation()
     assert page.generation == 0
@@ -95,11 +103,11 @@ def test_a_half_written_agreed_step_reads_as_none_until_the_successor_writes_it(
 
 
 def test_a_successor_finds_the_page_as_it_was(page: ControlPage) -> None:
-    page.publish_grant(1, Grant(serial=5, step=7))
+    page.publish_grant(1, 7)
     with ControlPage.create(page.path) as successor:
         epoch = successor.new_epoch()
         assert page.daemon_epoch == epoch
-        assert successor.grants(6) == [(1, Grant(serial=5, step=7))]
+        assert successor.grants() == [(1, 7)]
 
 
 def test_a_worker_takes_its_seat_and_publishes(page: ControlPage) -> None:
