@@ -1,0 +1,328 @@
+"""The command line of ``holdfast run``: torch's own parser, plus the ``--hold-…`` flags.
+
+torch's flags, both spellings, abbreviations and ``PET_*`` defaults are torch's because the parser is
+`torch.distributed.run.get_args_parser`. Ours follow the same conventions: ``--hold-job`` and ``--hold_job``, defaults
+from ``PET_HOLD_JOB``. Wrong usage is a `UsageError`, one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from holdfast.errors import UsageError
+from holdfast.faults import parse_schedule
+from holdfast.launcher.leader import Limits
+
+DEFAULT_PORT = 29400
+"""torch's default port of a c10d endpoint."""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h)?")
+_SECONDS = {None: 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+EPILOG = """example:
+  holdfast run --nproc-per-node 2 --hold-faults 'kill:rank=1,step=20' train.py --lr 3e-4
+
+Every flag of torchrun is accepted. A script without holdfast.Session runs as under torchrun."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "8G", "512MiB", "1000000"; units are powers of 1024."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected something like 8G or 512M")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "30", "90s", "10m", "1.5h"."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: expected something like 30, 90s or 10m")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def _parse_exit_code(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= 255:
+        raise argparse.ArgumentTypeError(f"{text!r} is no exit code for an unfinished job: expected 1 to 255")
+    return int(text)
+
+
+def _parse_faults(text: str) -> str:
+    try:
+        parse_schedule(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOptions:
+    """The ``--hold-…`` flags."""
+
+    job: str | None = None
+    """Name of the job on this host; None: made from user, script and rendezvous id (or directory and arguments)."""
+    run_dir: Path | None = None
+    """Where events, worker logs and stacks go; None: a directory under the temporary directory, named once."""
+    snapshot_memory: int | None = None
+    """Most bytes of snapshots on this node; 0: no snapshot daemon, None: what the node has."""
+    linger_s: float = 600.0
+    """How long the snapshot daemon waits for a new agent when this one was killed."""
+    faults: str = ""
+    """Rehearsed failures (`holdfast.faults`)."""
+    requeue_code: int | None = None
+    """Exit code of a job that was stopped before its end; None: 1."""
+    grace_s: float = 30.0
+    """How long a job that is asked to stop may take."""
+    heartbeat_s: float = 0.5
+    """Interval of the agents' heartbeats."""
+    dead_after_s: float = 2.0
+    """Silence after which a node counts as lost."""
+    no_progress: int = 3
+    """Restarts without progress after which the job stops, where --max-restarts is not given."""
+
+
+@dataclass(frozen=True)
+class _Flag:
+    name: str
+    convert: Callable[[str], object]
+    metavar: str
+    help: str
+
+
+_FLAGS = (
+    _Flag("job", str, "NAME", "name of the job on this host (default: from user, script and rendezvous id)"),
+    _Flag("run_dir", Path, "DIR", "directory for events, worker logs and stacks"),
+    _Flag("snapshot_memory", parse_size, "SIZE", "most memory for snapshots on this node; 0: no snapshots in memory"),
+    _Flag("linger", parse_duration, "TIME", "how long snapshots outlive a killed launcher (default 10m)"),
+    _Flag("faults", _parse_faults, "SCHEDULE", "rehearsed failures, such as 'kill:rank=1,step=20'"),
+    _Flag("requeue_code", _parse_exit_code, "CODE", "exit code of a job stopped before its end (default 1)"),
+    _Flag("grace", parse_duration, "TIME", "how long a job that is asked to stop may take (default 30s)"),
+    _Flag("heartbeat", parse_duration, "TIME", "interval of heartbeats between nodes (default 0.5s)"),
+    _Flag("dead_after", parse_duration, "TIME", "silence after which a node counts as lost (default 2s)"),
+    _Flag("no_progress", int, "N", "restarts without progress that end the job without --max-restarts (default 3)"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """Everything that ``holdfast run`` was asked to do."""
+
+    hold: HoldOptions
+    config: Any
+    """torch.distributed.launcher.api.LaunchConfig; torch is not imported for the type alone."""
+    command: str
+    arguments: tuple[str, ...]
+    script: str
+    """What the user named: script, module or program."""
+    script_arguments: tuple[str, ...]
+    rendezvous_id: str | None
+    """As given by the user; None where there was none."""
+    endpoint_host: str
+    endpoint_port: int
+    node_rank: int | None
+    """Given under static rendezvous only."""
+    is_static: bool
+    may_lead: bool | None
+    """`is_host` of --rdzv-conf; None: whoever can serve the endpoint."""
+    max_restarts: int | None
+    """None: not given."""
+    stop_grace_s: float
+    """From SIGTERM to SIGKILL after a failure."""
+    limits: Limits
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with a suggestion for a mistyped flag."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"unrecognized arguments: (--?[\w-]+)", message)
+        if unknown:
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            close = difflib.get_close_matches(unknown[1].replace("_", "-"), known, n=1)
+            message = f"unknown option {unknown[1]}" + (f" (did you mean {close[0]}?)" if close else "")
+        raise UsageError(message)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """torch's parser with our flags; the defaults of --max-restarts tells whether it was given."""
+    from torch.distributed.argparse_util import env
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    parser.__class__ = _Parser
+    parser.prog = "holdfast run"
+    parser.description = "Run a training script under holdfast; takes every flag of torchrun."
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    ours = parser.add_argument_group("holdfast")
+    for flag in _FLAGS:
+        dashed = f"--hold-{flag.name.replace('_', '-')}"
+        spellings = dict.fromkeys((dashed, dashed.replace("-", "_").replace("__", "--", 1)))
+        ours.add_argument(
+            *spellings, action=env, type=flag.convert, default=None, metavar=flag.metavar, help=flag.help
+        )
+    for abbreviation in ("--h", "--he", "--hel"):  # unique in torch's parser, ambiguous beside --hold
+        parser._option_string_actions[abbreviation] = parser._option_string_actions["--help"]
+    if "PET_MAX_RESTARTS" not in os.environ:
+        parser.set_defaults(max_restarts=None)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line.
+
+    Raises:
+        UsageError: it is wrong.
+        SystemExit: ``--help`` was asked for and printed.
+    """
+    parser = make_parser()
+    try:
+        return parser.parse_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise UsageError(str(error)) from error
+
+
+def launch_from(args: argparse.Namespace, *, default_log_dir: Callable[[], Path]) -> Launch:
+    """Check the parsed command line and turn it into a `Launch`; log directories are made.
+
+    Args:
+        args: what `parse` returned.
+        default_log_dir: where workers' logs go when --log-dir is not given.
+
+    Raises:
+        UsageError: a combination or value that cannot work.
+    """
+    given_restarts = args.max_restarts
+    args.max_restarts = given_restarts or 0
+    rendezvous_id = None if args.standalone or args.rdzv_id == "none" else str(args.rdzv_id)
+    explicit_grace = args.shutdown_timeout is not None or "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ
+    _settle_rendezvous(args)
+    _check(args)
+    if args.log_dir is None:
+        args.log_dir = str(default_log_dir())
+    config, command, arguments = _torch_config(args)
+    host, port = _endpoint(config.rdzv_endpoint)
+    is_static = args.rdzv_backend == "static"
+    return Launch(
+        hold=hold_options(args),
+        config=config,
+        command=command,
+        arguments=tuple(arguments),
+        script=args.training_script,
+        script_arguments=tuple(args.training_script_args),
+        rendezvous_id=rendezvous_id,
+        endpoint_host=host,
+        endpoint_port=port,
+        node_rank=int(args.node_rank) if is_static else None,
+        is_static=is_static,
+        may_lead=_is_host(config.rdzv_configs.get("is_host")),
+        max_restarts=given_restarts,
+        stop_grace_s=float(config.shutdown_timeout) if explicit_grace else min(1.0, float(config.shutdown_timeout)),
+        limits=_limits(args, config),
+    )
+
+
+def hold_options(args: argparse.Namespace) -> HoldOptions:
+    """Our part of the command line."""
+    values = {flag.name: getattr(args, f"hold_{flag.name}") for flag in _FLAGS}
+    seconds = {name: f"{name}_s" for name in ("linger", "grace", "heartbeat", "dead_after")}
+    return HoldOptions(**{seconds.get(name, name): value for name, value in values.items() if value is not None})
+
+
+def _settle_rendezvous(args: argparse.Namespace) -> None:
+    """What torch.distributed.run does before it makes its configuration."""
+    alone = args.rdzv_backend == "static" and not args.rdzv_endpoint and args.master_port is None
+    if args.standalone or (alone and _nnodes(args.nnodes)[1] == 1):
+        args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+    if args.master_port is None:
+        args.master_port = 29500
+
+
+def _nnodes(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if match is None or not 0 < int(match[1]) <= int(match[2] or match[1]):
+        raise UsageError(f"--nnodes {text}: expected N or MIN:MAX with 0 < MIN <= MAX")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _check(args: argparse.Namespace) -> None:
+    low, high = _nnodes(args.nnodes)
+    if args.rdzv_backend not in ("static", "c10d"):
+        raise UsageError(
+            f"--rdzv-backend {args.rdzv_backend}: holdfast's agents meet at --rdzv-endpoint by themselves, "
+            "use c10d (or static with --node-rank)"
+        )
+    if args.rdzv_backend == "static" and not 0 <= int(args.node_rank) < high:
+        raise UsageError(f"--node-rank {args.node_rank} is not among the {high} nodes of --nnodes")
+    if args.rdzv_backend == "static" and low != high:
+        raise UsageError(f"--nnodes {args.nnodes}: static rendezvous takes one number; give --rdzv-backend c10d for a range")
+    if args.max_restarts < 0:
+        raise UsageError(f"--max-restarts {args.max_restarts}: expected 0 or more")
+    if str(args.nproc_per_node).lstrip("-").isdigit() and int(args.nproc_per_node) < 1:
+        raise UsageError(f"--nproc-per-node {args.nproc_per_node}: expected at least 1")
+    if args.no_python and args.module:
+        raise UsageError("--no-python and --module exclude each other")
+    is_file = args.run_path or not (args.module or args.no_python)
+    if is_file and not os.path.exists(args.training_script):
+        raise UsageError(f"{args.training_script}: no such script (python -m modules need --module)")
+
+
+def _torch_config(args: argparse.Namespace) -> tuple[Any, str, list[str]]:
+    """torch's configuration, with its ways of saying that a value is wrong in one line."""
+    from torch.distributed.run import config_from_args
+
+    try:
+        config, command, arguments = config_from_args(args)
+    except (ValueError, RuntimeError, AssertionError, OSError) as error:
+        raise UsageError(str(error)) from error
+    if not isinstance(command, str):  # --run-path: torch hands out a function
+        return config, os.getenv("PYTHON_EXEC", sys.executable), ["-u", "-m", "holdfast.launcher._run_path", *arguments]
+    return config, command, arguments
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    try:
+        return parse_rendezvous_endpoint(text.split(",")[0], default_port=DEFAULT_PORT)
+    except ValueError as error:
+        raise UsageError(f"--rdzv-endpoint {text}: {error}") from error
+
+
+def _is_host(value: str | None) -> bool | None:
+    return None if value is None else value.strip("'\"").lower() in ("1", "true", "t", "yes", "y")
+
+
+def _limits(args: argparse.Namespace, config: Any) -> Limits:
+    """Torch's rendezvous settings and ours as one set of numbers."""
+    hold = hold_options(args)
+    settings = config.rdzv_configs
+
+    def seconds(key: str, default: float) -> float:
+        try:
+            return float(str(settings.get(key, default)).strip("'\""))
+        except ValueError as error:
+            raise UsageError(f"--rdzv-conf {key}={settings[key]}: expected seconds") from error
+
+    join_s = seconds("join_timeout", seconds("timeout", 900.0) if args.rdzv_backend == "static" else 600.0)
+    try:
+        return Limits(
+            min_nodes=config.min_nodes,
+            max_nodes=config.max_nodes,
+            join_timeout_s=join_s,
+            last_call_s=seconds("last_call_timeout", 30.0),
+            heartbeat_s=hold.heartbeat_s,
+            dead_after_s=hold.dead_after_s,
+            grace_s=hold.grace_s,
+        )
+    except ValueError as error:
+        raise UsageError(f"--hold-heartbeat, --hold-dead-after: {error}") from error

@@ -1,0 +1,208 @@
+"""The event log of a run: ``events.jsonl`` in the run directory, one JSON object per line, appended, never rewritten.
+
+Schema version 1
+----------------
+Every line has these fields:
+
+    schema      1
+    kind        one of the kinds below
+    time        seconds since 1970 (time.time()) at the agent that wrote the line
+    host        host name of that agent
+    agent       its process id
+    node        node rank in the generation, -1 before there is one
+    generation  "i01-7f3a9c02-g0004", "" before there is one
+
+Kinds, and the fields that each one adds (fields that have their default are left out):
+
+    run_started         run_id, command, arguments, nproc, job
+    generation_started  members (hosts by node rank), world_size, restart_count, store, pids (of this node, by local rank)
+    worker_failed       global_rank, local_rank, pid, exit_code (negative: signal), signal (name), message, step
+    membership          change (node_joined, node_lost, forming, running, stopping, stopped, rejected, leader_lost), text
+    recovery            cause, tier (memory, peers, storage, none, ""), step, steps_lost, restart_count, and `phases`:
+                        seconds since the failure was detected at which the job had: stopped (no old worker left
+                        anywhere), agreed (new generation named), started (all workers spawned), opened (all Sessions
+                        opened), restored, first_step (all ranks finished one). Phases that were not reached are absent;
+                        without a Session only the first three are there. Written by the leader's agent only.
+    daemon              change (started, adopted, died, off, failed), pid, text
+    notice              severity (info, warning, error), text
+    stop_requested      signal (name), urgent
+    fault               fault (the entry of the schedule that this agent is about to carry out), step
+    run_ended           outcome (done, failed, stopped), exit_code, reason, persisted (version in storage), path
+
+Agents of several nodes that share the run directory append to the same file.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+SCHEMA = 1
+FILE_NAME = "events.jsonl"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_defaults=True):
+    """What stands in every line."""
+
+    time: float = 0.0
+    host: str = ""
+    agent: int = 0
+    node: int = -1
+    generation: str = ""
+
+
+class RunStarted(Event, frozen=True, kw_only=True, tag="run_started", omit_defaults=True):
+    """An agent begins."""
+
+    run_id: str
+    command: str
+    arguments: tuple[str, ...]
+    nproc: int
+    job: str
+
+
+class GenerationStarted(Event, frozen=True, kw_only=True, tag="generation_started", omit_defaults=True):
+    """The workers of a generation were spawned on this node."""
+
+    members: tuple[str, ...]
+    world_size: int
+    restart_count: int
+    store: str
+    pids: tuple[int, ...]
+
+
+class WorkerFailed(Event, frozen=True, kw_only=True, tag="worker_failed", omit_defaults=True):
+    """A worker of this node ended with a code other than 0, before anybody asked it to."""
+
+    global_rank: int
+    local_rank: int
+    pid: int
+    exit_code: int
+    signal: str = ""
+    message: str = ""
+    step: int = -1
+
+
+class Membership(Event, frozen=True, kw_only=True, tag="membership", omit_defaults=True):
+    """A decision of the leader, or the loss of it."""
+
+    change: str
+    text: str
+
+
+class Recovery(Event, frozen=True, kw_only=True, tag="recovery", omit_defaults=True):
+    """A generation that follows a failure is on its way again."""
+
+    cause: str
+    restart_count: int
+    tier: str = ""
+    step: int = 0
+    steps_lost: int = 0
+    phases: dict[str, float] = {}
+
+
+class DaemonChanged(Event, frozen=True, kw_only=True, tag="daemon", omit_defaults=True):
+    """Something happened to this node's snapshot daemon."""
+
+    change: str
+    pid: int = 0
+    text: str = ""
+
+
+class Noticed(Event, frozen=True, kw_only=True, tag="notice", omit_defaults=True):
+    """A line for people, from the snapshot daemon."""
+
+    severity: str
+    text: str
+
+
+class StopRequested(Event, frozen=True, kw_only=True, tag="stop_requested", omit_defaults=True):
+    """A signal asked this agent to end the job."""
+
+    signal: str
+    urgent: bool = False
+
+
+class FaultFired(Event, frozen=True, kw_only=True, tag="fault", omit_defaults=True):
+    """A rehearsed fault that the agent carries out."""
+
+    fault: str
+    step: int
+
+
+class RunEnded(Event, frozen=True, kw_only=True, tag="run_ended", omit_defaults=True):
+    """An agent leaves."""
+
+    outcome: str
+    exit_code: int
+    reason: str
+    persisted: str = ""
+    path: str = ""
+
+
+AnyEvent = (
+    RunStarted
+    | GenerationStarted
+    | WorkerFailed
+    | Membership
+    | Recovery
+    | DaemonChanged
+    | Noticed
+    | StopRequested
+    | FaultFired
+    | RunEnded
+)
+
+
+class EventLog:
+    """Appends to the event log; one write per line, so that agents on one file system do not tear each other's lines."""
+
+    def __init__(self, run_dir: Path, host: str) -> None:
+        self._path = run_dir / FILE_NAME
+        self._host = host
+        self._descriptor: int | None = None
+        self._node = -1
+        self._generation = ""
+
+    def __enter__(self) -> EventLog:
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def enter(self, node: int, generation: str) -> None:
+        """Lines from here on belong to this generation."""
+        self._node, self._generation = node, generation
+
+    def write(self, event: AnyEvent, time_s: float) -> None:
+        """Append `event` as having happened at `time_s` (time.time())."""
+        assert self._descriptor is not None, "the event log is not open"
+        full = msgspec.structs.replace(
+            event,
+            time=round(time_s, 4),
+            host=event.host or self._host,
+            agent=event.agent or os.getpid(),
+            node=event.node if event.node >= 0 else self._node,
+            generation=event.generation or self._generation,
+        )
+        fields = {"schema": SCHEMA, **msgspec.to_builtins(full)}
+        os.write(self._descriptor, msgspec.json.encode(fields) + b"\n")
+
+
+def read_events(run_dir: Path) -> list[dict[str, object]]:
+    """All complete lines of a run's event log, oldest first."""
+    events = []
+    for line in (run_dir / FILE_NAME).read_bytes().splitlines():
+        try:
+            events.append(msgspec.json.decode(line, type=dict[str, object]))
+        except msgspec.DecodeError:
+            continue
+    return events

@@ -1,0 +1,293 @@
+"""A member's half of membership: what this node does about the leader's plan. Pure.
+
+Every agent has one, the leader's too. It is level-triggered: whatever the newest plan says is compared with what this
+node's workers are doing, and the difference becomes instructions. So it does not matter which plans were lost.
+
+Rules
+-----
+1. Workers of a generation start only when those of the one before have gone from this node.
+2. Plans of a leader count in the order of their sequence numbers; another leader's plan counts only when it names no
+   generation yet or a newer one than this node has known. Older ones are ignored: they cannot call anything back.
+3. A leader that is silent for `dead_after_s` is gone: this node's workers end (they could not make progress), and the
+   node asks on. A leader that answers within `join_timeout_s` is followed as if it were new.
+4. A stop request outlives its generation: it is repeated to the leader in every report, and to the snapshot daemon in
+   every generation whose ranks are all in a Session.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from holdfast.checkpoint.version import GenerationId
+from holdfast.launcher.leader import Limits
+from holdfast.launcher.wire import (
+    DaemonInfo,
+    Failure,
+    NodeInfo,
+    Phase,
+    Place,
+    Plan,
+    Rejected,
+    Report,
+    SessionState,
+    StopRequest,
+    Verdict,
+    WorkerState,
+)
+
+
+@dataclass(frozen=True)
+class StartWorkers:
+    """Start this node's workers of the plan's generation."""
+
+    plan: Plan
+    place: Place
+
+
+@dataclass(frozen=True)
+class StopWorkers:
+    """End this node's workers of the generation; `gone` is awaited."""
+
+    generation: GenerationId
+    reason: str
+    signal: int = 0
+    """0: the default one."""
+    grace_s: float | None = None
+    """None: as after a failure."""
+
+
+@dataclass(frozen=True)
+class AskStop:
+    """Ask the snapshot daemon to end the job at an agreed step."""
+
+    generation: GenerationId
+
+
+@dataclass(frozen=True)
+class SendReport:
+    """Send to the leader."""
+
+    report: Report
+
+
+@dataclass(frozen=True)
+class LostLeader:
+    """The leader is silent; for the event log."""
+
+
+@dataclass(frozen=True)
+class Leave:
+    """The job is over on this node: persist and shut down as the verdict says, then exit."""
+
+    verdict: Verdict
+
+
+Instruction = StartWorkers | StopWorkers | AskStop | SendReport | LostLeader | Leave
+
+
+class Member:
+    """See the module's head. One per agent, used by one thread."""
+
+    def __init__(self, *, node: NodeInfo, limits: Limits, now: float) -> None:
+        self._limits = limits
+        self._report = Report(node=node, sequence=0)
+        self._plan: Plan | None = None
+        self._heard = now
+        self._seeking_since = now
+        self._stopping: tuple[GenerationId, bool] | None = None
+        """Generation whose end was ordered, and whether at once."""
+        self._asked: GenerationId | None = None
+        self._left = False
+        self._lonely_verdict: Verdict | None = None
+        """How the node leaves once its workers have ended, where no leader says so."""
+        self._dirty = True
+        self._next_beat = now
+        self._out: list[Instruction] = []
+
+    @property
+    def plan(self) -> Plan | None:
+        """The newest plan, None while no leader is known."""
+        return self._plan
+
+    @property
+    def report(self) -> Report:
+        """What the leader is told."""
+        return self._report
+
+    # --- events
+
+    def planned(self, plan: Plan, now: float) -> list[Instruction]:
+        """A plan arrived."""
+        if self._counts(plan):
+            self._heard = now
+            if self._plan is None or plan.sequence != self._plan.sequence or plan.leader_id != self._plan.leader_id:
+                self._plan = plan
+                self._update(leader_id=plan.leader_id, seen=plan.sequence)
+        return self._advance(now)
+
+    def rejected(self, rejected: Rejected, now: float) -> list[Instruction]:
+        """The leader turned this node away."""
+        if self._plan is None:
+            self._leave(Verdict(kind="failed", reason=rejected.reason))
+        return self._advance(now)
+
+    def daemon(self, info: DaemonInfo, now: float) -> list[Instruction]:
+        """The snapshot daemon has told who it is."""
+        self._update(daemon=info)
+        return self._advance(now)
+
+    def started(self, generation: GenerationId, started_s: float, now: float) -> list[Instruction]:
+        """All workers of the generation have been spawned (at `started_s`, time.time())."""
+        if generation == self._report.generation:
+            self._update(started_s=started_s)
+        return self._advance(now)
+
+    def failed(self, generation: GenerationId, failure: Failure, now: float) -> list[Instruction]:
+        """A worker of the generation failed."""
+        if generation == self._report.generation and self._report.state is WorkerState.RUNNING:
+            self._update(state=WorkerState.FAILED, failure=failure)
+        return self._advance(now)
+
+    def done(self, generation: GenerationId, now: float) -> list[Instruction]:
+        """All workers of the generation ended with exit code 0, and none is left."""
+        if generation == self._report.generation and self._report.state is WorkerState.RUNNING:
+            self._update(state=WorkerState.DONE, alive=False)
+        return self._advance(now)
+
+    def gone(self, generation: GenerationId, now: float) -> list[Instruction]:
+        """No process of the generation is left on this node."""
+        if generation == self._report.generation:
+            self._update(alive=False)
+            self._stopping = None
+        return self._advance(now)
+
+    def session(self, state: SessionState, now: float) -> list[Instruction]:
+        """The Sessions of this node's workers came further."""
+        self._update(session=state)
+        return self._advance(now)
+
+    def progressed(self, step: int, now: float) -> list[Instruction]:
+        """The version of `step` is complete."""
+        self._update(progress=max(step, self._report.progress))
+        return self._advance(now)
+
+    def asked_to_stop(self, request: StopRequest, now: float) -> list[Instruction]:
+        """Somebody wants the job to end."""
+        self._update(stop=request)
+        if self._plan is None:
+            self._leave(Verdict(kind="stopped", reason="stopped by a signal", signal=request.signal, grace_s=0.0))
+        return self._advance(now)
+
+    def ticked(self, now: float) -> list[Instruction]:
+        """Time has passed: at least every heartbeat."""
+        following = self._plan is not None and self._plan.phase is not Phase.END
+        if following and now - self._heard > self._limits.dead_after_s:
+            self._plan = None
+            self._seeking_since = now
+            self._update(leader_id="", seen=0)
+            self._out.append(LostLeader())
+        if self._plan is None and now - self._seeking_since > self._limits.join_timeout_s:
+            reason = f"no leader answered at the rendezvous endpoint for {self._limits.join_timeout_s:g} s"
+            kind = "failed" if self._report.generation is None else "stopped"
+            self._leave(Verdict(kind=kind, reason=reason))  # type: ignore[arg-type]  # both are literals
+        return self._advance(now)
+
+    def next_wake(self, now: float) -> float:
+        """Seconds until `ticked` has something to do."""
+        return max(0.0, self._next_beat - now)
+
+    # --- the machine
+
+    def _counts(self, plan: Plan) -> bool:
+        known = self._plan
+        if known is not None and plan.leader_id == known.leader_id:
+            return plan.sequence >= known.sequence
+        if known is not None and known.phase is Phase.END:
+            return False
+        newest = self._report.generation
+        return plan.generation is None or newest is None or plan.generation >= newest
+
+    def _advance(self, now: float) -> list[Instruction]:
+        plan = self._plan
+        if not self._left:
+            if self._lonely_verdict is not None:
+                self._leave(self._lonely_verdict)
+            elif plan is None:
+                self._stop("the leader is silent")
+            else:
+                self._follow(plan)
+        if self._dirty or now >= self._next_beat:
+            self._dirty = False
+            self._next_beat = now + self._limits.heartbeat_s
+            self._report = msgspec.structs.replace(self._report, sequence=self._report.sequence + 1)
+            self._out.append(SendReport(self._report))
+        out, self._out = self._out, []
+        return out
+
+    def _follow(self, plan: Plan) -> None:
+        place = next((p for p in plan.places if p.node_id == self._report.node.node_id), None)
+        current = self._report.generation
+        match plan.phase:
+            case Phase.RUN if place is not None:
+                if current == plan.generation:
+                    self._ask_stop(plan)
+                elif self._report.alive:
+                    self._stop("a new generation starts")
+                else:
+                    self._start(plan, place)
+            case Phase.END:
+                assert plan.verdict is not None, "an end without a verdict"
+                self._stop(plan.verdict.reason, plan.verdict.signal, plan.verdict.grace_s)
+                if not self._report.alive:
+                    self._leave(plan.verdict)
+            case Phase.STOP:
+                self._stop("the generation has ended")
+            case _:
+                self._stop("this node is not in the generation")
+
+    def _start(self, plan: Plan, place: Place) -> None:
+        assert plan.generation is not None, "a run without a generation"
+        self._stopping = None
+        self._update(
+            generation=plan.generation,
+            restart_count=plan.restart_count,
+            state=WorkerState.RUNNING,
+            alive=True,
+            failure=None,
+            session=SessionState(),
+            started_s=0.0,
+        )
+        self._out.append(StartWorkers(plan, place))
+
+    def _stop(self, reason: str, signal: int = 0, grace_s: float | None = None) -> None:
+        generation = self._report.generation
+        if not self._report.alive or generation is None:
+            return
+        order = (generation, grace_s == 0.0)
+        if self._stopping in (order, (generation, True)):
+            return
+        self._stopping = order
+        self._out.append(StopWorkers(generation, reason, signal, grace_s))
+
+    def _ask_stop(self, plan: Plan) -> None:
+        if plan.session and self._report.stop is not None and self._asked != plan.generation:
+            assert plan.generation is not None, "a run without a generation"
+            self._asked = plan.generation
+            self._out.append(AskStop(plan.generation))
+
+    def _leave(self, verdict: Verdict) -> None:
+        if self._left:
+            return
+        if self._report.alive:  # only without a leader: with one, `_follow` waits for the workers first
+            self._stop(verdict.reason, verdict.signal, verdict.grace_s)
+            self._lonely_verdict = verdict
+            return
+        self._left = True
+        self._update(ended=True)
+        self._out.append(Leave(verdict))
+
+    def _update(self, **changes: object) -> None:
+        self._report = msgspec.structs.replace(self._report, **changes)  # type: ignore[arg-type]  # fields of Report
+        self._dirty = True

@@ -1,0 +1,214 @@
+"""What agents tell each other, and the size-checked codec for it.
+
+Both messages carry whole states, never changes of them: a lost, doubled or late message costs a heartbeat, nothing
+else. A member sends its `Report` whenever it changes and every heartbeat; the leader sends its `Plan` likewise.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Literal
+
+import msgspec
+
+from holdfast.checkpoint.version import GenerationId
+from holdfast.errors import PeerError
+
+PROTOCOL = 1
+"""Raised whenever agents of two releases would misread each other."""
+MAX_MESSAGE_BYTES = 1 << 20
+
+
+class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Who a member is; fixed while its agent lives."""
+
+    node_id: str
+    """Random, new for every agent process: a restarted agent is a new member."""
+    job: str
+    """Rendezvous id. Agents of another job are turned away."""
+    host: str
+    pid: int
+    role: str
+    num_workers: int
+    rank_hint: int | None = None
+    """Node rank that the user gave (static rendezvous), None where ranks are dealt out."""
+    protocol: int = PROTOCOL
+
+
+class DaemonInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a member's snapshot daemon told it; all defaults where there is none."""
+
+    endpoint: str = ""
+    """tcp:// endpoint for other nodes."""
+    newest_incarnation: int = 0
+    run_id: str | None = None
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """The first failure that a node saw in a generation."""
+
+    host: str
+    global_rank: int
+    local_rank: int
+    pid: int
+    exit_code: int
+    """Negative: the signal that ended the process."""
+    message: str = ""
+    """One line: the exception, where the worker left an error file."""
+    step: int = -1
+    """Newest finished step of the worker, -1 where it published none."""
+    time_s: float = 0.0
+    """time.time() at which the agent saw the process end."""
+
+
+class SessionState(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the Sessions of one node's workers have come in the generation; times are time.time(), the last rank's."""
+
+    opened: int = 0
+    """Number of local ranks; the counts below likewise."""
+    restored: int = 0
+    first_step: int = 0
+    closed: int = 0
+    opened_s: float = 0.0
+    restored_s: float = 0.0
+    first_step_s: float = 0.0
+    tier: str = ""
+    step: int = 0
+    steps_lost: int = 0
+    reason: str = ""
+
+
+class StopRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody asked this node's agent to end the job."""
+
+    signal: int
+    urgent: bool = False
+    """Asked twice: no grace."""
+
+
+class WorkerState(enum.StrEnum):
+    """The workers of one node in the generation that it last started."""
+
+    NONE = "none"
+    RUNNING = "running"
+    DONE = "done"
+    """All ended with exit code 0."""
+    FAILED = "failed"
+    """One ended otherwise; the others may still be running."""
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
+    """Member to leader: everything the leader needs to know of this node."""
+
+    node: NodeInfo
+    sequence: int
+    leader_id: str = ""
+    """Leader that the member follows, "" while it knows none."""
+    seen: int = 0
+    """Sequence number of the newest plan of that leader that the member has acted on."""
+    daemon: DaemonInfo = DaemonInfo()
+    generation: GenerationId | None = None
+    """Generation that this node last started workers for, None before the first."""
+    restart_count: int = 0
+    """Restarts that this node has seen in the incarnation: a new leader goes on counting."""
+    state: WorkerState = WorkerState.NONE
+    alive: bool = False
+    """Worker processes of this node, of whatever generation, are still there."""
+    failure: Failure | None = None
+    session: SessionState = SessionState()
+    progress: int = -1
+    """Step of the newest complete version that this node heard of, -1 where there is none."""
+    started_s: float = 0.0
+    """time.time() at which the workers of the generation had been spawned."""
+    stop: StopRequest | None = None
+    ended: bool = False
+    """This node has carried out the end of the job."""
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """One node's place in a generation."""
+
+    node_id: str
+    node_rank: int
+    host: str
+    daemon: str
+    role: str
+    num_ranks: int
+    first_global_rank: int
+    first_role_rank: int
+    role_world_size: int
+
+
+class Verdict(msgspec.Struct, frozen=True, kw_only=True):
+    """How the job ends."""
+
+    kind: Literal["done", "failed", "stopped"]
+    reason: str
+    """One line."""
+    failure: Failure | None = None
+    signal: int = 0
+    """Signal to end workers with, 0: the default one."""
+    grace_s: float | None = None
+    """How long workers have after that signal, None: as after a failure."""
+
+
+class Phase(enum.StrEnum):
+    """What the leader wants of the members."""
+
+    GATHER = "gather"
+    """Stay without workers until there is a generation."""
+    RUN = "run"
+    STOP = "stop"
+    """End the workers of the named generation, and wait."""
+    END = "end"
+    """End all workers, then the agent, by `Plan.verdict`."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
+    """Leader to all members."""
+
+    leader_id: str
+    sequence: int
+    phase: Phase
+    generation: GenerationId | None = None
+    restart_count: int = 0
+    fresh: bool = True
+    """First generation of its incarnation."""
+    run_id: str = ""
+    places: tuple[Place, ...] = ()
+    store: str = ""
+    """host:port of the generation's TCPStore."""
+    session: bool = False
+    """All ranks have entered a Session and none has left it: stop requests become agreed steps."""
+    verdict: Verdict | None = None
+
+
+class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):
+    """Leader to one agent: it cannot belong to this job."""
+
+    reason: str
+
+
+AgentMessage = Report | Plan | Rejected
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AgentMessage] = msgspec.msgpack.Decoder(AgentMessage)
+
+
+def encode(message: AgentMessage) -> bytes:
+    """The bytes of `message` for a socket."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> AgentMessage:
+    """The message in `data`.
+
+    Raises:
+        PeerError: `data` is no message of an agent, or too large.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise PeerError(f"a message of {len(data)} bytes from an agent is over the limit of {MAX_MESSAGE_BYTES}")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise PeerError(f"{len(data)} bytes from an agent are no message: {error}") from error

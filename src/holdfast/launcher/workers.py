@@ -1,0 +1,323 @@
+"""The workers of one node in one generation: started, watched and ended through torch's log and error-file classes.
+
+`WorkerGroup` is torch's `PContext` (log directories, redirects, tee with prefixes, filters, error files) with our own
+spawning and ending. It never blocks: `signal_all` and `tick` move it on, and the agent's loop watches `descriptors`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import Template
+from typing import IO, Any
+
+from torch.distributed.elastic.multiprocessing.api import LogsSpecs, PContext, RunProcsResult
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.utils.api import macros
+
+from holdfast.launcher.processes import Child, Guard, groups_in_use
+from holdfast.launcher.wire import Place, Plan
+
+LEFTOVER_POLL_S = 0.02
+"""How often the process table is read while a worker's own children are given time to end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """What every generation of this node runs."""
+
+    command: str
+    arguments: tuple[str, ...]
+    num_workers: int
+    role: str
+    run_id: str
+    """Rendezvous id, for TORCHELASTIC_RUN_ID and the log directory."""
+    max_restarts: int
+    virtual_local_rank: bool
+    signals_to_handle: str
+    log_prefix: str | None
+    logs_specs: LogsSpecs
+    numa_options: Any
+    """torch.numa.binding.NumaOptions, which some supported releases of torch lack; None: no binding."""
+    stdout_filters: tuple[str, ...] = ()
+    stderr_filters: tuple[str, ...] = ()
+
+
+def worker_variables(spec: WorkerSpec, plan: Plan, place: Place, local_rank: int) -> dict[str, str]:
+    """torchrun's variables of one worker."""
+    host, _, port = plan.store.rpartition(":")
+    world_size = sum(other.num_ranks for other in plan.places)
+    variables = {
+        "RANK": str(place.first_global_rank + local_rank),
+        "GROUP_RANK": str(place.node_rank),
+        "ROLE_RANK": str(place.first_role_rank + local_rank),
+        "ROLE_NAME": spec.role,
+        "LOCAL_WORLD_SIZE": str(spec.num_workers),
+        "WORLD_SIZE": str(world_size),
+        "GROUP_WORLD_SIZE": str(len(plan.places)),
+        "ROLE_WORLD_SIZE": str(place.role_world_size),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RESTART_COUNT": str(plan.restart_count),
+        "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+        "TORCHELASTIC_RUN_ID": spec.run_id,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": spec.signals_to_handle,
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+    }
+    return variables | _device_variables(spec, local_rank)
+
+
+def _device_variables(spec: WorkerSpec, local_rank: int) -> dict[str, str]:
+    if not spec.virtual_local_rank:
+        return {"LOCAL_RANK": str(local_rank)}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible is not None else [str(rank) for rank in range(spec.num_workers)]
+    if local_rank >= len(devices):
+        raise ValueError(f"local rank {local_rank} has no device in CUDA_VISIBLE_DEVICES={visible}")
+    return {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": devices[local_rank].strip()}
+
+
+@dataclass(frozen=True)
+class WorkerExit:
+    """One worker has ended."""
+
+    local_rank: int
+    pid: int
+    exit_code: int
+
+
+class WorkerGroup(PContext):
+    """See the module's head. Made, used and ended by the agent's main thread."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        plan: Plan,
+        place: Place,
+        *,
+        guard: Guard,
+        extra_variables: Mapping[int, Mapping[str, str]],
+        inherited: Mapping[str, str],
+    ) -> None:
+        """Lay out logs and environments.
+
+        Args:
+            spec: what runs.
+            plan: the generation.
+            place: this node's place in it.
+            guard: ends groups that outlive the agent.
+            extra_variables: by local rank, variables beside torchrun's.
+            inherited: the environment that workers inherit.
+        """
+        local_ranks = range(spec.num_workers)
+        self._spec = spec
+        self._guard = guard
+        self._inherited = inherited
+        self._place = place
+        self._children: dict[int, Child] = {}
+        self._exits: dict[int, WorkerExit] = {}
+        self._deadline: float | None = None
+        self._killed = False
+        self._next_look = 0.0
+        self._stopper: threading.Thread | None = None
+        filters: dict[str, Any] = {}  # keyword arguments that older releases of torch lack
+        if spec.stdout_filters:
+            filters["duplicate_stdout_filters"] = list(spec.stdout_filters)
+        if spec.stderr_filters:
+            filters["duplicate_stderr_filters"] = list(spec.stderr_filters)
+        super().__init__(
+            spec.role,
+            spec.command,
+            {rank: tuple(macros.substitute(list(spec.arguments), str(rank))) for rank in local_ranks},
+            {
+                rank: worker_variables(spec, plan, place, rank) | dict(extra_variables.get(rank, {}))
+                for rank in local_ranks
+            },
+            spec.logs_specs,
+            _prefixes(spec, place),
+            **filters,
+        )
+
+    # --- torch's interface
+
+    def start(self) -> None:
+        """Spawn all workers, then tail their logs. Unlike torch's, it installs no signal handlers: the agent has its own.
+
+        Raises:
+            OSError: the command cannot be executed; workers already spawned are killed.
+        """
+        assert threading.current_thread() is threading.main_thread(), "workers would die with this thread"
+        try:
+            self._start()
+        except BaseException:
+            self._close(signal.SIGKILL)
+            raise
+        for tail in self._tail_logs:
+            tail.start()
+
+    def _start(self) -> None:
+        for local_rank in range(self.nprocs):
+            with contextlib.ExitStack() as files:
+                self._children[local_rank] = Child(
+                    self._bound((self._spec.command, *self.args[local_rank]), local_rank),
+                    environment={**self._inherited, **self.envs[local_rank]},
+                    guard=self._guard,
+                    stdout=_open(files, self.stdouts[local_rank]),
+                    stderr=_open(files, self.stderrs[local_rank]),
+                )
+
+    def _bound(self, command: tuple[str, ...], local_rank: int) -> Sequence[str]:
+        if self._spec.numa_options is None:
+            return command
+        from torch.numa.binding import _maybe_wrap_command_args_with_numa_binding as bind
+
+        return bind(command, gpu_index=local_rank, numa_options=self._spec.numa_options)
+
+    def _poll(self) -> RunProcsResult | None:
+        if self.running():
+            return None
+        return RunProcsResult(failures=self.failures(), stdouts=self.stdouts, stderrs=self.stderrs)
+
+    def pids(self) -> dict[int, int]:
+        """Process ids by local rank."""
+        return {local_rank: child.pid for local_rank, child in self._children.items()}
+
+    def _close(self, death_sig: signal.Signals, timeout: int = 30) -> None:
+        """End everything and wait; only the way out of an error, the agent's loop uses `signal_all` and `tick`."""
+        for child in self._children.values():
+            child.signal_group(signal.SIGKILL)
+        for local_rank, child in self._children.items():
+            os.waitid(os.P_PIDFD, child.pidfd, os.WEXITED | os.WNOWAIT)
+            self._note_exit(local_rank)
+        self._reap()
+
+    # --- the agent's interface
+
+    def descriptors(self) -> dict[int, int]:
+        """pidfd by local rank, of workers that run."""
+        return {rank: child.pidfd for rank, child in self._children.items() if rank not in self._exits}
+
+    def running(self) -> bool:
+        """Whether any worker runs."""
+        return len(self._exits) < len(self._children)
+
+    def collect(self) -> list[WorkerExit]:
+        """Exits since the last call; what a signal killed stands before what it took along."""
+        new = [exit_ for rank in self.descriptors() if (exit_ := self._note_exit(rank)) is not None]
+        return sorted(new, key=lambda exit_: exit_.exit_code >= 0)
+
+    def _note_exit(self, local_rank: int) -> WorkerExit | None:
+        child = self._children[local_rank]
+        code = child.exit_code()
+        if code is None:
+            return None
+        return self._exits.setdefault(local_rank, WorkerExit(local_rank, child.pid, code))
+
+    def signal_all(self, number: int) -> None:
+        """Signal every worker's group."""
+        for child in self._children.values():
+            child.signal_group(number)
+
+    def begin_stop(self, number: int, grace_s: float, now: float) -> None:
+        """End all workers: the signal now, SIGKILL after the grace. Called again, the earlier deadline holds."""
+        deadline = now + grace_s
+        if self._deadline is None:
+            self.signal_all(number)
+            self._deadline = deadline
+        self._deadline = min(self._deadline, deadline)
+
+    def tick(self, now: float) -> bool:
+        """Move on; True once every worker and what it started has ended and was reaped."""
+        if not self._children:
+            return True
+        if self._deadline is not None and now >= self._deadline and not self._killed:
+            self._killed = True
+            self.signal_all(signal.SIGKILL)
+        if self.running():
+            return False
+        if not self._killed and now >= self._next_look:
+            self._next_look = now + LEFTOVER_POLL_S
+            groups = frozenset(child.pid for child in self._children.values())
+            if groups_in_use(groups):
+                if self._deadline is None:
+                    self.begin_stop(signal.SIGTERM, 1.0, now)
+                return False
+        elif not self._killed:
+            return False
+        self._reap()
+        return True
+
+    def next_wake(self, now: float) -> float | None:
+        """Seconds until `tick` has something to do, None where only an exit can move it on."""
+        if not self._children:
+            return None
+        if not self.running():
+            return max(0.0, self._next_look - now)
+        if self._deadline is not None and not self._killed:
+            return max(0.0, self._deadline - now)
+        return None
+
+    def _reap(self) -> None:
+        for child in self._children.values():
+            child.reap()
+        self._children.clear()
+        self._stopper = threading.Thread(target=self._stop_tails, name="holdfast-tails", daemon=True)
+        self._stopper.start()
+
+    def _stop_tails(self) -> None:
+        """Read the logs to their ends: up to a tenth of a second, or as long as a slow console takes."""
+        for tail in self._tail_logs:
+            tail.stop()
+        for file in (self.filtered_stdout, self.filtered_stderr):
+            if file is not None:
+                file.close()
+
+    def finish_logs(self, timeout_s: float) -> None:
+        """Wait until everything that workers printed has been passed on."""
+        if self._stopper is not None:
+            self._stopper.join(timeout_s)
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    def failure(self, exit_: WorkerExit) -> ProcessFailure:
+        """torch's record of a failed worker, with its error file."""
+        return ProcessFailure(
+            local_rank=exit_.local_rank,
+            pid=exit_.pid,
+            exitcode=exit_.exit_code,
+            error_file=self.error_files[exit_.local_rank],
+        )
+
+    def failures(self) -> dict[int, ProcessFailure]:
+        """By global rank, in the order in which they were noticed."""
+        first = self._place.first_global_rank
+        return {first + e.local_rank: self.failure(e) for e in self._exits.values() if e.exit_code != 0}
+
+
+def _open(files: contextlib.ExitStack, path: str) -> IO[str] | None:
+    return files.enter_context(open(path, "w")) if path else None
+
+
+def _prefixes(spec: WorkerSpec, place: Place) -> dict[int, str] | None:
+    if not spec.log_prefix:
+        return None
+    return {
+        rank: Template(spec.log_prefix).safe_substitute(
+            role_name=spec.role, rank=place.first_global_rank + rank, local_rank=rank
+        )
+        for rank in range(spec.num_workers)
+    }
+
+
+def message_of(failure: ProcessFailure) -> str:
+    """The exception of a failed worker in one line, "" where it left no error file."""
+    message: Any = failure.error_file_data.get("message") if failure.error_file != "<N/A>" else ""
+    if isinstance(message, Mapping):
+        message = message.get("message", "")
+    return str(message).strip().splitlines()[0] if message else ""
