@@ -402,7 +402,7 @@ def _pieces(table: _Table) -> tuple[Piece, ...]:
             and len(shape) <= _MAX_DIMS
             and len(box.offsets) == len(box.lengths) == len(shape)
             and all(
-                0 <= o and 0 <= n and o + n <= size for o, n, size in zip(box.offsets, box.lengths, shape, strict=True)
+                o >= 0 and n >= 0 and o + n <= size for o, n, size in zip(box.offsets, box.lengths, shape, strict=True)
             )
         )
         if not sound:
