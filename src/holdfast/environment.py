@@ -90,3 +90,11 @@ def fault_schedule(environ: Mapping[str, str] = os.environ) -> str:
 def isal_library(environ: Mapping[str, str] = os.environ) -> str | None:
     """Path of the ISA-L library that the user asks for, ``"none"`` for the numpy kernel, None to search for one."""
     return environ.get(ISAL) or None
+
+
+def announced_world_size(environ: Mapping[str, str] = os.environ) -> int:
+    """WORLD_SIZE as torchrun and `holdfast run` set it; 1 where there is none."""
+    try:
+        return int(environ.get("WORLD_SIZE", "1"))
+    except ValueError as error:
+        raise UsageError(f"WORLD_SIZE={environ['WORLD_SIZE']!r} is no number") from error

@@ -1,0 +1,76 @@
+"""Agreement of a Session's ranks through the store of their process group: set, get and wait, never a collective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import msgspec
+
+from holdfast.checkpoint.saving import Ranks
+from holdfast.errors import PeerError, PeerTimeout
+
+
+class Huddle:
+    """What the ranks of one Session tell each other. Every rank makes the same calls in the same order."""
+
+    def __init__(self, ranks: Ranks, name: str, *, timeout: timedelta = timedelta(minutes=10)) -> None:
+        """Begin.
+
+        Args:
+            ranks: who takes part.
+            name: the same on all ranks, different for each Session of the process.
+            timeout: after which a missing rank is an error.
+        """
+        self._ranks = ranks
+        self._name = name
+        self._timeout = timeout
+        self._round = 0
+
+    def from_first(self, make: Callable[[], str]) -> str:
+        """What `make` gives on the first rank, on all of them.
+
+        Raises:
+            PeerTimeout: the first rank did not say.
+            PeerError: `make` raised there (there, what it raised goes up).
+        """
+        if self._ranks.world_size == 1:
+            return make()
+        key = self._next()
+        if self._ranks.rank != 0:
+            ok, text = msgspec.json.decode(self._get(key, 0), type=tuple[bool, str])
+            if not ok:
+                raise PeerError(f"rank 0 of the Session failed: {text}")
+            return text
+        try:
+            text = make()
+        except Exception as error:
+            self._ranks.store.set(key, msgspec.json.encode((False, str(error))))
+            raise
+        self._ranks.store.set(key, msgspec.json.encode((True, text)))
+        return text
+
+    def gather(self, text: str) -> list[str]:
+        """What each rank says, by rank; waits for all.
+
+        Raises:
+            PeerTimeout: a rank did not say; it is named.
+        """
+        if self._ranks.world_size == 1:
+            return [text]
+        key = self._next()
+        self._ranks.store.set(f"{key}/{self._ranks.rank}", text.encode())
+        return [self._get(f"{key}/{rank}", rank).decode() for rank in range(self._ranks.world_size)]
+
+    def _next(self) -> str:
+        self._round += 1
+        return f"{self._name}/{self._round}"
+
+    def _get(self, key: str, rank: int) -> bytes:
+        try:
+            self._ranks.store.wait([key], self._timeout)
+        except RuntimeError as error:  # torch's DistStoreError is one
+            raise PeerTimeout(
+                f"rank {rank} of the Session has not answered within {self._timeout.total_seconds():.0f} s ({key})"
+            ) from error
+        return bytes(self._ranks.store.get(key))

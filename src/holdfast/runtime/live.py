@@ -1,0 +1,403 @@
+"""A Session under ``holdfast run``: versions in memory, persisted by the daemons.
+
+What happens at a boundary, in this order: the step is published; messages of the daemon are passed on; an agreed step
+is honoured; a granted step is copied. None of it waits for another process, except at an agreed step.
+
+Where the state does not fit into memory the ranks write to storage themselves, as without ``holdfast run``. Ranks learn
+that at different times; they settle it together, at a step that all know beforehand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+
+from holdfast.checkpoint.saving import Ranks
+from holdfast.environment import WorkerEnvironment
+from holdfast.errors import CorruptError, PeerError, StorageError
+from holdfast.faults import When
+from holdfast.runtime.huddle import Huddle
+from holdfast.runtime.init_from import init_weights
+from holdfast.runtime.mode import Context, Mode
+from holdfast.runtime.results import EndedSave, Persisted, Restored, SaveHandle
+from holdfast.runtime.say import plural, say, size
+from holdfast.runtime.snapshotter import Snapshotter
+from holdfast.runtime.storage_tier import StorageTier
+from holdfast.snapshot.client import PendingSave, SnapshotClient
+from holdfast.snapshot.control import Phase
+from holdfast.snapshot.copier import Ticket
+from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore, SessionConfig
+
+log = logging.getLogger(__name__)
+
+_OPEN_TIMEOUT = timedelta(minutes=30)
+_GRANT_TIMEOUT = timedelta(minutes=10)
+_PERSIST_TIMEOUT = timedelta(hours=2)
+_SLOTS_TIMEOUT_S = 600.0
+_SETTLE_AFTER_STEPS = 20
+"""With persist_every as a time, or none, the step (after the start) at which the ranks settle whether memory is there."""
+_POLL_S = 0.01
+
+_sessions = itertools.count()
+_SEVERITY = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+def _persisted(message: PersistedMessage) -> Persisted:
+    from pathlib import Path
+
+    return Persisted(step=message.version.step, path=Path(message.path), tag=message.tag, seconds=message.seconds)
+
+
+class _ClientSave:
+    """A save that the daemons make."""
+
+    def __init__(self, pending: PendingSave) -> None:
+        self._pending = pending
+
+    def done(self) -> bool:
+        """Whether it is in storage, or failed."""
+        return self._pending.done()
+
+    def result(self, timeout: timedelta) -> Persisted:
+        """Wait for it."""
+        return _persisted(self._pending.result(timeout))
+
+    def step(self) -> int | None:
+        """The agreed step."""
+        return self._pending.step
+
+
+class LiveMode(Mode):
+    """Memory tier, and storage through the daemons."""
+
+    def __init__(self, context: Context, environment: WorkerEnvironment) -> None:
+        self._context = context
+        self._environment = environment
+        self._ranks = Ranks.alone() if context.alone else Ranks.of(context.process_group)
+        name = f"holdfast/{environment.generation}/session/{next(_sessions)}"
+        self._huddle = Huddle(self._ranks, name)
+        self._client = SnapshotClient.connect(environment, timeout=_OPEN_TIMEOUT)
+        self._shots = Snapshotter(
+            context.state,
+            node_of=lambda rank: rank // environment.local_world_size,
+            global_rank=context.global_rank,
+            world_size=environment.world_size,
+            injector=context.injector,
+            on_done=self._on_done,
+        )
+        self._storage: StorageTier | None = None
+        """Set once the ranks have settled that there is no memory tier."""
+        self._settled = False
+        self._asked_bytes = 0
+        self._until: int | None = None
+        self._step = 0
+        self._start_step = 0
+        self._stored_step: int | None = None
+        self._stopping = False
+        self._persist_end = True
+        self._said_start = False
+        self._boundary_at = time.monotonic()
+        # Written by the training thread, read by the copying thread for the doorbell; off by one wait at worst.
+        self._wait_s = 0.0
+        self._step_s = 0.0
+
+    # --- Mode
+
+    def open(self) -> Restored | None:
+        """Restore what the leader's daemon chooses, or initialise."""
+        options, rank = self._context.options, self._ranks.rank
+        restore = self._restore(self._client.open(self._config(), timeout=_OPEN_TIMEOUT))
+        self._start_step = self._step
+        self._client.publish_step(self._step)
+        self._client.reached(Phase.RESTORED, self._step)
+        if restore.tier == "none":
+            if options.init_from is not None:
+                path = init_weights(options.init_from, self._context.state.entries())
+                say(log, f"weights initialised from {path}", rank=rank)
+            return None
+        if restore.tier == "storage":
+            self._stored_step = self._step
+        self._ask_for_slots()
+        say(log, self._restored_line(restore), rank=rank)
+        return _restored(restore, self._step, self._environment.generation.generation)
+
+    def expect(self, until: int) -> None:
+        """The last step is always granted."""
+        self._until = until
+        if self._asked_bytes:
+            self._client.need_slots(self._asked_bytes, until)
+
+    def boundary(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Publish, listen, agree, copy."""
+        begun = time.monotonic()
+        self._step_s, self._boundary_at = begun - self._boundary_at, begun
+        self._wait_s = 0.0
+        previous, self._step = self._step, step
+        self._client.publish_step(step)
+        self._client.beat()
+        self._listen()
+        if previous == self._start_step:
+            self._client.reached(Phase.FIRST_STEP, step)
+        if not self._asked_bytes:
+            self._ask_for_slots()
+        agreed = self._client.agreed(step)
+        if self._storage is None:
+            self._copy(step, must=agreed is not None)
+            self._settle_where_due(previous, step)
+        if self._storage is not None and (agreed is not None or self._due_in_storage(previous, step)):
+            self._save_ourselves(step, agreed.tag if agreed is not None else None, metrics)
+        self._wait_s += time.monotonic() - begun
+        return (agreed is not None and agreed.kind == "stop") or self._stopping
+
+    def save(self, tag: str | None, metrics: Mapping[str, float]) -> SaveHandle:
+        """At an agreed step."""
+        return SaveHandle(_ClientSave(self._client.request_save(tag, dict(metrics))))
+
+    def stop(self, *, persist: bool) -> None:
+        """At once where this rank is alone, else at an agreed step."""
+        self._persist_end = persist
+        if self._context.alone:
+            self._stopping = True
+        else:
+            self._client.request_end(persist)
+
+    def before_update(self) -> None:
+        """Wait for the running copy."""
+        self._wait_s += self._shots.before_update()
+
+    def close(self, step: int, *, failed: bool) -> None:
+        """Make the final step a version and wait until it is in storage; where `failed`, just leave."""
+        outcome = "failed"
+        try:
+            if not failed:
+                self._finish(step)
+                outcome = "done"
+        finally:
+            self._shots.close()
+            self._client.close(step, outcome)
+
+    # --- opening
+
+    def _config(self) -> SessionConfig:
+        options = self._context.options
+        return SessionConfig(
+            ranks=self._context.ranks,
+            checkpoint_dir=None if options.checkpoint_dir is None else str(options.checkpoint_dir),
+            snapshot_every=options.snapshot_every,
+            persist_every_steps=options.persist_every_steps,
+            persist_every_s=options.persist_every_s,
+            keep=options.keep.encode(),
+            resume=options.resume,
+            has_init_from=options.init_from is not None,
+        )
+
+    def _restore(self, restore: Restore) -> Restore:
+        """Read the chosen version, or the next one where any rank cannot; the one that all have read."""
+        while restore.tier != "none":
+            problem = self._read(restore)
+            problems = [text for text in self._huddle.gather(problem) if text]
+            if not problems:
+                return restore
+            assert restore.version is not None
+            log.warning("%s from %s cannot be used: %s", restore.version, restore.tier, problems[0])
+            restore = self._client.restore_failed(restore.version, problems[0], timeout=_OPEN_TIMEOUT)
+        self._step = 0
+        return restore
+
+    def _read(self, restore: Restore) -> str:
+        """Restore in place; what went wrong, "" where nothing did. A state of another model raises."""
+        try:
+            self._context.injector.at(When.RESTORE, restore.step)
+            with self._client.catalog(restore) as catalog:
+                self._step = self._context.state.restore(catalog)
+        except (CorruptError, StorageError, PeerError) as error:
+            return str(error)
+        return ""
+
+    def _restored_line(self, restore: Restore) -> str:
+        where = {"storage": f"storage ({restore.path})", "peers": "the memory of other nodes"}
+        lost = f", {plural(restore.steps_lost, 'step')} to do again" if restore.steps_lost else ""
+        number = self._environment.generation.generation
+        return f"generation {number} resumes from {where.get(restore.tier, 'memory')} at step {self._step}{lost}"
+
+    # --- at a boundary
+
+    def _listen(self) -> None:
+        for message in self._client.poll():
+            match message:
+                case PersistedMessage():
+                    self._tell(message)
+                case PersistFailedMessage():
+                    if self._ranks.rank == 0:
+                        log.warning("step %d was not persisted: %s", message.version.step, message.reason)
+                case Notice():
+                    if self._environment.local_rank == 0:
+                        log.log(_SEVERITY.get(message.severity, logging.WARNING), "%s", message.text)
+
+    def _tell(self, message: PersistedMessage) -> None:
+        self._stored_step = max(self._stored_step or 0, message.version.step)
+        persisted = _persisted(message)
+        say(
+            log,
+            f"step {persisted.step} is in storage: {persisted.path} ({persisted.seconds:.2f} s)",
+            rank=self._ranks.rank,
+        )
+        self._context.callbacks.call(persisted)
+
+    def _ask_for_slots(self) -> None:
+        self._asked_bytes = self._shots.size_bytes(self._step)
+        self._client.need_slots(self._asked_bytes, self._until)
+
+    def _copy(self, step: int, *, must: bool) -> None:
+        """Copy `step` where it is granted."""
+        slots = self._client.slots()
+        slot = self._client.grant(step)
+        version = self._environment.generation.at(step)
+        if not slots:
+            if slot is not None:
+                self._client.missed(version)
+            return
+        self._use(slots)
+        if slot is None and must:
+            slot = self._client.wait_grant(step, _GRANT_TIMEOUT)
+        if slot is None:
+            self._shots.check()
+            return
+        if self._shots.take(version, slot) is None:
+            self._client.missed(version)
+            self._ask_for_slots()
+
+    def _use(self, slots: tuple[object, ...]) -> None:
+        self._shots.use(slots)  # type: ignore[arg-type]
+        if self._said_start or self._ranks.rank != 0:
+            return
+        self._said_start = True
+        every = self._context.options.snapshot_every
+        interval = "as often as it is free (auto)" if every == 0 else f"every {plural(every, 'step')}"
+        say(
+            log,
+            f"memory tier: {plural(len(slots), 'slot')} of {size(self._asked_bytes)} on each rank, a version {interval}",
+        )
+
+    def _on_done(self, ticket: Ticket) -> None:
+        """Copying thread: ring the doorbell."""
+        if ticket.whole:
+            self._client.committed(ticket.version, ticket.slot, self._wait_s, self._step_s)
+        else:
+            self._client.missed(ticket.version)
+
+    # --- where there is no memory tier
+
+    def _settle_where_due(self, previous: int, step: int) -> None:
+        """At a step that all ranks know beforehand, settle once whether all of them have slots."""
+        options = self._context.options
+        if self._settled or options.checkpoint_dir is None:
+            return
+        every = options.persist_every_steps
+        due = step // every > previous // every if every else step >= self._start_step + _SETTLE_AFTER_STEPS
+        if due:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._settled = True
+        problems = self._huddle.gather("" if self._wait_for_slots() else "none")
+        if not any(problems):
+            return
+        assert self._context.options.checkpoint_dir is not None
+        generation = self._environment.generation
+        self._storage = StorageTier(self._context, self._ranks, generation)
+        if self._ranks.rank == 0:
+            log.warning(
+                "no memory tier: %s on each rank do not fit; only the storage tier is active, and a failure loses all "
+                "steps since the last checkpoint",
+                size(self._asked_bytes),
+            )
+
+    def _wait_for_slots(self) -> bool:
+        """Whether this rank has slots, once that is known."""
+        if not self._asked_bytes:
+            self._ask_for_slots()
+        deadline = time.monotonic() + _SLOTS_TIMEOUT_S
+        while (slots := self._client.slots()) is None and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        return bool(slots)
+
+    def _due_in_storage(self, previous: int, step: int) -> bool:
+        every = self._context.options.persist_every_steps
+        if every is not None:
+            return step // every > previous // every
+        limit = self._context.options.persist_every_s
+        if limit is None:
+            return False
+        last = self._last_storage_save
+        return self._huddle.from_first(lambda: "y" if time.monotonic() - last >= limit else "n") == "y"
+
+    _last_storage_save = time.monotonic()
+
+    def _save_ourselves(self, step: int, tag: str | None, metrics: Mapping[str, float]) -> EndedSave:
+        """A checkpoint that fails in the middle of training is a warning: the older ones are there."""
+        assert self._storage is not None
+        self._last_storage_save = time.monotonic()
+        try:
+            return EndedSave(step, self._storage.save(step, tag=tag, metrics=metrics))
+        except StorageError as error:
+            log.warning("step %d could not be saved, training goes on: %s", step, error)
+            return EndedSave(step, str(error))
+
+    # --- the end
+
+    def _finish(self, step: int) -> None:
+        persist = self._persist_end and self._context.options.checkpoint_dir is not None
+        if step == 0 or (step == self._start_step and step == self._stored_step):
+            return
+        if not self._settled and persist:
+            self._settle()
+        if self._storage is not None:
+            if persist and self._storage.saved_step != step:
+                self._storage.save(step)
+            return
+        if not self._wait_for_slots():
+            return
+        self._final_version(step, persist=persist)
+        if persist:
+            self._tell_final(step)
+        self._listen()
+
+    def _final_version(self, step: int, *, persist: bool) -> None:
+        version = self._environment.generation.at(step)
+        self._client.final(step, persist)
+        ticket = self._shots.last
+        if ticket is None or ticket.version != version or (ticket.wait(_SLOTS_TIMEOUT_S) and not ticket.clean):
+            slots = self._client.slots()
+            assert slots, "slots were there a moment ago"
+            self._use(slots)
+            slot = self._client.wait_grant(step, _GRANT_TIMEOUT)
+            if slot is None:
+                log.warning("the final step %d was not granted: it is no version in memory", step)
+                return
+            ticket = self._shots.take(version, slot, inline=True)
+        if ticket is not None:
+            ticket.wait(_SLOTS_TIMEOUT_S)
+        self._shots.check()
+
+    def _tell_final(self, step: int) -> None:
+        version = self._environment.generation.at(step)
+        message = self._client.wait_persisted(version, _PERSIST_TIMEOUT)
+        self._listen()
+        if self._stored_step is None or self._stored_step < step:
+            self._tell(message)
+
+
+def _restored(restore: Restore, step: int, generation: int) -> Restored:
+    from pathlib import Path
+
+    return Restored(
+        step=step,
+        tier=restore.tier,
+        generation=generation,
+        path=None if restore.path is None else Path(restore.path),
+        steps_lost=restore.steps_lost,
+    )

@@ -1,0 +1,94 @@
+"""Checkpoints written by the ranks themselves: the storage tier where no daemon writes for them.
+
+Every rank of the Session writes what it owns; they agree through the store of their process group. It blocks training,
+which is why it is used only under plain ``python`` or ``torchrun``, and where the state does not fit into memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from holdfast.checkpoint.commit import StepInfo, history_id, step_dir_name
+from holdfast.checkpoint.image import Piece
+from holdfast.checkpoint.saving import Ranks, save_pieces
+from holdfast.checkpoint.tensors import tensor_bytes
+from holdfast.checkpoint.version import GenerationId
+from holdfast.errors import CheckpointError
+from holdfast.runtime.mode import Context
+from holdfast.runtime.results import Persisted
+from holdfast.runtime.say import say
+
+log = logging.getLogger(__name__)
+
+
+class StorageTier:
+    """Writes the live state to `Options.checkpoint_dir`, all ranks together. Training thread only."""
+
+    def __init__(self, context: Context, ranks: Ranks, generation: GenerationId) -> None:
+        """Begin.
+
+        Args:
+            context: of the Session; its options name a checkpoint directory.
+            ranks: who saves together.
+            generation: goes into names and versions; the same on all ranks.
+        """
+        assert context.options.checkpoint_dir is not None
+        self._context = context
+        self._ranks = ranks
+        self._generation = generation
+        self._directory: Path = context.options.checkpoint_dir
+        self._attempts = 0
+        self.saved_step: int | None = None
+        """Newest step that is in storage."""
+
+    def save(self, step: int, *, tag: str | None = None, metrics: Mapping[str, float] | None = None) -> Persisted:
+        """Write the state as of `step`; every rank calls it at the same boundary.
+
+        Raises:
+            StorageError: it could not be written on some rank; older checkpoints are as they were.
+            PeerTimeout: a rank did not come.
+        """
+        begun = time.monotonic()
+        self._attempts += 1
+        info = self._write(step, tag, metrics or {})
+        self.saved_step = step
+        persisted = Persisted(step=step, path=info.path, tag=tag, seconds=time.monotonic() - begun)
+        say(log, f"step {step} is in storage: {info.path} ({persisted.seconds:.2f} s)", rank=self._ranks.rank)
+        if self._ranks.rank == 0:
+            self._retain()
+        self._context.callbacks.call(persisted)
+        return persisted
+
+    def _write(self, step: int, tag: str | None, metrics: Mapping[str, float]) -> StepInfo:
+        state = self._context.state
+        owned = state.pieces(state.entries(), node_of=lambda rank: 0)
+        tensors = {piece.piece.key: piece.tensor for piece in owned}
+        return save_pieces(
+            self._directory / step_dir_name(step),
+            ranks=self._ranks,
+            version=self._generation.at(step),
+            pieces=[piece.piece for piece in owned],
+            data=lambda piece: _piece_bytes(piece, tensors),
+            objects=state.objects(step),
+            metrics=metrics,
+            tag=tag,
+            history=history_id(self._directory, create=True),
+            attempt=self._attempts,
+            timeout=timedelta(minutes=30),
+        )
+
+    def _retain(self) -> None:
+        try:
+            self._context.options.keep.apply(self._directory)
+        except CheckpointError as error:
+            log.warning("old checkpoints in %s could not be deleted: %s", self._directory, error)
+
+
+def _piece_bytes(piece: Piece, tensors: Mapping[str, torch.Tensor]) -> memoryview:
+    return tensor_bytes(tensors[piece.key].cpu().contiguous())
