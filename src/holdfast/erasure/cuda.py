@@ -84,7 +84,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _aligned(data: torch.Tensor) -> bool:
-    """Whether the bytes may be seen as int64: torch wants the storage offset to be a multiple, the device the address."""
+    """Whether the bytes may be seen as int64: torch asks for the storage offset, the device for the address."""
     return data.data_ptr() % _WORD_BYTES == 0 and data.storage_offset() % _WORD_BYTES == 0
 
 

@@ -56,7 +56,7 @@ def choose_sources(num_data: int, available: Collection[int]) -> tuple[int, ...]
     """
     chosen = tuple(sorted(set(available))[:num_data])
     if len(chosen) < num_data:
-        raise UsageError(f"decoding needs {num_data} shards, only {len(chosen)} are available: {sorted(available)}")
+        raise UsageError(f"decoding needs {num_data} shards, only {len(chosen)} are available: {list(chosen)}")
     return chosen
 
 

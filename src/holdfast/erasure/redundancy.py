@@ -10,7 +10,7 @@ import msgspec
 from holdfast.erasure.matrices import MAX_SHARDS
 from holdfast.errors import UsageError
 
-_CODE = re.compile(r"(\d{1,4})\+(\d{1,4})")
+_CODE = re.compile(r"([0-9]{1,3})\+([0-9]{1,3})")
 
 
 class Scheme(enum.Enum):
