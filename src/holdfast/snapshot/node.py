@@ -1,0 +1,546 @@
+"""The shell of a node's ledger: it reads headers, pages and processes, and does what the ledger says.
+
+One per daemon. It owns the control page, the workers' connections and their pidfds. Decisions are the ledger's
+(`holdfast.snapshot.ledger`); here is what happens to files, memory and sockets. Event loop only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from holdfast.checkpoint.version import Version
+from holdfast.snapshot import ledger
+from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, FoundSlot, SlotState, process_start
+from holdfast.snapshot.control import Phase, generation_word
+from holdfast.snapshot.lanes import Lanes
+from holdfast.snapshot.messages import (
+    Ack,
+    AnyMessage,
+    CleanImage,
+    CloseSession,
+    Committed,
+    FinalStep,
+    Inventory,
+    LeaderRestore,
+    Member,
+    Missed,
+    NeedSlots,
+    NodeReport,
+    Notice,
+    OpenSession,
+    Parentage,
+    Progress,
+    RanksOpened,
+    Reached,
+    Refused,
+    RequestEnd,
+    RequestSave,
+    Restore,
+    SaveAgreed,
+    SessionConfig,
+    SessionPhase,
+    SlotsMapped,
+    SlotsReady,
+    StartGeneration,
+)
+from holdfast.snapshot.reports import NodeState as LedgerState
+from holdfast.snapshot.reports import Request, SlotRef
+from holdfast.snapshot.room import Room
+from holdfast.snapshot.transport import Peer, Transport
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Worker:
+    """A worker that has opened its Session."""
+
+    global_rank: int
+    local_rank: int
+    pid: int
+    peer: Peer
+    config: SessionConfig
+    pidfd: int | None = None
+    step: int = -1
+    """Newest finished step that the ledger was told."""
+    acknowledged: int = 0
+    closed: bool = False
+
+
+@dataclass
+class _Generation:
+    """The generation that this node is in."""
+
+    start: StartGeneration
+    word: int
+    first_rank: int
+    local_ranks: tuple[int, ...]
+    """Global ranks of this node; their place is their local rank."""
+    workers: dict[int, Worker] = field(default_factory=dict)
+    """By global rank."""
+
+
+class Node:
+    """What this node holds and what its workers do.
+
+    Args:
+        arena: ours.
+        to_agent: sends a message to the agent, if there is one.
+        stop_persist: a version must not be read any more.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        transport: Transport,
+        lanes: Lanes,
+        *,
+        to_agent: Callable[[AnyMessage], None],
+        stop_persist: Callable[[Version], None],
+    ) -> None:
+        self.arena, self.page = arena, arena.control
+        self.ledger = ledger.NodeLedger(epoch=self.page.daemon_epoch)
+        self.restore: LeaderRestore | None = None
+        self.complete: Version | None = None
+        """Newest complete version of this generation."""
+        self._transport, self._to_agent, self._stop_persist = transport, to_agent, stop_persist
+        self._generation: _Generation | None = None
+        self._report: LedgerState | None = None
+        self._paths: dict[tuple[SlotRef, int], FoundSlot] = {}
+        self._room = Room(
+            arena,
+            lanes,
+            announce=self._announce_slots,
+            notice=self.say,
+            unused=lambda: [row.ref for row in self.ledger.table.free()],
+            ready=self._pool_ready,
+        )
+
+    # --- generations
+
+    @property
+    def start(self) -> StartGeneration | None:
+        """The generation that runs here."""
+        return self._generation.start if self._generation else None
+
+    def member(self, node_rank: int) -> Member:
+        """A member of the generation."""
+        assert self._generation is not None
+        return next(member for member in self._generation.start.members if member.node_rank == node_rank)
+
+    def start_generation(self, start: StartGeneration) -> None:
+        """Fence everything older; the leader gets our inventory."""
+        self.end_generation()
+        self.restore = self.complete = None
+        self._enter(start)
+        changes = {"start": start, "running": True, "run_id": start.run_id, "restore": None, "agreed": None}
+        generations = (*self.arena.state.generations, start.generation)[-1000:]
+        self._save(generations=generations, **changes)
+        self._feed(
+            ledger.GenerationStarted(
+                generation=start.generation,
+                node_rank=start.node_rank,
+                local_ranks=self._generation.local_ranks if self._generation else (),
+                headers=self._headers(),
+            )
+        )
+
+    def _enter(self, start: StartGeneration) -> None:
+        me = next(member for member in start.members if member.node_rank == start.node_rank)
+        ranks = tuple(range(me.first_global_rank, me.first_global_rank + me.num_ranks))
+        self._generation = _Generation(start, generation_word(start.generation), me.first_global_rank, ranks)
+        self._transport.meet(start.members, start.node_rank)
+        self._room.start(tuple(range(me.num_ranks)))
+
+    def end_generation(self) -> None:
+        """All workers are dead: what they published last is noted, their slots have no writer."""
+        generation = self._generation
+        if generation is None or not self.arena.state.running:
+            return
+        self.poll_page()
+        steps = [self.page.rank(local).step for local in range(len(generation.local_ranks)) if self._sits(local)]
+        newest = max(steps, default=-1)
+        self._save(running=False, newest_step=newest if newest >= 0 else self.arena.state.newest_step)
+        for global_rank in generation.local_ranks:
+            self._writer_died(global_rank)
+        self.page.end_generation()
+        for local in range(len(generation.local_ranks)):
+            self.page.rank(local).clear()
+
+    def adopt(self) -> None:
+        """A successor of the daemon: go on where the predecessor stood."""
+        state = self.arena.state
+        if state.start is None:
+            return
+        self._enter(state.start)
+        assert self._generation is not None
+        self.restore = state.restore
+        pool = self.page.pool
+        self._feed(
+            ledger.Adopted(
+                generation=state.start.generation,
+                node_rank=state.start.node_rank,
+                local_ranks=self._generation.local_ranks,
+                parent=self._parent(state.restore),
+                headers=self._headers(),
+                published=tuple(
+                    ledger.Published(slot=SlotRef(pool, slot), step=step) for slot, step in self.page.grants()
+                ),
+                agreed=state.agreed,
+                requests=state.requests,
+            )
+        )
+        if not state.running:
+            return
+        self._room.adopt(tuple(range(len(self._generation.local_ranks))))
+        if state.pool >= 0 and state.pool == pool:
+            self._feed(ledger.PoolReady(pool=pool, num_slots=state.num_slots))
+        for local, global_rank in enumerate(self._generation.local_ranks):
+            if self._sits(local):
+                self._adopt_rank(local, global_rank)
+        self._feed(ledger.LeaderConnected())
+
+    def _adopt_rank(self, local: int, global_rank: int) -> None:
+        assert self._generation is not None
+        part, generation = self.page.rank(local), self._generation.start.generation
+        restored = self.restore.restore.step if self.restore else 0
+        if part.phase >= Phase.RESTORED:
+            self._feed(ledger.RankEntered(generation=generation, global_rank=global_rank, step=restored))
+        if part.step >= 0:
+            self._feed(ledger.RankStepped(generation=generation, global_rank=global_rank, step=part.step))
+        self._feed(ledger.RankAcknowledged(generation=generation, global_rank=global_rank, number=part.acknowledged))
+        if process_start(part.pid) is None:
+            self._writer_died(global_rank)
+
+    def _sits(self, local: int) -> bool:
+        """Whether a worker of this generation has taken the seat."""
+        return self._generation is not None and self.page.rank(local).generation == self._generation.word
+
+    # --- the leader's answers
+
+    def decided(self, message: LeaderRestore) -> None:
+        """The leader has chosen: note the parent, then tell the workers."""
+        start = self.start
+        if start is None or message.generation != start.generation:
+            return
+        self.restore = message
+        parent = self._parent(message)
+        parents = [one for one in self.arena.state.parents if one.generation != start.generation]
+        parents.append(Parentage(generation=start.generation, parent=parent, step=message.restore.step))
+        self._save(restore=message, parents=tuple(parents)[-1000:], history=message.history)
+        self._feed(ledger.RestoreDecided(generation=start.generation, parent=parent, step=message.restore.step))
+        assert self._generation is not None
+        for worker in self._generation.workers.values():
+            self._transport.send(worker.peer, self._local_restore(message.restore))
+
+    def _parent(self, decided: LeaderRestore | None) -> Version | None:
+        if decided is None or decided.restore.tier not in ("memory", "peers"):
+            return None
+        return decided.restore.version
+
+    def _local_restore(self, restore: Restore) -> Restore:
+        assert self._generation is not None
+        own = self._generation.start.node_rank
+        images = [msgspec.structs.replace(image, local=image.node_rank == own) for image in restore.images]
+        images.sort(key=lambda image: not image.local)
+        tier = restore.tier
+        if tier == "memory" and not all(image.local for image in images):
+            tier = "peers"
+        return msgspec.structs.replace(restore, images=tuple(images), tier=tier)
+
+    def orders(self, event: ledger.OrdersReceived) -> None:
+        """The leader's ledger has spoken."""
+        self._feed(event)
+        if event.orders.running and self.start and event.orders.generation == self.start.generation:
+            self.page.running = True
+
+    def inventory(self) -> Inventory:
+        """What this node holds and knows."""
+        assert self._generation is not None
+        state, start = self.arena.state, self._generation.start
+        images = []
+        for image in self.ledger.clean():
+            found = self._paths.get((image.slot, image.local_rank)) or self._look((image.slot, image.local_rank))
+            if found is not None:
+                images.append(
+                    CleanImage(
+                        version=image.version,
+                        global_rank=image.global_rank,
+                        world_size=found.header.world_size,
+                        path=str(found.path),
+                        offset=SLOT_HEADER_BYTES,
+                        size_bytes=found.header.size_bytes,
+                    )
+                )
+        return Inventory(
+            generation=start.generation,
+            node_rank=start.node_rank,
+            clean=tuple(images),
+            parents=state.parents,
+            history=state.history,
+            newest_step=state.newest_step,
+            pinned=self.ledger.pinned,
+        )
+
+    def opened(self) -> RanksOpened:
+        """Sessions that opened here."""
+        assert self._generation is not None
+        start = self._generation.start
+        workers = sorted(self._generation.workers.items())
+        return RanksOpened(
+            generation=start.generation,
+            node_rank=start.node_rank,
+            opened=tuple((rank, worker.config) for rank, worker in workers if worker.pid),
+        )
+
+    def slots_of(self, version: Version) -> tuple[Path, ...]:
+        """The slot files that hold `version` clean."""
+        images = self.ledger.slots_of(version)
+        return tuple(self.arena.slot_path(image.slot.pool, image.local_rank, image.slot.index) for image in images)
+
+    # --- workers
+
+    def open_session(self, peer: Peer, message: OpenSession) -> None:
+        """A worker opens its Session, or says so again to a successor of the daemon."""
+        generation = self._generation
+        if generation is None or message.generation != generation.start.generation or not self.arena.state.running:
+            now = generation.start.generation if generation else "none"
+            reason = f"rank {message.global_rank} belongs to generation {message.generation}, this node is in {now}"
+            self._transport.send(peer, Refused(reason=reason, kind="fence"))
+            return
+        local = message.global_rank - generation.first_rank
+        if message.global_rank not in generation.local_ranks or local != message.local_rank:
+            reason = f"rank {message.global_rank} with local rank {message.local_rank} has no place on this node"
+            self._transport.send(peer, Refused(reason=reason, kind="peer"))
+            return
+        self._admit(generation, peer, message)
+        if self.restore is not None:
+            self._transport.send(peer, self._local_restore(self.restore.restore))
+        self._transport.send_node(generation.start.leader, self.opened())
+
+    def _admit(self, generation: _Generation, peer: Peer, message: OpenSession) -> None:
+        known = generation.workers.get(message.global_rank)
+        self._forget_pidfd(known)
+        worker = Worker(message.global_rank, message.local_rank, message.pid, peer, message.config)
+        generation.workers[message.global_rank] = worker
+        try:
+            worker.pidfd = os.pidfd_open(message.pid)
+        except ProcessLookupError:
+            self._writer_died(message.global_rank)
+        else:
+            self._transport.watch(worker.pidfd, lambda: self._worker_exited(worker))
+        self.poll_page()
+        part = self.page.rank(message.local_rank)
+        if part.step >= 0 and part.phase >= Phase.RESTORED:  # it reconnects: doorbells may have been lost
+            headers = tuple(header for header in self._headers() if header.local_rank == message.local_rank)
+            self._feed(
+                ledger.RankRead(
+                    generation=message.generation, global_rank=message.global_rank, step=part.step, headers=headers
+                )
+            )
+
+    def _worker_exited(self, worker: Worker) -> None:
+        self._forget_pidfd(worker)
+        _log.info("rank %d (pid %d) is gone", worker.global_rank, worker.pid)
+        self.poll_page()
+        self._writer_died(worker.global_rank)
+
+    def _writer_died(self, global_rank: int) -> None:
+        assert self._generation is not None
+        self._forget_pidfd(self._generation.workers.get(global_rank))
+        self._feed(ledger.WriterDied(generation=self._generation.start.generation, global_rank=global_rank))
+
+    def _forget_pidfd(self, worker: Worker | None) -> None:
+        if worker is not None and worker.pidfd is not None:
+            self._transport.unwatch(worker.pidfd)
+            os.close(worker.pidfd)
+            worker.pidfd = None
+
+    def from_worker(self, peer: Peer, message: AnyMessage) -> None:
+        """A message of a worker, less OpenSession. What belongs to another generation is the ledger's to refuse."""
+        match message:
+            case Committed(version=version, global_rank=rank, wait_s=wait_s, step_s=step_s):
+                self.poll_page()
+                self._feed(ledger.RankCommitted(version=version, global_rank=rank, wait_s=wait_s, step_s=step_s))
+            case Missed(version=version, global_rank=rank):
+                self.poll_page()
+                self._feed(ledger.RankMissed(version=version, global_rank=rank))
+            case NeedSlots() if self._current(message.generation):
+                self._need_slots(message)
+            case SlotsMapped() if self._current(message.generation):
+                self._room.mapped(message.global_rank - self._first_rank(), message.pool)
+            case Reached() if self._current(message.generation):
+                self._reached(message)
+            case FinalStep(generation=generation, global_rank=rank, step=step, persist=persist):
+                self.poll_page()
+                self._feed(ledger.RankFinished(generation=generation, global_rank=rank, step=step, persist=persist))
+            case RequestSave(tag=tag, metrics=metrics, request=identity):
+                self.request(Request(id=identity, kind="save", tag=tag, metrics=metrics))
+            case RequestEnd(persist=persist, request=identity):
+                self.request(Request(id=identity, kind="stop", persist=persist))
+            case CloseSession():
+                self._closed(peer, message)
+            case _:
+                _log.debug("a worker sent %s, which does not count here", type(message).__name__)
+
+    def request(self, request: Request) -> None:
+        """Somebody wants an agreed step."""
+        self._feed(ledger.Requested(request=request))
+
+    def _current(self, generation: object) -> bool:
+        return self._generation is not None and self._generation.start.generation == generation
+
+    def _first_rank(self) -> int:
+        assert self._generation is not None
+        return self._generation.first_rank
+
+    def _need_slots(self, message: NeedSlots) -> None:
+        if message.until is not None:
+            self._feed(
+                ledger.RankUntil(generation=message.generation, global_rank=message.global_rank, until=message.until)
+            )
+        if self._room.need(message.local_rank, message.size_bytes):
+            self._feed(ledger.PoolPaused())
+
+    def _reached(self, message: Reached) -> None:
+        if message.phase == "restored":
+            self._feed(
+                ledger.RankEntered(generation=message.generation, global_rank=message.global_rank, step=message.step)
+            )
+        self._to_agent(
+            SessionPhase(
+                generation=message.generation,
+                global_rank=message.global_rank,
+                phase=message.phase,
+                step=message.step,
+                seconds=message.seconds,
+            )
+        )
+
+    def _closed(self, peer: Peer, message: CloseSession) -> None:
+        if self._generation is not None and message.global_rank in self._generation.workers:
+            self._generation.workers[message.global_rank].closed = True
+        self._transport.send(peer, Ack())
+
+    def _announce_slots(self, local: int, message: SlotsReady) -> None:
+        assert self._generation is not None
+        worker = self._generation.workers.get(self._generation.local_ranks[local])
+        if worker is not None:
+            self._transport.send(worker.peer, message)
+
+    def _pool_ready(self, pool: int, num_slots: int) -> None:
+        self.page.use_pool(pool)
+        self._feed(ledger.PoolReady(pool=pool, num_slots=num_slots))
+        used = {row.ref for row in self.ledger.table}
+        former = (found for found in self.arena.scan() if found.pool != pool)
+        self.arena.drop(found.path for found in former if SlotRef(found.pool, found.index) not in used)
+
+    def to_workers(self, message: AnyMessage) -> None:
+        """Send to every worker of this node that has opened and not closed."""
+        if self._generation is not None:
+            for worker in self._generation.workers.values():
+                if not worker.closed:
+                    self._transport.send(worker.peer, message)
+
+    def say(self, notice: Notice) -> None:
+        """A line for people."""
+        _log.info("%s: %s", notice.severity, notice.text)
+        self._to_agent(notice)
+
+    # --- the control page and the slot headers
+
+    def poll_page(self) -> None:
+        """Tell the ledger what workers have published since the last time."""
+        generation = self._generation
+        if generation is None or not self.arena.state.running:
+            return
+        for local, global_rank in enumerate(generation.local_ranks):
+            worker = generation.workers.get(global_rank)
+            if worker is None or not self._sits(local):
+                continue
+            part, now = self.page.rank(local), generation.start.generation
+            if part.step > worker.step:
+                worker.step = part.step
+                self._feed(ledger.RankStepped(generation=now, global_rank=global_rank, step=worker.step))
+            if part.acknowledged > worker.acknowledged:
+                worker.acknowledged = part.acknowledged
+                self._feed(ledger.RankAcknowledged(generation=now, global_rank=global_rank, number=worker.acknowledged))
+
+    def _headers(self) -> tuple[ledger.Header, ...]:
+        """Every slot header of the arena that is not FREE."""
+        self._paths = {}
+        headers = []
+        for found in self.arena.scan():
+            slot = SlotRef(found.pool, found.index)
+            self._paths[slot, found.local_rank] = found
+            if found.header.state is not SlotState.FREE and found.header.version is not None:
+                headers.append(
+                    ledger.Header(
+                        slot=slot,
+                        local_rank=found.local_rank,
+                        version=found.header.version,
+                        global_rank=found.header.global_rank,
+                        clean=found.header.state is SlotState.CLEAN,
+                        writer_alive=process_start(found.header.pid) == found.header.pid_start,
+                    )
+                )
+        return tuple(headers)
+
+    def _look(self, key: tuple[SlotRef, int]) -> FoundSlot | None:
+        self._headers()
+        return self._paths.get(key)
+
+    # --- what the ledger says
+
+    def flush(self) -> None:
+        """Send the newest report: at most one per turn of the event loop."""
+        if self._report is not None and self._generation is not None:
+            report, self._report = self._report, None
+            self._transport.send_node(self._generation.start.leader, NodeReport(state=report))
+
+    def repeat_report(self) -> None:
+        """Report although nothing has changed: the last one may be lost."""
+        self._feed(ledger.LeaderConnected())
+
+    def _feed(self, event: ledger.NodeEvent) -> None:
+        for instruction in self.ledger.handle(event):
+            self._carry_out(instruction)
+
+    def _carry_out(self, instruction: ledger.NodeInstruction) -> None:
+        match instruction:
+            case ledger.ClearGrants(generation=generation):
+                self.page.start_generation(generation)
+            case ledger.SendInventory():
+                assert self._generation is not None
+                self._transport.send_node(self._generation.start.leader, self.inventory())
+            case ledger.PublishGrant(slot=slot, version=version):
+                self.page.publish_grant(slot.index, version.step)
+            case ledger.WithdrawGrant(slot=slot, version=version):
+                if slot.pool == self.page.pool:
+                    self.page.withdraw_grant(slot.index, version.step)
+            case ledger.PublishAgreed(agreed=agreed):
+                self._save(agreed=agreed)
+                self.page.publish_agreed(agreed)
+                if agreed.confirmed and agreed.kind == "save":
+                    self.to_workers(SaveAgreed(step=agreed.step, tag=agreed.tag, requests=agreed.requests))
+            case ledger.SendReport(state=state):
+                self._report = state
+            case ledger.StoreRequests(requests=requests):
+                self._save(requests=requests)
+            case ledger.DropSlot(slot=slot):
+                found = [one for one in self.arena.scan() if (one.pool, one.index) == (slot.pool, slot.index)]
+                self.arena.drop(one.path for one in found)
+            case ledger.StopPersist(version=version):
+                self._stop_persist(version)
+            case ledger.Completed(version=version):
+                self.complete = version
+                self._to_agent(Progress(version=version))
+
+    def _save(self, **changes: object) -> None:
+        self.arena.save_state(msgspec.structs.replace(self.arena.state, **changes))

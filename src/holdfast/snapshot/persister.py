@@ -1,0 +1,166 @@
+"""Writing versions from slots to storage: what the daemon's persist lane runs.
+
+A node writes the job-scope part of its images (each byte of the job once); the leader writes index and root when all
+parts are there. Block checksums are verified while the bytes stream, so that what was damaged in memory never becomes
+a checkpoint. Whatever goes wrong, older checkpoints stay as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from holdfast.checkpoint.commit import (
+    ImageRecord,
+    StepInfo,
+    commit_step,
+    image_file_name,
+    list_steps,
+    step_dir_name,
+    subset_image,
+    write_image,
+)
+from holdfast.checkpoint.image import read_header
+from holdfast.checkpoint.retention import Retention
+from holdfast.checkpoint.source import MemorySource
+from holdfast.checkpoint.version import Version
+from holdfast.errors import CheckpointError, CorruptError, FenceError
+from holdfast.snapshot.arena import SLOT_HEADER_BYTES, SlotState, read_slot_header
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one node writes of a version."""
+
+    version: Version
+    directory: Path
+    """The step directory."""
+    slots: tuple[Path, ...]
+    """Slot files that hold the version clean; pinned until this has ended."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set by the event loop: the slots may be written again, stop reading."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What the leader writes when all parts are there."""
+
+    version: Version
+    directory: Path
+    records: tuple[bytes, ...]
+    world_size: int
+    metrics: dict[str, float]
+    tag: str | None
+    history: str | None
+    keep: str
+    """Retention policy, encoded; "" keeps everything."""
+
+
+def step_directory(checkpoint_dir: str, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return Path(checkpoint_dir) / step_dir_name(step)
+
+
+def write_part(part: Part) -> tuple[bytes, ...]:
+    """Write the images; their encoded records.
+
+    Raises:
+        FenceError: cancelled.
+        CorruptError: a slot does not hold what it should.
+        StorageError: the storage refused.
+    """
+    return tuple(_write_one(part, slot).encode() for slot in part.slots)
+
+
+def _write_one(part: Part, slot: Path) -> ImageRecord:
+    with mapped_image(slot, part.version) as (image, digest):
+        source = MemorySource(image)
+        try:
+            meta = read_header(source.read, expected_digest=digest)
+            if meta.version != part.version:
+                raise CorruptError(f"{slot} holds an image of {meta.version}, not of {part.version}")
+            subset, chunks = subset_image(meta, source)
+            name = image_file_name(part.version.generation, meta.global_rank, meta.world_size)
+            return write_image(part.directory, name, subset, _until_cancelled(part, chunks))
+        finally:
+            source.close()
+
+
+def _until_cancelled(part: Part, chunks: Iterable[memoryview | bytes]) -> Iterator[memoryview | bytes]:
+    for chunk in chunks:
+        if part.cancelled.is_set():
+            raise FenceError(f"persisting {part.version} was stopped: its slots are needed")
+        yield chunk
+
+
+@contextlib.contextmanager
+def mapped_image(slot: Path, version: Version) -> Iterator[tuple[memoryview, bytes]]:
+    """The image of `version` in `slot`, mapped for reading, and the digest of its header.
+
+    Raises:
+        CorruptError: the slot does not hold `version` clean.
+    """
+    try:
+        descriptor = os.open(slot, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise CorruptError(f"{version} is gone from memory: {error}") from error
+    try:
+        mapping = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+    finally:
+        os.close(descriptor)
+    view = memoryview(mapping)
+    header = read_slot_header(view[:SLOT_HEADER_BYTES])
+    if header.state is not SlotState.CLEAN or header.version != version:
+        raise CorruptError(f"{slot} holds {header.version} ({header.state.name.lower()}), not {version}")
+    if not 0 < header.size_bytes <= len(view) - SLOT_HEADER_BYTES:
+        raise CorruptError(f"{slot} says that its image has {header.size_bytes} bytes")
+    try:
+        yield view[SLOT_HEADER_BYTES : SLOT_HEADER_BYTES + header.size_bytes], header.header_digest
+    finally:
+        with contextlib.suppress(BufferError):  # a reader that still holds a view keeps the mapping until it goes
+            view.release()
+            mapping.close()
+
+
+def commit(order: Commit) -> StepInfo:
+    """Write index and root, then delete what the retention policy does not keep.
+
+    Raises:
+        CheckpointError: the checkpoint does not exist.
+    """
+    records = [ImageRecord.decode(record) for record in order.records]
+    try:
+        info = commit_step(
+            order.directory,
+            records,
+            version=order.version,
+            world_size=order.world_size,
+            metrics=order.metrics,
+            tag=order.tag,
+            history=order.history,
+        )
+    except CheckpointError:
+        existing = _existing(order.directory, order.version)
+        if existing is None:
+            raise
+        info = existing
+    if order.keep:
+        try:
+            Retention.decode(order.keep).apply(order.directory.parent)
+        except (CheckpointError, OSError, ValueError) as error:
+            _log.warning("old checkpoints could not be deleted: %s", error)
+    return info
+
+
+def _existing(directory: Path, version: Version) -> StepInfo | None:
+    """The same version, committed before: by an attempt whose end nobody heard of."""
+    same: Sequence[StepInfo] = [info for info in list_steps(directory.parent) if info.path == directory]
+    return next((info for info in same if info.complete and info.version == version), None)
