@@ -1,19 +1,39 @@
-"""The training state of one rank as named tensors and objects, and back again in place."""
+"""The training state of one rank as named tensors and objects, and back again in place.
+
+Names:
+
+    model.<fqn>                      parameters and persistent buffers (`model.<key>.<fqn>` where models are a mapping)
+    optimizer.state.<fqn>.<key>      (`optimizer.<key>.state...` where optimizers are a mapping)
+    optimizer.params, .param_groups, .state          objects, see `holdfast.runtime.optimizer_state`
+    extra.<key>, extra.<key>.<path>  an object, and the tensors lifted out of it
+    rng, session, aliases            objects: generators (per rank), the step, further names of tied tensors
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from holdfast.checkpoint.catalog import Catalog
-from holdfast.checkpoint.objects import ObjectRecord
+from holdfast.checkpoint.objects import ObjectRecord, encode
+from holdfast.errors import StateError
+from holdfast.runtime.book import EntryBook
 from holdfast.runtime.entries import TensorEntry, Timing
-from holdfast.runtime.extra import PerRank, Stateful
-from holdfast.runtime.pieces import OwnedPiece
+from holdfast.runtime.extra import PerRank, Stateful, extra_part
+from holdfast.runtime.lifted import Lifted, LiftedPerRank
+from holdfast.runtime.names import Named, read_tree
+from holdfast.runtime.optimizer_restore import OptimizerFiller, OptimizerPlan, plan_restore
+from holdfast.runtime.optimizer_state import OptimizerPart
+from holdfast.runtime.pieces import OwnedPiece, PieceTable
+from holdfast.runtime.reader import StateReader
+from holdfast.runtime.rng import RngState, cuda_devices, read_rng, write_rng
 
 __all__ = ["OwnedPiece", "PerRank", "Stateful", "TensorEntry", "Timing", "TrainingState"]
+
+_MODEL = "model."
 
 
 class TrainingState:
@@ -39,12 +59,34 @@ class TrainingState:
         ranks: tuple[int, ...] = (0,),
         global_rank: int = 0,
     ) -> None:
-        raise NotImplementedError
+        self._ranks = ranks
+        self._global_rank = global_rank
+        self._models = _normal_models(model)
+        self._trees = [read_tree(module, prefix) for prefix, module in self._models]
+        self._aliases: dict[str, str] = {}
+        self._fqns: dict[int, str] = {}
+        self._name_models()
+        self._parts = [OptimizerPart(prefix, group, self._fqns) for prefix, group in _normal_optimizers(optimizer)]
+        self._extra = [_lifted_extra(key, value) for key, value in (extra or {}).items()]
+        self._extra_states = self._lifted_extra_states()
+        self._book = EntryBook(ranks, global_rank)
+        self._table = PieceTable(global_rank)
+        self._replaced_buffers: list[Named] = []
+        self._devices: tuple[torch.device, ...] = ()
+        self._rng: RngState | None = None
+        self._objects_are_fresh = False
+        self._entries = self._read_all()
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
         """The optimizers, for the step hooks of the copier."""
-        raise NotImplementedError
+        return tuple(optimizer for part in self._parts for optimizer in part.optimizers)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Every name of every tensor of the models -> the name of the entry with its bytes (tied: the first)."""
+        names = [_MODEL + named.name for tree in self._trees for named in tree.tensors]
+        return {name: self._aliases.get(name, name) for name in names}
 
     def entries(self) -> Sequence[TensorEntry]:
         """All tensors of the state, as they are at this boundary; call it at every boundary that makes a version.
@@ -55,16 +97,19 @@ class TrainingState:
         Raises:
             StateError: a tensor that cannot be captured (sparse, quantized, meta, partial DTensor).
         """
-        raise NotImplementedError
+        if not (self._is_current() and self._refresh()):
+            self._entries = self._read_all()
+        self._objects_are_fresh = True
+        return self._entries
 
     def pieces(
         self, entries: Sequence[TensorEntry], *, node_of: Callable[[int], int] | Mapping[int, int]
     ) -> tuple[OwnedPiece, ...]:
         """The pieces that this rank copies, each with the view of the live tensor that holds its bytes.
 
-        The same object as before for the same `entries` (by identity).
+        The same object as before for the same `entries` (by identity). `node_of` must not change between calls.
         """
-        raise NotImplementedError
+        return self._table.of(entries, node_of=node_of)
 
     def objects(self, step: int) -> dict[str, ObjectRecord]:
         """All non-tensor state, encoded now; call it at the boundary, after `entries`.
@@ -75,20 +120,239 @@ class TrainingState:
         Raises:
             StateError: an object without a codec, named by its key path.
         """
-        raise NotImplementedError
+        if not self._objects_are_fresh:
+            self.entries()
+        self._objects_are_fresh = False
+        records = {
+            "session": ObjectRecord(data=encode({"step": step})),
+            "aliases": ObjectRecord(data=encode(self._aliases)),
+            "rng": ObjectRecord(data=encode(read_rng(self._devices)), per_rank=True),
+        }
+        for part in self._parts:
+            records.update(part.objects())
+        for lifted in self._lifted():
+            if lifted.name in records:
+                raise StateError(f"two objects of the training state are named {lifted.name}; rename one")
+            records[lifted.name] = lifted.record()
+        return records
 
     def restore(self, catalog: Catalog) -> int:
         """Load a saved state in place and return its step (completed steps).
 
-        State that is saved and missing in a live optimizer is created; state that was absent is removed.
+        State that is saved and missing in a live optimizer is created; state that was absent is removed. Everything is
+        checked first: where the state does not fit, nothing has been touched.
 
         Raises:
             MismatchError: missing or unexpected names, other shapes or dtypes, other parameter groups.
             StateError: a `PerRank` without `on_resize` and another world size.
-            CorruptError: bytes that match their checksum in no image.
+            CorruptError: bytes that match their checksum in no image; live tensors may have been overwritten by then.
         """
-        raise NotImplementedError
+        if not self._is_current():
+            self._entries = self._read_all()
+        reader = StateReader(catalog, global_rank=self._global_rank, world_size=len(self._ranks))
+        session, rng = reader.object("session"), reader.object("rng")
+        tensors = self._plan_models(reader)
+        plans = self._plan_optimizers(reader)
+        for lifted in self._lifted():
+            lifted.check(reader)
+        reader.verify()
+        for tree in self._trees:
+            for module in tree.fsdp_modules:
+                module.reshard()
+        for saved_name, live in tensors:
+            reader.fill(saved_name, live)
+        for part, plan in plans:
+            OptimizerFiller(part, plan, reader).restore()
+        for lifted in self._lifted():
+            lifted.restore(reader)
+        self._rng = rng
+        self.restore_rng()
+        step: int = session["step"]
+        return step
 
     def restore_rng(self) -> None:
         """Set the random number generators again to what `restore` read; nothing where nothing was restored."""
-        raise NotImplementedError
+        if self._rng is not None:
+            write_rng(self._rng, self._devices)
+
+    # The tree of models and their names
+
+    def _name_models(self) -> None:
+        """Find the first name of every tensor. Raises StateError where two tensors have one name."""
+        self._fqns, self._aliases = {}, {}
+        owners: dict[str, int] = {}
+        for tree in self._trees:
+            for named in tree.tensors:
+                if owners.setdefault(named.name, id(named.tensor)) != id(named.tensor):
+                    raise StateError(
+                        f"two tensors of the models are named {named.name}; models in a sequence must have disjoint "
+                        "names, give them as a mapping"
+                    )
+                first = self._fqns.setdefault(id(named.tensor), named.name)
+                if first != named.name:
+                    self._aliases[_MODEL + named.name] = _MODEL + first
+
+    def _lifted_extra_states(self) -> list[Lifted]:
+        found: dict[str, Lifted] = {}
+        for tree in self._trees:
+            for name, module in tree.extra_states:
+                if _MODEL + name in found:
+                    raise StateError(f"two modules have extra state under the name {name}; give models as a mapping")
+                # as buffers are: nothing keeps it equal between ranks
+                found[_MODEL + name] = Lifted(
+                    _MODEL + name, module.get_extra_state, module.set_extra_state, per_rank=len(self._ranks) > 1
+                )
+        return list(found.values())
+
+    def _lifted(self) -> list[Lifted]:
+        return [*self._extra_states, *self._extra]
+
+    # Reading
+
+    def _is_current(self) -> bool:
+        """Whether names, objects and places of all tensors are as they were read."""
+        return (
+            all(tree.is_current() for tree in self._trees)
+            and not any(part.has_other_parameters() for part in self._parts)
+            and all(part.is_current() for part in self._parts)
+            and self._book.is_current()
+        )
+
+    def _refresh(self) -> bool:
+        """Take again what may differ at every boundary; False where that has to be a reading of everything."""
+        return (
+            all(self._book.refresh(_MODEL + named.name, named.live) for named in self._replaced_buffers)
+            and all(part.refresh_groups(self._book) for part in self._parts)
+            and all(lifted.refresh(self._book) for lifted in self._lifted())
+        )
+
+    def _read_all(self) -> Sequence[TensorEntry]:
+        if not all(tree.is_current() for tree in self._trees):
+            self._trees = [read_tree(module, prefix) for prefix, module in self._models]
+            self._name_models()
+            self._extra_states = self._lifted_extra_states()
+            for part in self._parts:
+                part.rename(self._fqns)
+        for part in self._parts:
+            if part.has_other_parameters():
+                part.rename(self._fqns)
+        self._book.begin()
+        self._read_models()
+        for part in self._parts:
+            part.read(self._book)
+            part.read_groups(self._book)
+        for lifted in self._lifted():
+            lifted.read(self._book)
+        entries = self._book.finish()
+        self._devices = cuda_devices({entry.tensor.device for entry in entries})
+        return entries
+
+    def _read_models(self) -> None:
+        owned = set().union(*(part.owned() for part in self._parts))
+        self._replaced_buffers = []
+        for tree in self._trees:
+            for named in tree.tensors:
+                name = _MODEL + named.name
+                if name in self._aliases or self._book.has(name):
+                    continue
+                # DDP leaves BatchNorm's statistics different on each rank
+                per_rank = named.is_buffer and len(self._ranks) > 1
+                self._book.put(name, named.live, timing=_timing(named, owned), per_rank=per_rank, stage=named.is_buffer)
+                if self._book.is_staged(name):
+                    tree.mark_volatile(named)
+                    self._replaced_buffers.append(named)
+
+    # Restoring
+
+    def _plan_models(self, reader: StateReader) -> list[tuple[str, torch.Tensor]]:
+        """(saved name, live tensor); a tied tensor is looked for under each of its names."""
+        saved_aliases: dict[str, str] = reader.object("aliases", {})
+        others: dict[str, list[str]] = {}
+        for alias, first in self._aliases.items():
+            others.setdefault(first, []).append(alias)
+        wanted: list[tuple[str, torch.Tensor]] = []
+        for tree in self._trees:
+            for named in tree.tensors:
+                name = _MODEL + named.name
+                if name in self._aliases:
+                    continue
+                saved = next((saved_aliases.get(n, n) for n in (name, *others.get(name, ()))), name)
+                live = named.live
+                reader.expect(name, live, as_name=saved)
+                if live.numel():
+                    wanted.append((saved, live))
+        return wanted
+
+    def _plan_optimizers(self, reader: StateReader) -> list[tuple[OptimizerPart, OptimizerPlan]]:
+        def resolve(fqn: str) -> str:
+            return self._aliases.get(_MODEL + fqn, _MODEL + fqn).removeprefix(_MODEL)
+
+        planned = [(part, plan_restore(part, reader, resolve)) for part in self._parts]
+        return [(part, plan) for part, plan in planned if plan is not None]
+
+
+def _timing(named: Named, owned: set[int]) -> Timing:
+    if id(named.tensor) in owned and not named.is_buffer:
+        return Timing.OVERLAP
+    if named.is_buffer or named.tensor.requires_grad:
+        return Timing.BOUNDARY
+    return Timing.FROZEN
+
+
+def _lifted_extra(key: str, value: object) -> Lifted:
+    if not isinstance(key, str) or not key:
+        raise StateError(f"extra has the key {key!r}; keys are non-empty strings")
+    part = extra_part(key, value)
+    if part.per_rank:
+        return LiftedPerRank(part.name, part.read, part.write, on_resize=part.on_resize)
+    return Lifted(part.name, part.read, part.write)
+
+
+def _normal_models(
+    model: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
+) -> list[tuple[str, nn.Module]]:
+    """(prefix of names, module) for each model.
+
+    Raises:
+        StateError: something else than modules.
+    """
+    models: list[tuple[str, object]]
+    if isinstance(model, Mapping):
+        models = [(f"{key}.", module) for key, module in model.items()]
+    elif isinstance(model, list | tuple):
+        models = [("", module) for module in model]
+    else:
+        models = [("", model)]
+    if not models:
+        raise StateError("model is empty; give at least one torch.nn.Module")
+    modules: list[tuple[str, nn.Module]] = []
+    for prefix, module in models:
+        if not isinstance(module, nn.Module):
+            where = f"model[{prefix[:-1]!r}]" if prefix else "model"
+            raise StateError(f"{where} is a {type(module).__name__}, not a torch.nn.Module")
+        modules.append((prefix, module))
+    return modules
+
+
+def _normal_optimizers(
+    optimizer: Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None,
+) -> list[tuple[str, tuple[Optimizer, ...]]]:
+    """(prefix of names, optimizers that count as one).
+
+    Raises:
+        StateError: something else than optimizers.
+    """
+    if optimizer is None:
+        return []
+    groups: list[tuple[str, tuple[object, ...]]]
+    if isinstance(optimizer, Mapping):
+        groups = [(f"optimizer.{key}", (one,)) for key, one in optimizer.items()]
+    elif isinstance(optimizer, list | tuple):
+        groups = [("optimizer", tuple(optimizer))] if optimizer else []
+    else:
+        groups = [("optimizer", (optimizer,))]
+    for prefix, members in groups:
+        for one in members:
+            if not isinstance(one, Optimizer):
+                raise StateError(f"{prefix} is a {type(one).__name__}, not a torch.optim.Optimizer")
+    return [(prefix, tuple(one for one in members if isinstance(one, Optimizer))) for prefix, members in groups]

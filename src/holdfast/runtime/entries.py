@@ -49,11 +49,17 @@ class TensorEntry:
             ValueError: no box of this entry contains `box`.
         """
         for held, origin in zip(self.boxes, self.origins, strict=True):
+            if held == box and len(self.boxes) == 1:
+                return self.tensor
             if held.contains(box):
-                if held == box and len(self.boxes) == 1:
-                    return self.tensor
-                view = self.tensor
-                for dim, (start, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
-                    view = view.narrow(dim, start - held.offsets[dim] + origin[dim], length)
-                return view
+                return box_view(self.tensor, box, held, origin)
         raise ValueError(f"{self.name}: this rank holds {self.boxes}, which does not contain {box}")
+
+
+def box_view(tensor: torch.Tensor, box: Box, held: Box, origin: tuple[int, ...]) -> torch.Tensor:
+    """The part of a local tensor that is `box`, where `held`, a box that contains it, begins at `origin` locally."""
+    for dim, (start, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
+        local_start = start - held.offsets[dim] + origin[dim]
+        if local_start or length != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, local_start, length)
+    return tensor

@@ -1,0 +1,203 @@
+"""Puts saved optimizer state into live optimizers without stepping them.
+
+State that is saved and missing here is created as the optimizer itself would have: in the saved dtype, on the device
+that torch's ``Optimizer._process_value_according_to_param_policy`` chooses, laid out as the parameter is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+
+from holdfast.checkpoint.catalog import TensorRecord
+from holdfast.checkpoint.objects import join_tensors
+from holdfast.checkpoint.tensors import dtype_name, torch_dtype
+from holdfast.runtime.layout import local_part, shard_runs
+from holdfast.runtime.optimizer_state import Leftovers, OptimizerPart, placements_of
+from holdfast.runtime.reader import StateReader, placeholder_names
+
+Group = dict[str, Any]  # Any: hyperparameters, as torch declares them
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """What the saved state says about one optimizer, checked against it."""
+
+    leftovers: Leftovers
+    tensors: Mapping[str, Mapping[str, str]]
+    """fqn -> key -> saved name, for state that is a plain tensor."""
+    groups: list[Group]
+    """Saved hyperparameters in the order of the live groups."""
+
+
+def plan_restore(part: OptimizerPart, reader: StateReader, resolve: Callable[[str], str]) -> OptimizerPlan | None:
+    """Note what does not fit; None where the optimizer is not in the saved state at all.
+
+    Args:
+        resolve: gives the FQN under which the live state knows a parameter, whichever of its names is saved.
+    """
+    state_tree = reader.object(f"{part.prefix}.state")
+    params = reader.object(f"{part.prefix}.params")
+    groups = reader.object(f"{part.prefix}.param_groups")
+    if state_tree is None or params is None or groups is None:
+        return None
+    leftovers = Leftovers.from_tree(state_tree)
+    nested = leftovers.nested_names()
+    reader.use((nested | placeholder_names(groups)) - leftovers.empty.keys())
+    prefix = f"{part.prefix}.state."
+    live = {fqn for names in part.params for fqn in names}
+    tensors: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in [*reader.catalog.tensors, *leftovers.empty]:
+        if name in nested or not name.startswith(prefix):
+            continue
+        fqn, _, key = name[len(prefix) :].rpartition(".")
+        if resolve(fqn) in live:
+            tensors[resolve(fqn)][key] = name
+            if name not in leftovers.empty:
+                reader.use([name])
+    return OptimizerPlan(leftovers, tensors, _match_groups(part, reader, resolve, params, groups))
+
+
+def _match_groups(
+    part: OptimizerPart,
+    reader: StateReader,
+    resolve: Callable[[str], str],
+    params: list[list[str]],
+    groups: list[Group],
+) -> list[Group]:
+    """The saved groups in the order of the live ones, matched by the parameters that they hold."""
+    saved = [(frozenset(map(resolve, names)), group) for names, group in zip(params, groups, strict=True)]
+    matched: list[Group] = []
+    for names in map(frozenset, part.params):
+        found = next((i for i, (saved_names, _) in enumerate(saved) if saved_names == names), None)
+        if found is None:
+            here, there = [len(names) for names in part.params], [len(names) for names in params]
+            reader.wrong(
+                f"the parameter groups of {part.prefix} hold other parameters (groups of {here} here, of {there} there)"
+            )
+            return []
+        matched.append(saved.pop(found)[1])
+    if saved:
+        reader.wrong(f"{part.prefix} has {len(params)} parameter groups there and {len(part.params)} here")
+    return matched
+
+
+class OptimizerFiller:
+    """Carries out an `OptimizerPlan`."""
+
+    def __init__(self, part: OptimizerPart, plan: OptimizerPlan, reader: StateReader) -> None:
+        self._part = part
+        self._plan = plan
+        self._reader = reader
+
+    def restore(self) -> None:
+        """State and hyperparameters, in place where they exist."""
+        for optimizer in self._part.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    self._restore_parameter(optimizer.state, parameter, group)
+        self._restore_shared()
+        for live, saved in zip(self._part.groups(), self._plan.groups, strict=True):
+            self._restore_group(live, saved)
+
+    def _restore_parameter(self, states: dict[Any, Any], parameter: torch.Tensor, group: Group) -> None:
+        fqn = self._part.fqn(parameter)
+        tensors = self._plan.tensors.get(fqn, {})
+        values = self._values_of(fqn)
+        if not tensors and not values:
+            states.pop(parameter, None)  # not yet routed when it was saved: absent, as it was then
+            return
+        state = states.setdefault(parameter, {})
+        for key in [key for key in state if key not in tensors and key not in values]:
+            del state[key]
+        for key, name in tensors.items():
+            state[key] = self._tensor(name, key, state.get(key), parameter, group)
+        made: dict[str, torch.Tensor] = {}
+
+        def get(name: str) -> torch.Tensor:
+            if name not in made:
+                made[name] = self._tensor(name, None, None, parameter, group)
+            return made[name]
+
+        for key, tree in values.items():
+            state[key] = join_tensors(tree, get)
+
+    def _values_of(self, fqn: str) -> dict[str, Any]:
+        values: dict[str, Any] = self._plan.leftovers.values.get(fqn, {})
+        return values
+
+    def _restore_shared(self) -> None:
+        for key, tree in self._plan.leftovers.shared.items():
+            states: dict[Any, Any] = self._part.optimizers[0].state
+            states[key] = join_tensors(tree, self._reader.read_whole)
+
+    def _tensor(self, name: str, key: str | None, live: object, parameter: torch.Tensor, group: Group) -> torch.Tensor:
+        empty = self._plan.leftovers.empty.get(name)
+        record = TensorRecord(empty[0], empty[1], False) if empty is not None else self._reader.record(name)
+        reusable = (
+            isinstance(live, torch.Tensor)
+            and tuple(live.shape) == tuple(record.shape)
+            and dtype_name(live.dtype) == record.dtype
+        )
+        tensor = live if reusable else self._create(name, key, record, parameter, group)
+        assert isinstance(tensor, torch.Tensor)
+        if empty is None:
+            self._reader.fill(name, tensor)
+        return tensor
+
+    def _create(
+        self, name: str, key: str | None, record: TensorRecord, parameter: torch.Tensor, group: Group
+    ) -> torch.Tensor:
+        dtype = torch_dtype(record.dtype)
+        device = self._device(key, parameter, group)
+        like_parameter = record.shape == tuple(parameter.shape) and record.shape != ()
+        note = self._plan.leftovers.placements.get(name)
+        if isinstance(parameter, DTensor):
+            placements = parameter.placements if note is None and like_parameter else placements_of(note or "plain")
+            if placements is not None and len(placements) == parameter.device_mesh.ndim:
+                return _empty_dtensor(name, record.shape, dtype, parameter, placements)
+            return torch.empty(record.shape, dtype=dtype, device=device)
+        if like_parameter:
+            return torch.empty_like(parameter, dtype=dtype, device=device, requires_grad=False)
+        return torch.empty(record.shape, dtype=dtype, device=device)
+
+    def _device(self, key: str | None, parameter: torch.Tensor, group: Group) -> torch.device:
+        """Torch's policy, and the CPU for other keys too that were on the CPU beside a parameter that was not."""
+        on_host = key == "step" or key in self._plan.leftovers.on_host
+        if on_host and not group.get("capturable") and not group.get("fused"):
+            return torch.device("cpu")
+        return parameter.device
+
+    def _restore_group(self, live: Group, saved: Group) -> None:
+        for key, value in join_tensors(saved, self._reader.read_whole).items():
+            ours = live.get(key)
+            if isinstance(ours, torch.Tensor):
+                # kept as the same tensor: captured graphs and schedulers hold on to it
+                with torch.no_grad():
+                    ours.copy_(torch.as_tensor(value))
+            elif isinstance(value, torch.Tensor) and isinstance(ours, float):
+                live[key] = value.item()
+            else:
+                live[key] = value
+
+
+def _empty_dtensor(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, parameter: DTensor, placements: tuple[Placement, ...]
+) -> DTensor:
+    mesh = parameter.device_mesh
+    if placements == parameter.placements and shape == tuple(parameter.shape):
+        local = torch.empty_like(local_part(parameter), dtype=dtype, requires_grad=False)
+    else:
+        coordinate = mesh.get_coordinate()
+        assert coordinate is not None, "a rank outside the mesh owns no parameter of it"
+        runs = shard_runs(name, shape, tuple(mesh.shape), coordinate, placements)
+        local_shape = tuple(sum(length for _, length in of_dim) for of_dim in runs)
+        local = torch.empty(local_shape, dtype=dtype, device=local_part(parameter).device)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)

@@ -1,0 +1,160 @@
+"""Reads a saved state into live tensors: first checks that everything fits, then fills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from holdfast.checkpoint.catalog import Catalog, TensorRecord
+from holdfast.checkpoint.objects import decode, join_tensors
+from holdfast.checkpoint.tensors import dtype_name, empty_for, tensor_bytes
+from holdfast.errors import MismatchError, StateError
+from holdfast.runtime.entries import box_view
+from holdfast.runtime.layout import Layout, dtensor_layout, local_part, plain_layout
+
+_SHOWN = 6
+
+
+class StateReader:
+    """A catalog as one rank reads it. Used by the training thread, for one restore.
+
+    The checks (`expect`, `use`, `object`) come first and note what does not fit; `verify` raises once, with all of it;
+    only then `fill` and `read_whole` touch anything.
+    """
+
+    def __init__(self, catalog: Catalog, *, global_rank: int, world_size: int) -> None:
+        self.catalog = catalog
+        self.global_rank = global_rank
+        self.world_size = world_size
+        self._objects = catalog.objects(global_rank)
+        self._used: set[str] = set()
+        self._used_objects: set[str] = set()
+        self._missing: list[str] = []
+        self._wrong: list[str] = []
+
+    @property
+    def resized(self) -> bool:
+        """Whether another number of ranks saved the state."""
+        return self.catalog.world_size != self.world_size
+
+    def has_object(self, name: str) -> bool:
+        """Whether an object of this name is saved; does not count as using it."""
+        return name in self._objects
+
+    def object(self, name: str, default: Any = None) -> Any:  # Any: what was encoded
+        """The decoded object; where it is missing, that is noted and `default` returned."""
+        if name not in self._objects:
+            self._missing.append(name)
+            return default
+        self._used_objects.add(name)
+        return decode(self._objects[name])
+
+    def object_of(self, name: str, rank: int) -> Any:  # Any: what was encoded
+        """The decoded object of an old rank; it must be there."""
+        return decode(self.catalog.objects(rank)[name])
+
+    def resize_error(self, name: str) -> StateError:
+        """What to raise for per-rank state that cannot be spread over another number of ranks."""
+        return StateError(
+            f"{name} is per rank and was saved by {self.catalog.world_size} ranks, there are {self.world_size} now; "
+            "give PerRank(obj, on_resize=...) to say what each rank takes"
+        )
+
+    def use(self, names: Iterable[str]) -> None:
+        """Note that these saved tensors have a place in the live state."""
+        for name in names:
+            if name in self.catalog.tensors:
+                self._used.add(name)
+            else:
+                self._missing.append(name)
+
+    def expect(self, name: str, live: torch.Tensor, *, as_name: str | None = None) -> None:
+        """Note whether a live tensor is saved (under `as_name`, where that is another) with its shape and dtype."""
+        saved_name = as_name or name
+        if saved_name not in self.catalog.tensors:
+            if live.numel():
+                self._missing.append(name)
+            return
+        self._used.add(saved_name)
+        record = self.record(saved_name)
+        if record.shape != tuple(live.shape):
+            self._wrong.append(f"{name} has shape {tuple(live.shape)} here and {record.shape} there")
+        elif record.dtype != dtype_name(live.dtype):
+            self._wrong.append(f"{name} is {dtype_name(live.dtype)} here and {record.dtype} there")
+
+    def wrong(self, what: str) -> None:
+        """Note another difference, in words."""
+        self._wrong.append(what)
+
+    def verify(self) -> None:
+        """Raise if anything noted does not fit, or anything saved has no place here.
+
+        Raises:
+            MismatchError: in one line, the first few differences of each kind.
+        """
+        unexpected = sorted(self.catalog.tensors.keys() - self._used) + sorted(
+            self._objects.keys() - self._used_objects
+        )
+        found = [
+            f"{what}: {', '.join(names[:_SHOWN])}{f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''}"
+            for what, names in (
+                ("missing there", self._missing),
+                ("unknown here", unexpected),
+                ("different", self._wrong),
+            )
+            if names
+        ]
+        if found:
+            raise MismatchError(
+                f"the saved state {self.catalog.version} is not of this training state: {'; '.join(found)}"
+            )
+
+    def record(self, name: str) -> TensorRecord:
+        """What is saved under a name, as this rank sees it."""
+        return self.catalog.tensor(name, rank=self.global_rank)
+
+    def fill(self, name: str, live: torch.Tensor) -> None:
+        """Overwrite the local part of a live tensor with what is saved.
+
+        Raises:
+            CorruptError: no image holds sound bytes of it.
+        """
+        local = local_part(live).detach()
+        layout = dtensor_layout(name, live) if isinstance(live, DTensor) else plain_layout(tuple(live.shape))
+        self._fill_local(name, local, layout, self.global_rank)
+
+    def read_whole(self, name: str, *, rank: int | None = None) -> torch.Tensor:
+        """A new CPU tensor of the whole saved tensor (of old rank `rank`, for per-rank ones; default this rank's)."""
+        rank = self.global_rank if rank is None else rank
+        record = self.catalog.tensor(name, rank=rank)
+        tensor = empty_for(record.dtype, record.shape)
+        self._fill_local(name, tensor, plain_layout(record.shape), rank)
+        return tensor
+
+    def _fill_local(self, name: str, local: torch.Tensor, layout: Layout, rank: int) -> None:
+        from_rank = rank if self.catalog.tensors[name].per_rank else None
+        for box, origin in zip(layout.boxes, layout.origins, strict=True):
+            view = box_view(local, box, box, origin)
+            if view.device.type == "cpu" and view.is_contiguous() and not view.is_conj() and not view.is_neg():
+                self.catalog.read(name, box, tensor_bytes(view), rank=from_rank)
+                torch.autograd.graph.increment_version(view)
+            else:
+                staging = empty_for(dtype_name(view.dtype), box.lengths)
+                self.catalog.read(name, box, tensor_bytes(staging), rank=from_rank)
+                with torch.no_grad():
+                    view.copy_(staging)
+
+
+def placeholder_names(tree: Any) -> set[str]:  # Any: a tree with placeholders
+    """Names of the tensors that were lifted out of a tree."""
+    names: set[str] = set()
+
+    def note(name: str) -> torch.Tensor:
+        names.add(name)
+        return torch.empty(0)
+
+    join_tensors(tree, note)
+    return names
