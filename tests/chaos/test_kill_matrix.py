@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+
 from support.jobs import BIN, TRAIN, Job, fingerprints, job_in, leftovers
 
 INSTANTS = ("begin", "forward", "loss", "backward", "optimizer", "updated", "boundary", "copy", "copied", "commit")
@@ -62,7 +63,7 @@ def script(job: Job, parallel: str) -> list[str]:
 
 
 def check(job: Job, world: int, expected: list[dict[str, str]], *, fired: int, at_most_lost: int = 2) -> None:
-    """The faults fired, each recovery came from memory and lost little, the end is the undisturbed one, nothing stays."""
+    """The faults fired, recoveries came from memory and lost little, the end is the undisturbed one, nothing stays."""
     assert len(job.fired()) == fired, job.output()
     recoveries = [event for event in job.events() if event["kind"] == "recovery"]
     assert recoveries, job.output()

@@ -98,7 +98,7 @@ def held(
         persist_every=options.persist_every,
     ) as session:
         if session.restored is not None and int(os.environ.get("RANK", 0)) == 0:
-            print(f"RESTORED tier={session.restored.tier} step={session.restored.step}", flush=True)
+            sys.stderr.write(f"RESTORED tier={session.restored.tier} step={session.restored.step}\n")
         yield session.steps(until=options.steps)
 
 
