@@ -38,7 +38,7 @@ _GRANT_TIMEOUT = timedelta(minutes=10)
 _PERSIST_TIMEOUT = timedelta(hours=2)
 _SLOTS_TIMEOUT_S = 600.0
 _SETTLE_AFTER_STEPS = 20
-"""With persist_every as a time, or none, the step (after the start) at which the ranks settle whether memory is there."""
+"""Where persist_every names no steps: how many after the start the ranks settle whether memory is there."""
 _POLL_S = 0.01
 
 _sessions = itertools.count()
@@ -277,10 +277,8 @@ class LiveMode(Mode):
         self._said_start = True
         every = self._context.options.snapshot_every
         interval = "as often as it is free (auto)" if every == 0 else f"every {plural(every, 'step')}"
-        say(
-            log,
-            f"memory tier: {plural(len(slots), 'slot')} of {size(self._asked_bytes)} on each rank, a version {interval}",
-        )
+        room = f"{plural(len(slots), 'slot')} of {size(self._asked_bytes)} on each rank"
+        say(log, f"memory tier: {room}, a version {interval}")
 
     def _on_done(self, ticket: Ticket) -> None:
         """Copying thread: ring the doorbell."""

@@ -125,8 +125,8 @@ class Snapshotter:
         new = set(ticket.torn) - self._demoted
         if new:
             log.warning(
-                "step %d could not be snapshotted: %s changed in place outside of optimizer.step() while being copied, "
-                "and will be copied at the end of the step from now on; `with session.mutating():` declares such changes",
+                "step %d could not be snapshotted: %s changed in place outside of optimizer.step() while being copied; "
+                "from now on copied at the end of the step (`with session.mutating():` declares such changes)",
                 ticket.version.step,
                 ", ".join(sorted(new)[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else ""),
             )
