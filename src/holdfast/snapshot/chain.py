@@ -1,15 +1,28 @@
 """Which version a generation starts from: a pure choice over inventories and storage, with a reason for each refusal.
 
-SIGNATURES FIRST, bodies follow.
+The *chain* is the history that counts. It begins at the newest generation that anybody knows of and follows parents:
+all versions of that generation, of its parent's generation those up to the parent, and so on. What a generation made
+after the point from which its successor started is off the chain, in memory and in storage.
+
+Candidates are
+
+- versions in memory on the chain of which every image (one per rank of the world that wrote it) is clean somewhere, if
+  the memory belongs to the history of the checkpoint directory as it is now (after ``rm -rf`` it does not);
+- steps in storage, unless their generation is known and they are off its chain.
+
+The newest step wins, memory on ties. ``resume`` decides an incarnation's first generation only. A candidate that failed
+its checks is excluded by the caller, who then asks again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.snapshot.messages import Inventory
+from holdfast.snapshot.messages import CleanImage, Inventory, Parentage
+from holdfast.snapshot.reports import Pin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +40,16 @@ class ChainQuestion:
     """Everything the choice depends on."""
 
     generation: GenerationId
+    """The one that starts."""
     fresh: bool
     """First generation of its incarnation: `resume` applies; later ones take the newest."""
     resume: str
     """auto, never, step:N, or path:TAG-OR-PATH."""
     inventories: tuple[Inventory, ...]
     stored: tuple[StoredStep, ...]
-    """Complete steps in the checkpoint directory; for path:X outside of it, the shell adds that one."""
+    """Complete steps in the checkpoint directory; for a path outside of it, the shell adds that one."""
     history: str | None
-    """History id of the checkpoint directory now; None where there is no directory."""
+    """History id of the checkpoint directory now; None where there is no directory or it has none yet."""
     excluded: tuple[Version, ...] = ()
     """Versions in memory that failed their checks (RestoreFailed)."""
     excluded_paths: tuple[str, ...] = ()
@@ -59,23 +73,239 @@ class Choice:
     version: Version | None = None
     step: int = 0
     path: str | None = None
+    """Step directory, where the tier is storage."""
     steps_lost: int = 0
     reason: str = ""
     rejected: tuple[Rejected, ...] = ()
 
 
+@dataclass(frozen=True)
+class Chain:
+    """How far each generation of the history that counts goes: the last step that is on the chain, None for no end."""
+
+    ends: dict[GenerationId, int | None]
+    known: frozenset[GenerationId]
+    """Every generation that any record or image names."""
+
+    def refusal(self, version: Version) -> str | None:
+        """Why `version` is not on the chain, None where it is."""
+        if version.generation not in self.ends:
+            return f"generation {version.generation} is off the chain: a later one did not start from it"
+        end = self.ends[version.generation]
+        if end is not None and version.step > end:
+            return f"step {version.step} is off the chain: the next generation started from step {end}"
+        return None
+
+
+def age(generation: GenerationId) -> tuple[int, int, str]:
+    """Sorts generations by age; the nonce only makes the order total."""
+    return (generation.incarnation, generation.generation, generation.nonce)
+
+
+def chain_of(inventories: Sequence[Inventory], *, before: GenerationId) -> Chain:
+    """The chain as it was when the generation `before` started."""
+    records: dict[GenerationId, Parentage] = {
+        record.generation: record
+        for inventory in inventories
+        for record in inventory.parents
+        if age(record.generation) < age(before)
+    }
+    images = {image.version.generation for inventory in inventories for image in inventory.clean}
+    known = {*records, *images}
+    ends: dict[GenerationId, int | None] = {}
+    current = max((one for one in known if age(one) < age(before)), key=age, default=None)
+    end: int | None = None
+    while current is not None and current not in ends:
+        ends[current] = end
+        record = records.get(current)
+        parent = record.parent if record is not None else None
+        current, end = (parent.generation, parent.step) if parent is not None else (None, None)
+    return Chain(ends, frozenset(known))
+
+
 def choose(question: ChainQuestion) -> Choice:
     """The newest candidate on the chain; memory on ties. The caller refines memory to "peers" per node (`tier_of`)."""
-    raise NotImplementedError
+    newest = max((inventory.newest_step for inventory in question.inventories), default=0)
+    resume = question.resume if question.fresh else "auto"
+    if resume == "never":
+        return Choice(tier="none", reason="resume is never: training starts from nothing", steps_lost=newest)
+    if resume.startswith("path:"):
+        return _choose_path(question, resume.removeprefix("path:"), newest)
+    wanted = int(resume.removeprefix("step:")) if resume.startswith("step:") else None
+    chain = chain_of(question.inventories, before=question.generation)
+    rejected: list[Rejected] = []
+    memory = _memory_candidates(question, chain, rejected)
+    stored = _stored_candidates(question, chain, rejected, named=wanted is not None)
+    if wanted is not None:
+        rejected += [_not_wanted(f"memory {version}", wanted) for version in memory if version.step != wanted]
+        rejected += [_not_wanted(f"storage {step.path}", wanted) for step in stored if step.step != wanted]
+        memory = [version for version in memory if version.step == wanted]
+        stored = [step for step in stored if step.step == wanted]
+        if not memory and not stored:
+            return _absent(f"resume={wanted}: there is no such step", rejected)
+    return _newest(memory, stored, newest, rejected)
 
 
 def tier_of(choice: Choice, inventories: Sequence[Inventory], node_rank: int) -> str:
     """memory where every image of the version lies on that node, else peers; other tiers as they are."""
-    raise NotImplementedError
+    if choice.tier != "memory" or choice.version is None:
+        return choice.tier
+    own = [inventory for inventory in inventories if inventory.node_rank == node_rank]
+    return "memory" if _missing_ranks(choice.version, own) == [] else "peers"
 
 
-def carried_persists(
-    pinned: Sequence[Version], inventories: Sequence[Inventory], choice: Choice
-) -> tuple[Version, ...]:
-    """Of the pinned versions of older generations: those that go on (on the chain, not above the choice, all images there)."""
-    raise NotImplementedError
+def carried_persists(inventories: Sequence[Inventory], choice: Choice, *, generation: GenerationId) -> tuple[Pin, ...]:
+    """Of the pinned versions of older generations those whose persist goes on in `generation`: on the chain, not above
+    the restored step, every image still there."""
+    chain = chain_of(inventories, before=generation)
+    pins = {pin.version: pin for inventory in inventories for pin in inventory.pinned}
+    return tuple(
+        pin
+        for version, pin in sorted(pins.items())
+        if version.step <= choice.step
+        and chain.refusal(version) is None
+        and version.generation != generation
+        and _missing_ranks(version, inventories) == []
+    )
+
+
+# --- candidates
+
+
+def _memory_candidates(question: ChainQuestion, chain: Chain, rejected: list[Rejected]) -> list[Version]:
+    ours: list[Inventory] = []
+    for inventory in question.inventories:
+        if inventory.clean and inventory.history != question.history:
+            reason = (
+                f"the memory of node {inventory.node_rank} belongs to the checkpoint history {inventory.history}, the "
+                f"checkpoint directory is of history {question.history}"
+            )
+            rejected.append(Rejected(candidate=f"memory of node {inventory.node_rank}", reason=reason))
+        else:
+            ours.append(inventory)
+    versions = sorted({image.version for inventory in ours for image in inventory.clean})
+    taken: list[Version] = []
+    for version in versions:
+        refusal = _refusal_in_memory(question, chain, version, ours)
+        if refusal is None:
+            taken.append(version)
+        else:
+            rejected.append(Rejected(candidate=f"memory {version}", reason=refusal))
+    return taken
+
+
+def _refusal_in_memory(
+    question: ChainQuestion, chain: Chain, version: Version, inventories: Sequence[Inventory]
+) -> str | None:
+    if version in question.excluded:
+        return "it failed its checks"
+    if age(version.generation) >= age(question.generation):
+        return f"it is not older than the generation {question.generation} that starts"
+    off = chain.refusal(version)
+    if off is not None:
+        return off
+    missing = _missing_ranks(version, inventories)
+    if missing is None:
+        return "its images name different world sizes"
+    if missing:
+        return f"the image of rank {missing[0]} is nowhere ({len(missing)} missing)"
+    return None
+
+
+def _missing_ranks(version: Version, inventories: Iterable[Inventory]) -> list[int] | None:
+    """Ranks of which no image is there; None where the images contradict each other or there is none."""
+    images = [image for inventory in inventories for image in inventory.clean if image.version == version]
+    worlds = {image.world_size for image in images}
+    if len(worlds) != 1:
+        return None
+    there = {image.global_rank for image in images}
+    return [rank for rank in range(worlds.pop()) if rank not in there]
+
+
+def _stored_candidates(
+    question: ChainQuestion, chain: Chain, rejected: list[Rejected], *, named: bool
+) -> list[StoredStep]:
+    taken: list[StoredStep] = []
+    for step in question.stored:
+        off = chain.refusal(step.version) if step.version.generation in chain.known and not named else None
+        if step.path in question.excluded_paths:
+            rejected.append(Rejected(candidate=f"storage {step.path}", reason="it failed its checks"))
+        elif off is not None:
+            rejected.append(Rejected(candidate=f"storage {step.path}", reason=off))
+        else:
+            taken.append(step)
+    return taken
+
+
+# --- the choice
+
+
+def _newest(memory: list[Version], stored: list[StoredStep], newest: int, rejected: list[Rejected]) -> Choice:
+    best_memory = max(memory, key=lambda version: (version.step, age(version.generation)), default=None)
+    best_stored = max(stored, key=lambda step: (step.step, age(step.version.generation)), default=None)
+    if best_memory is not None and (best_stored is None or best_memory.step >= best_stored.step):
+        reason = f"newest complete version in memory, step {best_memory.step}"
+        return Choice(
+            tier="memory",
+            version=best_memory,
+            step=best_memory.step,
+            steps_lost=max(0, newest - best_memory.step),
+            reason=reason,
+            rejected=tuple(rejected),
+        )
+    if best_stored is not None:
+        why = "memory holds nothing usable" if best_memory is None else f"memory only has step {best_memory.step}"
+        return _from_storage(best_stored, newest, f"newest checkpoint, step {best_stored.step}: {why}", rejected)
+    return Choice(tier="none", reason="there is nothing to resume", steps_lost=newest, rejected=tuple(rejected))
+
+
+def _choose_path(question: ChainQuestion, wanted: str, newest: int) -> Choice:
+    """``resume`` is a tag or a path: of several steps with the tag the newest."""
+    rejected: list[Rejected] = []
+    usable: list[StoredStep] = []
+    for step in question.stored:
+        if step.tag != wanted and not _same_path(step.path, wanted):
+            rejected.append(Rejected(candidate=f"storage {step.path}", reason=f"it is not {wanted!r}"))
+        elif step.path in question.excluded_paths:
+            rejected.append(Rejected(candidate=f"storage {step.path}", reason="it failed its checks"))
+        else:
+            usable.append(step)
+    if not usable:
+        return _absent(f"resume={wanted!r}: no complete checkpoint has this tag or path", rejected)
+    best = max(usable, key=lambda step: (step.step, age(step.version.generation)))
+    return _from_storage(best, newest, f"resume={wanted!r}", rejected)
+
+
+def _from_storage(step: StoredStep, newest: int, reason: str, rejected: list[Rejected]) -> Choice:
+    return Choice(
+        tier="storage",
+        version=step.version,
+        step=step.step,
+        path=step.path,
+        steps_lost=max(0, newest - step.step),
+        reason=reason,
+        rejected=tuple(rejected),
+    )
+
+
+def _absent(problem: str, rejected: list[Rejected]) -> Choice:
+    seen = "; ".join(f"{one.candidate}: {one.reason}" for one in rejected) or "there is nothing in memory or storage"
+    return Choice(tier="error", reason=f"{problem} ({seen})", rejected=tuple(rejected))
+
+
+def _not_wanted(candidate: str, wanted: int) -> Rejected:
+    return Rejected(candidate=candidate, reason=f"it is not step {wanted}")
+
+
+def _same_path(path: str, wanted: str) -> bool:
+    return os.path.normpath(path) == os.path.normpath(wanted) or os.path.basename(os.path.normpath(path)) == wanted
+
+
+def image_sources(version: Version, inventories: Sequence[Inventory]) -> dict[int, tuple[int, CleanImage]]:
+    """For each global rank of the world that wrote `version`: a node rank that holds its image, and the image."""
+    found: dict[int, tuple[int, CleanImage]] = {}
+    for inventory in sorted(inventories, key=lambda one: one.node_rank):
+        for image in inventory.clean:
+            if image.version == version:
+                found.setdefault(image.global_rank, (inventory.node_rank, image))
+    return found

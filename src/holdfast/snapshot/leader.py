@@ -1,14 +1,71 @@
 """The ledger of the leader: grants, completeness, persists, the snapshot interval (pure).
 
-SIGNATURES FIRST, bodies follow.
+One per generation, in the daemon of the leading node.
+
+Rules
+-----
+1. Nothing is granted before all ranks have entered, nor while a node has no slots (none yet, or they grow), nor beyond
+   what every node has free.
+2. A version is complete when every node reports it clean. The newest complete one is named in the orders; only then do
+   nodes let go of the one before. Everything older that is still outstanding is superseded.
+3. A version that any rank missed is abandoned at once: it leaves the orders.
+4. A grant is at least `lead` (G) steps ahead of the newest published step; G doubles after a miss, up to the number of
+   slots, and shrinks by one after `_CALM` versions without one. Steps that workers wait for at the boundary itself (the
+   last step, an agreed one) are granted even when a worker has reached them.
+5. *Must* steps (multiples of ``persist_every``, the last step, a confirmed agreed step) are always granted: when one
+   is near, the last free slot is kept for it.
+6. A complete must step that is to be persisted goes to the persist queue before the orders that name it complete, so
+   its slots are pinned before anyone may free them.
+
+States
+------
+    gathering   a new leader: orders ask for reports, nothing else, until every node has answered this epoch
+    waiting     not all ranks have entered
+    running     grants
+
+Theory of operation
+-------------------
+See `holdfast.snapshot.ledger`: reports and orders are whole states. The leader keeps the newest report of each node and
+derives everything anew from these after each one. A slot is in use at a node from the moment at which the leader grants
+it: free there = reported free, less the outstanding steps that the report does not list. A restarted leader finds the
+outstanding steps, the newest complete one, the pins and the agreed step in the reports; what its predecessor had
+decided and told nobody was never true.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.snapshot.reports import NodeState, Orders
+from holdfast.snapshot.agreement import Agreement, Situation
+from holdfast.snapshot.interval import AutoInterval
+from holdfast.snapshot.persists import CommitPersist, OrderPersist, PersistInstruction, PersistQueue, PersistSettled
+from holdfast.snapshot.reports import Held, NodeState, Orders, Pin, RankState, Request
+
+__all__ = [
+    "CommitEnded",
+    "CommitPersist",
+    "IntervalChosen",
+    "LeaderConfig",
+    "LeaderCounters",
+    "LeaderEvent",
+    "LeaderInstruction",
+    "LeaderLedger",
+    "OrderPersist",
+    "PartEnded",
+    "PersistDue",
+    "PersistSettled",
+    "ReportReceived",
+    "SendOrders",
+    "VersionCompleted",
+]
+
+_CALM = 32
+"""Complete versions without a miss after which G shrinks by one."""
+_WINDOW = 2
+"""Grants reach from G to G + _WINDOW steps ahead, so that one round trip does not cost a step."""
+_ATTEMPTS_PER_EPOCH = 1 << 20
+"""Attempt numbers of different leaders of one generation never meet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +74,7 @@ class LeaderConfig:
 
     generation: GenerationId
     epoch: int
-    """Grows with every start of the leader's daemon (its daemon epoch)."""
+    """Grows with every start of the leader's daemon (its daemon epoch); 1 or more."""
     nodes: tuple[int, ...]
     """Node ranks."""
     num_ranks: int
@@ -27,23 +84,24 @@ class LeaderConfig:
     snapshot_every: int = 0
     """0: auto."""
     persist_every_steps: int | None = None
-    carried: tuple[Version, ...] = ()
+    carried: tuple[Pin, ...] = ()
     """Unfinished persists of older generations that go on (`chain.carried_persists`)."""
 
 
-# --- events ---------------------------------------------------------------------------------------------------------
+# --- events: what the shell of the leading daemon feeds -------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportReceived:
-    """Feed at every NodeReport, in order of arrival."""
+    """Feed at every NodeReport, in order of arrival (the leader's own node too)."""
 
     state: NodeState
 
 
 @dataclass(frozen=True)
 class PersistDue:
-    """Feed when `persist_every_s` has elapsed since the last persist began: the next version is persisted."""
+    """Feed when ``persist_every_s`` has elapsed since the last persist began: the newest complete version is
+    persisted, where that has been done already the next one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +126,7 @@ class CommitEnded:
 
 LeaderEvent = ReportReceived | PersistDue | PartEnded | CommitEnded
 
-# --- instructions ---------------------------------------------------------------------------------------------------
+# --- instructions: what the shell must do, in this order ------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,38 +135,6 @@ class SendOrders:
 
     node_rank: int
     orders: Orders
-
-
-@dataclass(frozen=True, kw_only=True)
-class OrderPersist:
-    """Send PersistOrder to these nodes. May come again for one node (its daemon was restarted)."""
-
-    version: Version
-    attempt: int
-    nodes: tuple[int, ...]
-    tag: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommitPersist:
-    """All parts are written: write index and root, then feed `CommitEnded`."""
-
-    version: Version
-    attempt: int
-    tag: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PersistSettled:
-    """Nothing more will be done for this version: tell all (PersistEnded, PersistedMessage or PersistFailedMessage)."""
-
-    version: Version
-    outcome: str
-    """persisted, failed or dropped (a newer one took its place in the queue; counted, no error)."""
-    reason: str = ""
-    tag: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +153,7 @@ class IntervalChosen:
     step_s: float
 
 
-LeaderInstruction = SendOrders | OrderPersist | CommitPersist | PersistSettled | VersionCompleted | IntervalChosen
+LeaderInstruction = SendOrders | PersistInstruction | VersionCompleted | IntervalChosen
 
 
 @dataclass
@@ -137,14 +163,14 @@ class LeaderCounters:
     complete: int = 0
     missed: int = 0
     """Grants that some rank missed."""
+    superseded: int = 0
+    """Grants that a newer complete version made useless."""
     skipped: int = 0
-    """Steps of the interval that were not granted for want of slots."""
-    persists_dropped: int = 0
-    persists_failed: int = 0
+    """Steps of the interval that passed ungranted once grants had begun."""
 
 
 class LeaderLedger:
-    """One per generation, in the leader's daemon; also made anew when that daemon is restarted (it rebuilds from reports).
+    """One per generation; also made anew when the leading daemon is restarted (it rebuilds from reports).
 
     The shell makes it once LeaderRestore is sent, calls `start()` and then feeds events.
     """
@@ -152,16 +178,264 @@ class LeaderLedger:
     def __init__(self, config: LeaderConfig) -> None:
         self.config = config
         self.counters = LeaderCounters()
-
-    def start(self) -> list[LeaderInstruction]:
-        """The first instructions: orders that ask every node for its report."""
-        raise NotImplementedError
-
-    def handle(self, event: LeaderEvent) -> list[LeaderInstruction]:
-        """Take one event; instructions are to be carried out at once and in order."""
-        raise NotImplementedError
+        self.lead = 1
+        self.outstanding: set[int] = set()
+        self.persists = PersistQueue(config.nodes, attempt=config.epoch * _ATTEMPTS_PER_EPOCH)
+        self.agreement = Agreement()
+        self.interval = AutoInterval(config.snapshot_every)
+        self._reports: dict[int, NodeState] = {}
+        self._gathered = False
+        self._complete: int | None = None
+        self._granted_through = config.start_step
+        self._granted_from: int | None = None
+        self._newest = config.start_step
+        self._calm = 0
+        self._persist_due = False
+        self._offered: dict[int, bool] = {}
+        """Steps that went to the persist queue: whether as mandatory."""
+        self._sent: dict[int, Orders] = {}
 
     @property
     def complete(self) -> Version | None:
         """Newest complete version of this generation."""
-        raise NotImplementedError
+        return self.config.generation.at(self._complete) if self._complete is not None else None
+
+    def start(self) -> list[LeaderInstruction]:
+        """The first instructions: orders that ask every node for its report."""
+        return [self._ask(node_rank) for node_rank in self.config.nodes]
+
+    def handle(self, event: LeaderEvent) -> list[LeaderInstruction]:
+        """Take one event; instructions are to be carried out at once and in order."""
+        out: list[LeaderInstruction] = []
+        match event:
+            case ReportReceived():
+                self._take_report(event.state, out)
+            case PersistDue():
+                self._persist_due = True
+            case PartEnded():
+                out += self.persists.part_ended(event.version, event.attempt, event.node_rank, event.error)
+            case CommitEnded():
+                out += self.persists.commit_ended(event.version, event.attempt, event.error)
+        if self._gathered:
+            self._advance(out)
+            self._give_orders(out)
+        return out
+
+    # --- reports
+
+    def _take_report(self, state: NodeState, out: list[LeaderInstruction]) -> None:
+        if state.generation != self.config.generation or state.node_rank not in self.config.nodes:
+            return
+        if state.leader_epoch != self.config.epoch:
+            out.append(self._ask(state.node_rank))
+            return
+        if state.ask:
+            self._sent.pop(state.node_rank, None)
+        before = self._reports.get(state.node_rank)
+        self._reports[state.node_rank] = state
+        if before is not None and before.epoch != state.epoch:
+            out += self.persists.node_restarted(state.node_rank)
+        if not self._gathered and len(self._reports) == len(self.config.nodes):
+            self._gathered = True
+            self._rebuild(out)
+
+    def _ask(self, node_rank: int) -> SendOrders:
+        orders = Orders(generation=self.config.generation, leader_epoch=self.config.epoch, resync=True)
+        return SendOrders(node_rank=node_rank, orders=orders)
+
+    def _rebuild(self, out: list[LeaderInstruction]) -> None:
+        """Take over from a former leader of this generation, if there was one."""
+        known = [state.complete for state in self._reports.values() if state.complete is not None]
+        self._complete = max(known, default=None)
+        held = {one.step for state in self._reports.values() for one in state.held}
+        self.outstanding = {step for step in held if self._complete is None or step > self._complete}
+        self._granted_through = max((self._granted_through, *held))
+        self.agreement.restore(state.agreed for state in self._reports.values())
+        pins = {pin.version: pin for state in self._reports.values() for pin in state.pinned}
+        own = [pin for version, pin in sorted(pins.items()) if version.generation == self.config.generation]
+        for pin in (*self.config.carried, *own):
+            if pin.version.generation == self.config.generation:
+                self._offered[pin.version.step] = pin.mandatory
+            out += self.persists.offer(pin)
+        if self._complete is not None:
+            self._offer_if_wanted(self._complete, out)
+
+    # --- one round
+
+    def _advance(self, out: list[LeaderInstruction]) -> None:
+        self._judge_outstanding(out)
+        ranks = self._ranks()
+        if not self._all_entered(ranks):
+            return
+        self._count_skipped(ranks)
+        self.agreement.advance(self._situation(ranks))
+        if self._complete is not None:
+            self._offer_if_wanted(self._complete, out)
+        self._grant(ranks)
+
+    def _judge_outstanding(self, out: list[LeaderInstruction]) -> None:
+        """Abandon what was missed, complete what is clean everywhere; in the order of steps."""
+        for step in sorted(self.outstanding):
+            states = [self._held(state, step) for state in self._reports.values()]
+            if any(one is not None and one.state == "missed" for one in states):
+                self.outstanding.discard(step)
+                self._note_miss()
+            elif all(one is not None and one.state == "clean" for one in states):
+                self._note_complete(step, [one for one in states if one is not None], out)
+
+    def _note_miss(self) -> None:
+        self.counters.missed += 1
+        self._calm = 0
+        self.lead = min(self.lead * 2, max(1, self._num_slots()))
+
+    def _note_complete(self, step: int, held: list[Held], out: list[LeaderInstruction]) -> None:
+        self.outstanding.discard(step)
+        superseded = {older for older in self.outstanding if older < step}
+        self.outstanding -= superseded
+        self.counters.superseded += len(superseded)
+        self.counters.complete += 1
+        self._complete = step
+        version = self.config.generation.at(step)
+        out.append(VersionCompleted(version=version))
+        self._offer_if_wanted(step, out)
+        out += self.persists.squeeze(self._num_slots(), version)
+        self._calm += 1
+        if self._calm >= _CALM:
+            self._calm, self.lead = 0, max(1, self.lead - 1)
+        changed = self.interval.completed(max(one.wait_s for one in held), max(one.step_s for one in held))
+        if changed is not None:
+            out.append(IntervalChosen(every=self.interval.every, wait_s=changed[0], step_s=changed[1]))
+
+    # --- persists
+
+    def _offer_if_wanted(self, step: int, out: list[LeaderInstruction]) -> None:
+        """Persist the complete step where somebody wants it (known now, or since the last look)."""
+        if self._offered.get(step):
+            return
+        agreed = self.agreement.current
+        agreed_here = agreed is not None and agreed.confirmed and agreed.persist and agreed.step == step
+        finals = [rank.final for rank in self._ranks() if rank.final is not None]
+        final = any(one.step == step and one.persist for one in finals)
+        mandatory = agreed_here or final
+        if not mandatory and (step in self._offered or not (self._persist_due or self._is_multiple(step))):
+            return
+        self._offered[step] = mandatory
+        self._persist_due = False
+        tag, metrics = (agreed.tag, agreed.metrics) if agreed is not None and agreed_here else (None, {})
+        pin = Pin(version=self.config.generation.at(step), mandatory=mandatory, tag=tag, metrics=metrics)
+        out += self.persists.offer(pin)
+
+    def _is_multiple(self, step: int) -> bool:
+        every = self.config.persist_every_steps
+        return every is not None and step > self.config.start_step and step % every == 0
+
+    # --- grants
+
+    def _grant(self, ranks: list[RankState]) -> None:
+        """Grant as far ahead as the window allows and slots are free."""
+        if self._num_slots() < 2:
+            return
+        newest = max(rank.step for rank in ranks)
+        if self._granted_from is None:
+            self._granted_from = newest
+        room = min(self._room(state) for state in self._reports.values())
+        for step in self._awaited(ranks, newest):
+            if room > 0:
+                room = self._give(step, room)
+        horizon = newest + self.lead + _WINDOW
+        while room > 0:
+            must = self._next_must(newest, ranks)
+            step = self._next_regular(newest)
+            if must is not None and must <= step:
+                if must > horizon:
+                    return
+                room = self._give(must, room)
+            elif step > horizon or (must is not None and room < 2 and must <= horizon + _WINDOW):
+                return
+            else:
+                room = self._give(step, room)
+
+    def _give(self, step: int, room: int) -> int:
+        self.outstanding.add(step)
+        self._granted_through = max(self._granted_through, step)
+        return room - 1
+
+    def _room(self, state: NodeState) -> int:
+        listed = {one.step for one in state.held}
+        return state.free - sum(step not in listed for step in self.outstanding)
+
+    def _awaited(self, ranks: list[RankState], newest: int) -> list[int]:
+        """Steps at whose boundary workers wait for their grant."""
+        steps = {rank.final.step for rank in ranks if rank.final is not None}
+        if self.agreement.due is not None:
+            steps.add(self.agreement.due)
+        return sorted(step for step in steps if step >= newest and self._grantable(step))
+
+    def _grantable(self, step: int) -> bool:
+        return step not in self.outstanding and (self._complete is None or step > self._complete)
+
+    def _next_must(self, newest: int, ranks: list[RankState]) -> int | None:
+        """The next must step that no grant has reached yet."""
+        after = max(newest, self._granted_through)
+        steps = {rank.until for rank in ranks if rank.until is not None and rank.until > after}
+        every = self.config.persist_every_steps
+        if every is not None:
+            steps.add((after // every + 1) * every)
+        return min(steps, default=None)
+
+    def _next_regular(self, newest: int) -> int:
+        every = self.interval.every
+        least = max(self._granted_through + 1, newest + self.lead)
+        return -(-least // every) * every
+
+    def _count_skipped(self, ranks: list[RankState]) -> None:
+        newest = max(rank.step for rank in ranks)
+        if self._granted_from is not None and newest > self._newest:
+            every = self.interval.every
+            passed = range(max(self._newest, self._granted_through) // every * every + every, newest + 1, every)
+            self.counters.skipped += len(passed)
+        self._newest = max(self._newest, newest)
+
+    # --- orders
+
+    def _give_orders(self, out: list[LeaderInstruction]) -> None:
+        orders = Orders(
+            generation=self.config.generation,
+            leader_epoch=self.config.epoch,
+            running=self._all_entered(self._ranks()),
+            grants=tuple(sorted(self.outstanding)),
+            complete=self._complete,
+            pinned=self.persists.pins,
+            agreed=self.agreement.current,
+        )
+        for node_rank in self.config.nodes:
+            if self._sent.get(node_rank) != orders:
+                self._sent[node_rank] = orders
+                out.append(SendOrders(node_rank=node_rank, orders=orders))
+
+    # --- views of the reports
+
+    def _ranks(self) -> list[RankState]:
+        return [rank for _, state in sorted(self._reports.items()) for rank in state.ranks]
+
+    def _all_entered(self, ranks: list[RankState]) -> bool:
+        return sum(rank.entered for rank in ranks) == self.config.num_ranks
+
+    def _num_slots(self) -> int:
+        return min(state.num_slots for state in self._reports.values())
+
+    @staticmethod
+    def _held(state: NodeState, step: int) -> Held | None:
+        return next((one for one in state.held if one.step == step), None)
+
+    def _situation(self, ranks: list[RankState]) -> Situation:
+        requests: dict[str, Request] = {one.id: one for state in self._reports.values() for one in state.requests}
+        num_slots = self._num_slots()
+        return Situation(
+            ranks=ranks,
+            requests=requests,
+            complete=self._complete,
+            lead=self.lead + 1,
+            memory=num_slots >= 2,
+            room_to_save=num_slots < 2 or num_slots - len(self.persists.pins) >= 2,
+        )

@@ -1,38 +1,54 @@
 """The ledger of one node: which slot holds which version, who may write it, and when it may be reused (pure).
 
-SIGNATURES FIRST, bodies follow.
+Rules
+-----
+1. A slot is granted to one version at a time, and only while it is free (`holdfast.snapshot.slots` says when).
+2. Slots of the newest complete version, of the parent and of pinned versions are kept. Only orders of the leader free
+   them: a newer complete version, all ranks of the generation having completed one, the end of the persist. A node
+   never decides by itself that a version is superseded.
+3. What the leader no longer lists is abandoned; its slot is quarantined until each writer has let go or is dead.
+4. Events of an older generation change nothing but what they say about a writer that let go. Orders of an older
+   generation or of an older leader epoch are refused.
+5. The slot headers are the truth about what is clean: when a generation starts, and when a daemon is restarted, they
+   are read again. The control page is the truth about what is granted: a grant counts from the moment at which it
+   stands there, in this daemon's memory or not.
+
+States of a generation on a node
+--------------------------------
+    fenced      GenerationStarted: old images are kept as they are, nothing is granted
+    restoring   RestoreDecided: the parent is known; the others are still kept, for the parent may fail its checks
+    running     orders say that all ranks have entered: everything but the parent and the pinned versions goes
+    advanced    orders name a complete version of this generation: the parent goes too
+
+Theory of operation
+-------------------
+Reports and orders are whole states (`holdfast.snapshot.reports`). After each event the ledger compares what it would
+report with what it last did, and sends it where they differ; the leader answers in the same way. Hence a lost message,
+a restarted daemon and a restarted leader need no code of their own but the first exchange. A leader that has been
+restarted has a new epoch and asks for reports (``resync``); a node that has answered it refuses what the old one may
+still have in flight, so the new one builds on reports that nothing can overtake.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.snapshot.reports import Agreed, Grant, NodeState, Orders, Request, SlotRef
+from holdfast.snapshot.reports import Agreed, Final, Held, NodeState, Orders, Pin, RankState, Request, SlotRef
+from holdfast.snapshot.slots import Header, Image, SlotTable
+
+__all__ = ["Header", "Image", "NodeEvent", "NodeInstruction", "NodeLedger"]
 
 # --- events: what the shell of the daemon feeds ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """The slot header of one local rank as read from the arena. FREE headers are not passed."""
-
-    slot: SlotRef
-    version: Version
-    global_rank: int
-    """In the generation that wrote it."""
-    world_size: int
-    clean: bool
-    """CLEAN; otherwise FILLING."""
-    writer_alive: bool
-    """The process that wrote it (pid and start time of the header) lives."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationStarted:
     """Feed at StartGeneration, after reading all slot headers again (the header is the truth: doorbells may be lost).
 
-    Fences everything older. Yields `ClearGrants` and `SendInventory`.
+    Fences everything older. Yields `ClearGrants` and `SendInventory`. No slots until the next `PoolReady`.
     """
 
     generation: GenerationId
@@ -44,17 +60,18 @@ class GenerationStarted:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One entry of the control page's grant table, which has exactly one entry per slot of the pool in use."""
+    """A grant that stands on the control page of the current generation: the newest one of its slot."""
 
     slot: SlotRef
-    grant: Grant
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adopted:
     """Feed once, first, in a restarted daemon whose arena has a generation (node.state), before anything else.
 
-    Feed afterwards, from the control page, `RankStepped`, `RankAcknowledged` and `RankEntered` of each rank.
+    Feed afterwards `PoolReady`, then from the control page `RankEntered`, `RankStepped`, `RankAcknowledged` and
+    `RankRead` of each rank, and `WriterDied` for those that are gone.
     """
 
     generation: GenerationId
@@ -72,19 +89,22 @@ class Adopted:
 
 @dataclass(frozen=True, kw_only=True)
 class RestoreDecided:
-    """Feed when the leader's choice arrives (LeaderRestore) and its Parentage is recorded, before workers hear of it."""
+    """Feed when the leader's choice arrives (LeaderRestore) and its Parentage is recorded, before workers hear of it.
+    Again when the leader chooses anew (RestoreFailed). Yields `StopPersist` for what lies above the restored step."""
 
     generation: GenerationId
     parent: Version | None
     """The version in memory that the generation starts from; None where the tier is storage or none."""
+    step: int
+    """The restored step, 0 where the tier is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolReady:
     """Feed when slot files 0..num_slots-1 of `pool` are there for all local ranks, just before SlotsReady goes out.
 
-    Slots of other pools are never granted again; each is dropped (`DropSlot`) once nothing in it is needed. Feed it again
-    in a new generation, with the same pool where the old one still fits.
+    Slots of other pools are never granted again; each is dropped (`DropSlot`) once nothing in it is needed. Feed it
+    again in each new generation, with the same pool where the old one still fits.
     """
 
     pool: int
@@ -227,7 +247,7 @@ NodeEvent = (
 
 @dataclass(frozen=True, kw_only=True)
 class ClearGrants:
-    """Erase the page's grant table and agreed step and write the generation: workers of older ones see nothing."""
+    """Erase the page's grants and agreed step and write the generation: workers of older ones see nothing."""
 
     generation: GenerationId
 
@@ -239,24 +259,32 @@ class SendInventory:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishGrant:
-    """Write the grant table's entry of `slot` (replacing what stood there), visible to the workers at once."""
+    """Write the grant of `version.step` in `slot` on the page, visible to the workers at once."""
 
     slot: SlotRef
-    grant: Grant
+    version: Version
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithdrawGrant:
+    """Erase the grant from the page: all its writers have let go and the slot is free."""
+
+    slot: SlotRef
     version: Version
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishAgreed:
-    """Write the agreed step on the page; workers that wait in ``agreed()`` look again. Where it is confirmed and of kind
-    save, send SaveAgreed to the workers."""
+    """Write the agreed step on the page; workers that wait in ``agreed()`` look again. Where it is confirmed and of
+    kind save, send SaveAgreed to the workers."""
 
     agreed: Agreed
 
 
 @dataclass(frozen=True, kw_only=True)
 class SendReport:
-    """Send the state to the leader. A newer one replaces one that is not sent yet (send at most one per few ms)."""
+    """Send the state to the leader. A newer one replaces one that is not sent yet, but `ask` of either must stay set
+    (send at most one per few ms)."""
 
     state: NodeState
 
@@ -293,6 +321,7 @@ NodeInstruction = (
     ClearGrants
     | SendInventory
     | PublishGrant
+    | WithdrawGrant
     | PublishAgreed
     | SendReport
     | StoreRequests
@@ -311,25 +340,255 @@ class NodeLedger:
 
     def __init__(self, *, epoch: int) -> None:
         self.epoch = epoch
+        self.table = SlotTable()
+        self.generation: GenerationId | None = None
+        self.parent: Version | None = None
+        self._node_rank = 0
+        self._ranks: dict[int, RankState] = {}
+        self._num_slots = 0
+        self._leader_epoch = 0
+        self._complete: int | None = None
+        self._grants: tuple[int, ...] = ()
+        self._pins: dict[Version, Pin] = {}
+        self._requests: dict[str, Request] = {}
+        self._agreed: Agreed | None = None
+        self._reported: NodeState | None = None
+
+    # --- what the shell may ask
+
+    @property
+    def pinned(self) -> tuple[Pin, ...]:
+        """Versions kept for a persist."""
+        return tuple(pin for _, pin in sorted(self._pins.items()))
+
+    def clean(self) -> tuple[Image, ...]:
+        """Clean images that may be read (for the inventory)."""
+        return tuple(self.table.images())
+
+    def readable(self, slot: SlotRef, version: Version) -> bool:
+        """Whether a range read of `version` from `slot` may be served now."""
+        return any(image.slot == slot and image.version == version for image in self.table.images())
+
+    def slots_of(self, version: Version) -> tuple[Image, ...]:
+        """The clean images of `version` on this node (for the persister)."""
+        return tuple(image for image in self.table.images() if image.version == version)
+
+    # --- events
 
     def handle(self, event: NodeEvent) -> list[NodeInstruction]:
         """Take one event; the instructions are to be carried out at once and in order. Events of older generations are
         refused (ignored but for what they say about a writer that let go)."""
-        raise NotImplementedError
+        out: list[NodeInstruction] = []
+        report_anyway = False
+        match event:
+            case GenerationStarted():
+                self._start_generation(event, out)
+            case Adopted():
+                self._adopt(event)
+            case RestoreDecided():
+                self._decide_restore(event, out)
+            case PoolReady():
+                self.table.use_pool(event.pool, event.num_slots)
+                self._num_slots = event.num_slots
+            case PoolPaused():
+                self._num_slots = 0
+            case RankCommitted():
+                self.table.committed(event.version, event.global_rank, event.wait_s, event.step_s)
+            case RankMissed():
+                self.table.missed(event.version, event.global_rank)
+            case WriterDied():
+                self.table.let_go(event.generation, event.global_rank)
+                self.table.strangers_gone(event.generation, event.global_rank)
+            case RankEntered() | RankStepped() | RankUntil() | RankRead() | RankAcknowledged() | RankFinished():
+                self._take_rank_event(event)
+            case Requested():
+                self._requests[event.request.id] = event.request
+                out.append(StoreRequests(requests=tuple(self._requests.values())))
+            case LeaderConnected():
+                report_anyway = True
+            case OrdersReceived():
+                report_anyway = self._take_orders(event.orders, out)
+        self._settle(out)
+        self._report(out, anyway=report_anyway)
+        return out
 
-    @property
-    def pinned(self) -> tuple[Version, ...]:
-        """Versions kept for a persist."""
-        raise NotImplementedError
+    def _take_rank_event(
+        self, event: RankEntered | RankStepped | RankUntil | RankRead | RankAcknowledged | RankFinished
+    ) -> None:
+        rank = self._ranks.get(event.global_rank)
+        if rank is None or event.generation != self.generation:
+            return
+        match event:
+            case RankEntered():
+                until = rank.until if event.until is None else event.until
+                rank = _with(rank, entered=True, step=max(rank.step, event.step), until=until)
+            case RankStepped():
+                rank = _with(rank, step=max(rank.step, event.step))
+            case RankUntil():
+                rank = _with(rank, until=event.until)
+            case RankRead():
+                rank = _with(rank, step=max(rank.step, event.step))
+                self.table.read(event.generation, event.global_rank, event.step, event.headers)
+            case RankAcknowledged():
+                rank = _with(rank, acknowledged=max(rank.acknowledged, event.number))
+            case RankFinished():
+                final = Final(step=event.step, persist=event.persist)
+                rank = _with(rank, step=max(rank.step, event.step), final=final)
+        self._ranks[event.global_rank] = rank
 
-    def clean(self) -> tuple[Header, ...]:
-        """Clean images that may be read (inventory): headers with `clean` whose slot nobody may write."""
-        raise NotImplementedError
+    # --- generations
 
-    def readable(self, slot: SlotRef, version: Version) -> bool:
-        """Whether a range read of `version` from `slot` may be served now."""
-        raise NotImplementedError
+    def _start_generation(self, event: GenerationStarted, out: list[NodeInstruction]) -> None:
+        if self.generation is not None and not _newer(event.generation, self.generation):
+            return
+        self.table.fence(tuple(self._ranks), event.headers)
+        self._enter(event.generation, event.node_rank, event.local_ranks)
+        held = {image.version for image in self.table.images()}
+        self._pins = {version: pin for version, pin in self._pins.items() if version in held}
+        out += [ClearGrants(generation=event.generation), SendInventory()]
 
-    def slot_of(self, version: Version) -> SlotRef | None:
-        """The slot that holds `version` clean on all ranks of this node (for the persister)."""
-        raise NotImplementedError
+    def _adopt(self, event: Adopted) -> None:
+        self._enter(event.generation, event.node_rank, event.local_ranks)
+        self.parent = event.parent
+        self._requests = {request.id: request for request in event.requests}
+        self._agreed = event.agreed
+        granted = {published.slot: event.generation.at(published.step) for published in event.published}
+        for header in event.headers:
+            if header.slot not in granted or (
+                header.version != granted[header.slot] and not header.clean and header.writer_alive
+            ):
+                self.table.adopt_image(header)
+        for slot, version in granted.items():
+            headers = [header for header in event.headers if header.slot == slot]
+            self.table.adopt_grant(slot, version, event.local_ranks, headers)
+
+    def _enter(self, generation: GenerationId, node_rank: int, local_ranks: tuple[int, ...]) -> None:
+        self.generation, self._node_rank = generation, node_rank
+        self._ranks = {global_rank: RankState(global_rank=global_rank) for global_rank in local_ranks}
+        self.parent, self._complete, self._agreed = None, None, None
+        self._grants, self._num_slots, self._leader_epoch = (), 0, 0
+        self._reported = None
+
+    def _decide_restore(self, event: RestoreDecided, out: list[NodeInstruction]) -> None:
+        if event.generation != self.generation:
+            return
+        self.parent = event.parent
+        for version in [version for version in self._pins if version.step > event.step]:
+            del self._pins[version]
+            out.append(StopPersist(version=version))
+
+    # --- orders
+
+    def _take_orders(self, orders: Orders, out: list[NodeInstruction]) -> bool:
+        """Obey; the answer says whether a report is due although nothing has changed."""
+        if orders.generation != self.generation or orders.leader_epoch < self._leader_epoch:
+            return False
+        self._leader_epoch = orders.leader_epoch
+        if orders.resync:
+            return True
+        self._grants = orders.grants
+        self._take_pins(orders.pinned, out)
+        if orders.complete is not None and (self._complete is None or orders.complete > self._complete):
+            self._complete = orders.complete
+            out.append(Completed(version=self.generation.at(orders.complete)))
+        if orders.agreed is not None and orders.agreed != self._agreed:
+            self._agreed = orders.agreed
+            out.append(PublishAgreed(agreed=orders.agreed))
+        self._answer_requests(out)
+        if orders.running:
+            self._let_go_of_the_past()
+        self._abandon_unlisted()
+        return False
+
+    def _take_pins(self, pins: tuple[Pin, ...], out: list[NodeInstruction]) -> None:
+        now = {pin.version: pin for pin in pins}
+        out.extend(StopPersist(version=version) for version in self._pins if version not in now)
+        self._pins = now
+
+    def _answer_requests(self, out: list[NodeInstruction]) -> None:
+        agreed = self._agreed
+        if agreed is None or not agreed.confirmed:
+            return
+        memory = self._num_slots >= 2
+        reached = all(rank.step >= agreed.step for rank in self._ranks.values())
+        complete = self._complete is not None and self._complete >= agreed.step
+        answered = [identity for identity in agreed.requests if identity in self._requests]
+        if answered and (complete or (reached and not memory)):
+            for identity in answered:
+                del self._requests[identity]
+            out.append(StoreRequests(requests=tuple(self._requests.values())))
+
+    def _let_go_of_the_past(self) -> None:
+        parent = self.parent if self._complete is None else None
+        self.table.forget_images(lambda version: version == parent or version in self._pins)
+
+    def _abandon_unlisted(self) -> None:
+        assert self.generation is not None
+        kept = {*self._grants, self._complete}
+        for row in self.table.granted():
+            assert row.version is not None
+            if row.version.step not in kept and row.version not in self._pins:
+                self.table.abandon(row)
+
+    # --- after each event
+
+    def _settle(self, out: list[NodeInstruction]) -> None:
+        """Free what may be freed, then give slots to the grants that wait for one."""
+        out.extend(WithdrawGrant(slot=slot, version=version) for slot, version in self.table.settle())
+        out.extend(DropSlot(slot=slot) for slot in self.table.drop_former())
+        if self.generation is None or self._num_slots == 0:
+            return
+        for step, row in zip(self._waiting(), self.table.free(), strict=False):
+            version = self.generation.at(step)
+            row.grant(version, self._ranks)
+            out.append(PublishGrant(slot=row.ref, version=version))
+
+    def _waiting(self) -> list[int]:
+        """Granted steps without a slot, oldest first, less those that a local rank has passed already."""
+        return [step for step, state in self._without_slot() if state == "granted"]
+
+    def _without_slot(self) -> list[tuple[int, str]]:
+        assert self.generation is not None
+        held = {row.version.step for row in self.table if row.version is not None}
+        newest = max((rank.step for rank in self._ranks.values()), default=0)
+        return [(step, "missed" if step < newest else "granted") for step in sorted(self._grants) if step not in held]
+
+    def _report(self, out: list[NodeInstruction], *, anyway: bool) -> None:
+        if self.generation is None:
+            return
+        state = self._state(self.generation)
+        if anyway or state != self._reported:
+            self._reported = state
+            out.append(SendReport(state=msgspec.structs.replace(state, ask=True) if anyway else state))
+
+    def _state(self, generation: GenerationId) -> NodeState:
+        held = [
+            Held(step=row.version.step, state=row.state, wait_s=row.wait_s, step_s=row.step_s)
+            for row in self.table.granted()
+            if row.version is not None
+        ]
+        without = [Held(step=step, state=state) for step, state in self._without_slot()]
+        waiting = sum(one.state == "granted" for one in without)
+        free = len(self.table.free()) - waiting if self._num_slots else 0
+        return NodeState(
+            generation=generation,
+            node_rank=self._node_rank,
+            epoch=self.epoch,
+            leader_epoch=self._leader_epoch,
+            num_slots=self._num_slots,
+            free=free,
+            held=tuple(held + without),
+            complete=self._complete,
+            pinned=self.pinned,
+            ranks=tuple(self._ranks.values()),
+            requests=tuple(self._requests.values()),
+            agreed=self._agreed,
+        )
+
+
+def _newer(new: GenerationId, old: GenerationId) -> bool:
+    return (new.incarnation, new.generation) > (old.incarnation, old.generation)
+
+
+def _with(rank: RankState, **changes: object) -> RankState:
+    return msgspec.structs.replace(rank, **changes)

@@ -1,11 +1,8 @@
 """What a node's ledger and the leader's ledger tell each other: two states, not a stream of changes.
 
 `NodeState` goes up, `Orders` come down. Each is the whole truth of its sender, so only the newest one counts: a lost,
-repeated or coalesced message costs time and never a decision. The daemons carry them as they are, as the one field of a
-message.
-
-A *grant* is a permission to copy one step; the leader numbers grants from 1 within a generation (`Grant.serial`).
-Serials only grow, steps of grants need not: the final step of a loop that ends early may be granted after a later one.
+repeated or coalesced message costs time and never a decision. What is needed of the transport: between two given
+daemon processes messages arrive in order, and none arrives after either was restarted.
 """
 
 from __future__ import annotations
@@ -22,15 +19,8 @@ class SlotRef(msgspec.Struct, frozen=True, order=True):
     index: int
 
 
-class Grant(msgspec.Struct, frozen=True, order=True):
-    """Permission to copy `step` (completed steps) of the current generation."""
-
-    serial: int
-    step: int
-
-
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """Somebody on a node wants an agreed step. It is repeated in every report until the orders cover it."""
+    """Somebody on a node wants an agreed step. It is repeated in every report until a complete version answers it."""
 
     id: str
     """Unique in the job, chosen by the daemon that received it (for example ``n0-17``)."""
@@ -56,6 +46,16 @@ class Agreed(msgspec.Struct, frozen=True, kw_only=True):
     """Ids of the requests that it answers."""
 
 
+class Pin(msgspec.Struct, frozen=True, kw_only=True):
+    """A version that is being persisted or queued for it: its slots are kept."""
+
+    version: Version
+    mandatory: bool = False
+    """An agreed save or the final step: never dropped for a newer one."""
+    tag: str | None = None
+    metrics: dict[str, float] = {}
+
+
 class Final(msgspec.Struct, frozen=True, kw_only=True):
     """The loop of a rank ended by itself after `step` completed steps."""
 
@@ -67,9 +67,9 @@ class RankState(msgspec.Struct, frozen=True, kw_only=True):
     """What one worker has published on the control page or told its daemon."""
 
     global_rank: int
-    step: int
+    step: int = 0
     """Newest finished step."""
-    entered: bool
+    entered: bool = False
     """It has opened its Session and restored its state: it may be granted steps."""
     acknowledged: int = 0
     """Number of the newest proposed agreed step that it acknowledged."""
@@ -78,9 +78,8 @@ class RankState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Held(msgspec.Struct, frozen=True, kw_only=True):
-    """A slot of this node that is granted to, or holds, a step of the current generation."""
+    """A step of the current generation that the node has a slot for, or that waits for one."""
 
-    serial: int
     step: int
     state: str
     """granted: some rank may still write. clean: all ranks of the node are. missed: some rank never will be."""
@@ -102,17 +101,17 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     num_slots: int
     """Slots of the pool in use; 0 while there is none or it grows; below 2 there is no memory tier."""
     free: int
-    """Slots that a grant could take now."""
-    through: int
-    """Largest serial of all orders obeyed so far."""
+    """Slots that further grants could take now (the steps in `held` have theirs); negative where some wait."""
     held: tuple[Held, ...]
     complete: int | None
     """Newest complete step of this generation that the node knows of."""
-    pinned: tuple[Version, ...]
+    pinned: tuple[Pin, ...]
     ranks: tuple[RankState, ...]
     requests: tuple[Request, ...] = ()
     agreed: Agreed | None = None
     """What stands on the control page."""
+    ask: bool = False
+    """The node is newly connected: it needs orders even if nothing has changed."""
 
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,16 +121,13 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     leader_epoch: int
     """Grows whenever the leader's daemon is restarted."""
     resync: bool = False
-    """A restarted leader asks for a report and orders nothing: every other field is to be ignored."""
+    """A new leader asks for a report and orders nothing: every other field is to be ignored."""
     running: bool = False
     """All ranks have entered: old versions other than the parent and the pinned ones may go."""
-    through: int = 0
-    """Largest serial granted so far. A held grant up to here that is neither in `grants`, complete nor pinned is
-    abandoned (or superseded) and its slot may go."""
-    grants: tuple[Grant, ...] = ()
-    """Outstanding grants: neither complete nor abandoned."""
+    grants: tuple[int, ...] = ()
+    """Outstanding steps: granted, neither complete nor abandoned. A step that a node holds and that is neither here,
+    nor complete, nor pinned, is abandoned or superseded: its slot may go once its writers have let go."""
     complete: int | None = None
     """Newest complete step of this generation."""
-    pinned: tuple[Version, ...] = ()
-    """Versions being persisted or queued for it."""
+    pinned: tuple[Pin, ...] = ()
     agreed: Agreed | None = None
