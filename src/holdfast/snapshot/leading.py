@@ -1,0 +1,426 @@
+"""The shell of the leader: it gathers inventories and openings, has the restore chosen, and carries out its ledger.
+
+The daemon of the generation's leader node owns one `Leading` per generation. What it knows is rebuilt by a successor:
+before the choice from the nodes' answers to `AskNode`, after it from the record in `node.state` and the nodes' reports.
+Event loop only; storage is touched in the lanes ``storage`` and ``persist``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from holdfast.checkpoint.version import Version
+from holdfast.errors import HoldfastError, StateError, StorageError, UsageError
+from holdfast.snapshot import chain, leader, survey
+from holdfast.snapshot.lanes import Lanes
+from holdfast.snapshot.messages import (
+    AnyMessage,
+    AskNode,
+    ImageLocation,
+    Inventory,
+    LeaderOrders,
+    LeaderRestore,
+    NodeReport,
+    Notice,
+    PersistEnded,
+    PersistOrder,
+    PersistPart,
+    RanksOpened,
+    Refused,
+    Restore,
+    RestoreChosen,
+    RestoreFailed,
+    SessionConfig,
+    StartGeneration,
+)
+from holdfast.snapshot.persister import Commit, commit, step_directory
+from holdfast.snapshot.reports import Pin
+
+_log = logging.getLogger(__name__)
+_ASK_EVERY_S: Final = 0.5
+_WARN_AFTER_S: Final = 60.0
+_PART_LIMIT_S: Final = 1800.0
+
+
+@dataclass
+class _Attempt:
+    """One attempt to persist a version."""
+
+    version: Version
+    number: int
+    begun: float
+    waiting: set[int]
+    records: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
+
+
+class Leading:
+    """Leads one generation.
+
+    Args:
+        start: the generation.
+        epoch: of this daemon.
+        send: sends to the daemon of a node rank.
+        to_agent: sends to our own agent.
+        broadcast: sends to the daemons of all members.
+    """
+
+    def __init__(
+        self,
+        start: StartGeneration,
+        epoch: int,
+        lanes: Lanes,
+        *,
+        send: Callable[[int, AnyMessage], None],
+        to_agent: Callable[[AnyMessage], None],
+    ) -> None:
+        self.start, self._epoch, self._lanes = start, epoch, lanes
+        self._send, self._to_agent = send, to_agent
+        self.closed = False
+        self.config: SessionConfig | None = None
+        self.history: str | None = None
+        self.ledger: leader.LeaderLedger | None = None
+        self._inventories: dict[int, Inventory] = {}
+        self._opened: dict[int, SessionConfig] = {}
+        self._choosing = False
+        self._refused: Refused | None = None
+        self._excluded: set[Version] = set()
+        self._excluded_paths: set[str] = set()
+        self._chosen: LeaderRestore | None = None
+        self._attempts: dict[Version, _Attempt] = {}
+        self._worlds: dict[Version, int] = {}
+        self._orders: dict[int, LeaderOrders] = {}
+        self._asked = self._first_opened = 0.0
+        self._repeated = 0.0
+        self._persist_begun = time.monotonic()
+        self._warned = False
+
+    @property
+    def _members(self) -> tuple[int, ...]:
+        return tuple(member.node_rank for member in self.start.members)
+
+    def resume(self, chosen: LeaderRestore, config: SessionConfig) -> None:
+        """A successor of the leader's daemon: the choice stands, the ledger is rebuilt from reports."""
+        self._chosen, self.config, self.history = chosen, config, chosen.history
+        self._lead(carried=())
+
+    def close(self) -> None:
+        """Another generation starts, or the daemon goes: results of lanes that come later count no more."""
+        self.closed = True
+
+    # --- before the choice
+
+    def receive(self, message: AnyMessage) -> None:
+        """A message of a node's daemon for the leader."""
+        match message:
+            case Inventory() if message.generation == self.start.generation:
+                self._inventories[message.node_rank] = message
+                self._try_choose()
+            case RanksOpened() if message.generation == self.start.generation:
+                self._take_openings(message)
+            case RestoreFailed() if message.generation == self.start.generation:
+                self._take_failure(message)
+            case NodeReport(state=state) if state.generation == self.start.generation:
+                if self.ledger is not None:
+                    self._feed(leader.ReportReceived(state=state))
+            case PersistPart():
+                self._take_part(message)
+            case _:
+                _log.debug("the leader of %s ignores %s", self.start.generation, type(message).__name__)
+
+    def tick(self, now: float) -> None:
+        """Called every few milliseconds with `time.monotonic()`."""
+        if self._chosen is None and now - self._asked > _ASK_EVERY_S:
+            self._asked = now
+            for node_rank in self._silent():
+                self._send(node_rank, AskNode(generation=self.start.generation, leader_epoch=self._epoch))
+        if self._first_opened and not self._warned and now - self._first_opened > _WARN_AFTER_S:
+            self._warned = True
+            self._warn_of_missing()
+        if self.ledger is not None:
+            self._tick_persists(now)
+            if now - self._repeated > _ASK_EVERY_S:  # orders may have been lost with a connection
+                self._repeated = now
+                for node_rank, orders in self._orders.items():
+                    if node_rank != self.start.node_rank:
+                        self._send(node_rank, orders)
+
+    def _silent(self) -> list[int]:
+        wanted = set(self.config.ranks) if self.config else set()
+        return [
+            member.node_rank
+            for member in self.start.members
+            if member.node_rank not in self._inventories
+            or not (wanted & set(range(member.first_global_rank, member.first_global_rank + member.num_ranks)))
+            <= set(self._opened)
+        ]
+
+    def _warn_of_missing(self) -> None:
+        missing = sorted(set(self.config.ranks) - set(self._opened)) if self.config else []
+        if missing:
+            ranks = ", ".join(map(str, missing[:20]))
+            self._say(
+                "warning", f"a Session waits since {_WARN_AFTER_S:.0f} s for rank {ranks}: no snapshots until then"
+            )
+
+    def _take_openings(self, message: RanksOpened) -> None:
+        self._first_opened = self._first_opened or time.monotonic()
+        for rank, config in message.opened:
+            if self.config is None:
+                self.config = config
+            if config != self.config:
+                self._refuse(UsageError(_difference(rank, config, self.config)))
+            self._opened[rank] = config
+        self._try_choose()
+
+    def _take_failure(self, message: RestoreFailed) -> None:
+        """The same report comes from every rank that saw it; only the first one changes anything."""
+        chosen = self._chosen.restore if self._chosen else None
+        if chosen is None or chosen.version != message.version:
+            return
+        self._say("warning", f"{message.version} cannot be restored ({message.reason}); the next candidate is taken")
+        if chosen.tier == "storage" and chosen.path is not None:
+            self._excluded_paths.add(chosen.path)
+        else:
+            self._excluded.add(message.version)
+        self._chosen, self.ledger = None, None
+        self._try_choose()
+
+    def _try_choose(self) -> None:
+        ready = (
+            self.config is not None
+            and set(self._inventories) >= set(self._members)
+            and set(self._opened) >= set(self.config.ranks)
+        )
+        if not ready or self._choosing or self._chosen is not None or self._refused is not None:
+            return
+        assert self.config is not None
+        self._choosing = True
+        question = survey.Question(
+            generation=self.start.generation,
+            fresh=self.start.fresh,
+            config=self.config,
+            inventories=tuple(self._inventories[node_rank] for node_rank in sorted(self._inventories)),
+            excluded=tuple(sorted(self._excluded)),
+            excluded_paths=tuple(sorted(self._excluded_paths)),
+        )
+        self._lanes.submit("storage", lambda: survey.decide(question), self._decided)
+
+    def _decided(self, answer: survey.Answer | Exception) -> None:
+        self._choosing = False
+        if self.closed:
+            return
+        if isinstance(answer, Exception):
+            self._refuse(answer)
+            return
+        self.history = answer.history
+        choice = answer.choice
+        for rejected in choice.rejected:
+            _log.info("%s was not taken: %s", rejected.candidate, rejected.reason)
+        restore = Restore(
+            tier=choice.tier,
+            version=choice.version,
+            step=choice.step,
+            path=choice.path,
+            images=self._locations(choice.version) if choice.tier == "memory" else (),
+            steps_lost=choice.steps_lost,
+            first_of_incarnation=self.start.fresh,
+        )
+        self._chosen = LeaderRestore(generation=self.start.generation, restore=restore, history=answer.history)
+        for inventory in self._inventories.values():
+            for image in inventory.clean:
+                self._worlds[image.version] = image.world_size
+        for node_rank in self._members:
+            self._send(node_rank, self._chosen)
+        self._to_agent(
+            RestoreChosen(
+                generation=self.start.generation,
+                tier=choice.tier,
+                version=choice.version,
+                step=choice.step,
+                steps_lost=choice.steps_lost,
+                reason=choice.reason,
+            )
+        )
+        inventories = tuple(self._inventories.values())
+        pinned = {pin.version: pin for inventory in inventories for pin in inventory.pinned}
+        self._lead(carried=chain.carried_persists(tuple(pinned.values()), inventories, choice))
+
+    def _locations(self, version: Version | None) -> tuple[ImageLocation, ...]:
+        daemons = {member.node_rank: member.daemon for member in self.start.members}
+        return tuple(
+            ImageLocation(
+                node_rank=inventory.node_rank,
+                daemon=daemons[inventory.node_rank],
+                path=image.path,
+                offset=image.offset,
+                size_bytes=image.size_bytes,
+                local=False,
+            )
+            for inventory in self._inventories.values()
+            for image in sorted(inventory.clean, key=lambda image: image.global_rank)
+            if image.version == version
+        )
+
+    def _refuse(self, error: Exception) -> None:
+        """Every rank gets the same error; the generation has no Session."""
+        kind = next((kind for kind, classes in _KINDS if isinstance(error, classes)), "peer")
+        reason = str(error) if isinstance(error, HoldfastError) else f"{type(error).__name__}: {error}"
+        if not isinstance(error, HoldfastError):
+            _log.error("the restore could not be chosen", exc_info=error)
+        self._refused = Refused(reason=reason, kind=kind)
+        for node_rank in self._members:
+            self._send(node_rank, self._refused)
+
+    # --- after the choice
+
+    def _lead(self, carried: tuple[Pin, ...]) -> None:
+        assert self.config is not None
+        assert self._chosen is not None
+        self.ledger = leader.LeaderLedger(
+            leader.LeaderConfig(
+                generation=self.start.generation,
+                epoch=self._epoch,
+                nodes=self._members,
+                num_ranks=len(self.config.ranks),
+                start_step=self._chosen.restore.step,
+                snapshot_every=self.config.snapshot_every,
+                persist_every_steps=self.config.persist_every_steps if self.config.checkpoint_dir else None,
+                carried=carried,
+            )
+        )
+        self._carry_out(self.ledger.start())
+
+    def _feed(self, event: leader.LeaderEvent) -> None:
+        assert self.ledger is not None
+        self._carry_out(self.ledger.handle(event))
+
+    def _carry_out(self, instructions: list[leader.LeaderInstruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case leader.SendOrders(node_rank=node_rank, orders=orders):
+                    self._orders[node_rank] = LeaderOrders(orders=orders)
+                    self._send(node_rank, self._orders[node_rank])
+                case leader.OrderPersist():
+                    self._order_persist(instruction)
+                case leader.CommitPersist():
+                    self._commit(instruction)
+                case leader.PersistSettled():
+                    self._settled(instruction)
+                case leader.VersionCompleted(version=version):
+                    _log.debug("%s is complete", version)
+                case leader.IntervalChosen(every=every, wait_s=wait_s, step_s=step_s):
+                    self._say(
+                        "info",
+                        f"a snapshot every {every} steps: training waits {wait_s * 1e3:.1f} ms for one, "
+                        f"a step takes {step_s * 1e3:.0f} ms",
+                    )
+
+    # --- persisting
+
+    def _tick_persists(self, now: float) -> None:
+        every_s = self.config.persist_every_s if self.config and self.config.checkpoint_dir else None
+        if every_s is not None and now - self._persist_begun > every_s:
+            self._persist_begun = now
+            self._feed(leader.PersistDue())
+        for attempt in list(self._attempts.values()):
+            if attempt.waiting and now - attempt.begun > _PART_LIMIT_S:
+                for node_rank in sorted(attempt.waiting):
+                    self._part_ended(attempt, node_rank, f"nothing was heard of it for {_PART_LIMIT_S:.0f} s")
+
+    def _order_persist(self, order: leader.OrderPersist) -> None:
+        if self.config is None or self.config.checkpoint_dir is None:
+            for node_rank in order.nodes:
+                self._feed(
+                    leader.PartEnded(
+                        version=order.version, attempt=order.attempt, node_rank=node_rank, error="no checkpoint_dir"
+                    )
+                )
+            return
+        known = self._attempts.get(order.version)
+        if known is None or known.number != order.attempt:
+            known = _Attempt(order.version, order.attempt, time.monotonic(), set())
+            self._attempts[order.version] = known
+        known.waiting |= set(order.nodes)
+        directory = str(step_directory(self.config.checkpoint_dir, order.version.step))
+        message = PersistOrder(
+            version=order.version, directory=directory, attempt=order.attempt, tag=order.tag, metrics=order.metrics
+        )
+        for node_rank in order.nodes:
+            self._send(node_rank, message)
+
+    def _take_part(self, message: PersistPart) -> None:
+        attempt = self._attempts.get(message.version)
+        if attempt is None or attempt.number != message.attempt or message.node_rank not in attempt.waiting:
+            return
+        attempt.records[message.node_rank] = message.records
+        self._part_ended(attempt, message.node_rank, message.error)
+
+    def _part_ended(self, attempt: _Attempt, node_rank: int, error: str | None) -> None:
+        attempt.waiting.discard(node_rank)
+        if self.ledger is not None:
+            self._feed(
+                leader.PartEnded(version=attempt.version, attempt=attempt.number, node_rank=node_rank, error=error)
+            )
+
+    def _commit(self, order: leader.CommitPersist) -> None:
+        assert self.config is not None
+        assert self.config.checkpoint_dir is not None
+        attempt = self._attempts[order.version]
+        world = self._worlds.get(order.version, sum(member.num_ranks for member in self.start.members))
+        job = Commit(
+            version=order.version,
+            directory=step_directory(self.config.checkpoint_dir, order.version.step),
+            records=tuple(record for node_rank in sorted(attempt.records) for record in attempt.records[node_rank]),
+            world_size=world,
+            metrics=order.metrics,
+            tag=order.tag,
+            history=self.history,
+            keep=self.config.keep,
+        )
+
+        def done(result: object) -> None:
+            if self.closed or self.ledger is None:
+                return
+            error = str(result) if isinstance(result, Exception) else None
+            if isinstance(result, Exception) and not isinstance(result, HoldfastError):
+                _log.error("committing %s failed", order.version, exc_info=result)
+            self._feed(leader.CommitEnded(version=order.version, attempt=order.attempt, error=error))
+
+        self._lanes.submit("commit", lambda: commit(job), done)
+
+    def _settled(self, settled: leader.PersistSettled) -> None:
+        attempt = self._attempts.pop(settled.version, None)
+        if settled.outcome == "dropped":
+            _log.info("%s was not persisted: %s", settled.version, settled.reason)
+            return
+        assert self.config is not None
+        persisted = settled.outcome == "persisted"
+        path: Path | None = None
+        if persisted and self.config.checkpoint_dir is not None:
+            path = step_directory(self.config.checkpoint_dir, settled.version.step)
+        ended = PersistEnded(
+            version=settled.version,
+            path=str(path) if path else None,
+            error=None if persisted else settled.reason or "it could not be written",
+            seconds=time.monotonic() - attempt.begun if attempt else 0.0,
+            tag=settled.tag,
+        )
+        for node_rank in self._members:
+            self._send(node_rank, ended)
+
+    def _say(self, severity: str, text: str) -> None:
+        _log.info("%s: %s", severity, text)
+        self._to_agent(Notice(severity=severity, text=text))
+
+
+_KINDS: Final = (("state", StateError), ("usage", UsageError), ("storage", (StorageError, OSError)))
+
+
+def _difference(rank: int, config: SessionConfig, other: SessionConfig) -> str:
+    names = [name for name in config.__struct_fields__ if getattr(config, name) != getattr(other, name)]
+    return f"Sessions differ between ranks: {', '.join(names)} of rank {rank} are not those of the others"

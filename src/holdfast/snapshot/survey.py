@@ -1,0 +1,92 @@
+"""The storage part of choosing what a generation starts from; runs in a lane of the leader's daemon.
+
+It lists what is in storage, asks the pure choice (`holdfast.snapshot.chain`), and makes the checkpoint directory ready
+for what follows: steps above the restored one are moved aside, and the directory has a history id.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.checkpoint.commit import StepInfo, abandon_after, history_id, list_steps
+from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.errors import StorageError, UsageError
+from holdfast.snapshot import chain
+from holdfast.snapshot.messages import Inventory, SessionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What the choice depends on, less what is in storage."""
+
+    generation: GenerationId
+    fresh: bool
+    config: SessionConfig
+    inventories: tuple[Inventory, ...]
+    excluded: tuple[Version, ...] = ()
+    excluded_paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The choice, and the history that this generation's memory belongs to."""
+
+    choice: chain.Choice
+    history: str | None
+
+
+def decide(question: Question) -> Answer:
+    """Choose, and make the checkpoint directory ready.
+
+    Raises:
+        UsageError: `resume` names what is not there.
+        StorageError: the checkpoint directory cannot be read or written.
+    """
+    config = question.config
+    directory = config.checkpoint_dir
+    stored = stored_steps(directory, config.resume if question.fresh else "auto")
+    choice = chain.choose(
+        chain.ChainQuestion(
+            generation=question.generation,
+            fresh=question.fresh,
+            resume=config.resume,
+            inventories=question.inventories,
+            stored=stored,
+            history=history_id(directory) if directory is not None and os.path.isdir(directory) else None,
+            excluded=question.excluded,
+            excluded_paths=question.excluded_paths,
+        )
+    )
+    if choice.tier == "error":
+        raise UsageError(choice.reason)
+    return Answer(choice=choice, history=_make_ready(directory, choice, stored))
+
+
+def stored_steps(directory: str | None, resume: str) -> tuple[chain.StoredStep, ...]:
+    """Complete steps in `directory`, and the one that ``resume="path:..."`` names outside of it."""
+    found = list_steps(directory) if directory is not None and os.path.isdir(directory) else []
+    steps = [_stored(info) for info in found if info.complete]
+    if resume.startswith("path:"):
+        path = Path(resume.removeprefix("path:"))
+        if path.is_dir() and str(path) not in {step.path for step in steps}:
+            steps += [_stored(info) for info in list_steps(path.parent) if info.path == path and info.complete]
+    return tuple(step for step in steps if step is not None)
+
+
+def _stored(info: StepInfo) -> chain.StoredStep:
+    assert info.version is not None, f"{info.path} is complete and has no version"
+    return chain.StoredStep(step=info.step, version=info.version, path=str(info.path), tag=info.tag)
+
+
+def _make_ready(directory: str | None, choice: chain.Choice, stored: tuple[chain.StoredStep, ...]) -> str | None:
+    if directory is None:
+        return None
+    try:
+        os.makedirs(directory, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"checkpoint_dir {directory} cannot be made: {error}; give one that is writable") from error
+    if any(step.step > choice.step and Path(step.path).parent == Path(directory) for step in stored):
+        abandon_after(directory, choice.step)
+    return history_id(directory, create=True)
