@@ -7,6 +7,7 @@ has the one box ``Box((), ())``, of volume 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 import msgspec
@@ -153,7 +154,7 @@ def split_rows(box: Box, parts: int) -> tuple[Box, ...]:
     length = box.lengths[dim]
     count = min(parts, length)
     cuts = [length * i // count for i in range(count + 1)]
-    rows = [_slice(box, dim, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    rows = [_slice(box, dim, a, b) for a, b in pairwise(cuts)]
     if parts <= length:
         return tuple(rows)
     return tuple(part for row in rows for part in split_rows(row, parts // length))

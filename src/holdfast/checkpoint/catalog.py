@@ -65,8 +65,8 @@ class Catalog:
         """
         Args:
             images: of one version; earlier ones are preferred where several hold a region.
-            saved: what the index says of the tensors, with images numbered as in `images`; None: every image's header is
-                read now and says it.
+            saved: what the index says of the tensors, with images numbered as in `images`; None: every image's header
+                is read now and says it.
             ranks: global rank of each image, where `saved` is given.
             version: where `saved` is given.
             world_size: where `saved` is given.
@@ -362,8 +362,8 @@ def _common(images: Sequence[OpenImage], metas: Sequence[ImageMeta]) -> tuple[Ve
     for image, meta in zip(images, metas, strict=True):
         if (meta.version, meta.world_size) != (metas[0].version, metas[0].world_size):
             raise CorruptError(
-                f"images of different versions: {images[0].name} is of {metas[0].version} ({metas[0].world_size} ranks), "
-                f"{image.name} of {meta.version} ({meta.world_size} ranks)"
+                f"images of different versions: {images[0].name} is of {metas[0].version} "
+                f"({metas[0].world_size} ranks), {image.name} of {meta.version} ({meta.world_size} ranks)"
             )
     return metas[0].version, metas[0].world_size
 

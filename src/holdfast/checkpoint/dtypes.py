@@ -56,7 +56,8 @@ def dtype_info(name: str) -> DType:
         return DTYPES[name]
     except KeyError:
         raise StateError(
-            f"dtype {name} cannot be stored: dequantize the tensor, or keep it out of the state (known: {', '.join(DTYPES)})"
+            f"dtype {name} cannot be stored: dequantize the tensor, or keep it out of the state "
+            f"(known: {', '.join(DTYPES)})"
         ) from None
 
 

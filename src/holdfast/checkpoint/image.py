@@ -55,7 +55,7 @@ _ALIGNMENT = 4096
 _IMAGE_WIDTH = 128
 _NO_DIGEST = b"0" * 32
 _MAX_TABLE_BYTES = 1 << 30
-_MAX_BLOCK_BYTES = 1 << 30
+MAX_BLOCK_BYTES = 1 << 30
 _MAX_IMAGE_BYTES = 1 << 50
 _MAX_DIMS = 64
 _IMAGE = re.compile(r"(i\d+-[0-9a-f]{8}-g\d+)-step-(\d+) rank (\d+) of (\d+) objects (\d+) *", re.ASCII)
@@ -128,7 +128,8 @@ class ImageLayout:
             StateError: two pieces have one key, a name is reserved, a dtype cannot be stored, or there are so many
                 pieces that the header would be over the 100 MB of safetensors.
         """
-        assert objects_capacity >= 0 and 0 < block_bytes <= _MAX_BLOCK_BYTES
+        assert objects_capacity >= 0
+        assert 0 < block_bytes <= MAX_BLOCK_BYTES
         ordered = sorted(pieces, key=_order)
         sizes = [piece.size_bytes for piece in ordered]
         starts = list(accumulate(sizes, initial=0))
@@ -137,7 +138,7 @@ class ImageLayout:
         tail = b"".join(
             (
                 b'","holdfast.pieces":"',
-                _encode_table(ordered, objects_capacity, block_bytes),
+                base64.b64encode(pack_pieces(ordered, objects_capacity=objects_capacity, block_bytes=block_bytes)),
                 b'"},',
                 _entries(ordered, starts, objects_capacity),
                 b"}",
@@ -186,6 +187,33 @@ class ImageLayout:
         head = _head(image, checksums, digest.hexdigest().encode(), self.data_start)
         return b"".join((head, self._tail))
 
+    def meta(
+        self,
+        header: bytes,
+        *,
+        version: Version,
+        global_rank: int,
+        world_size: int,
+        checksums: bytes,
+        objects_bytes: int,
+    ) -> ImageMeta:
+        """What `read_header` gives for a header made by `header` with the same values, without parsing it."""
+        return ImageMeta(
+            version=version,
+            global_rank=global_rank,
+            world_size=world_size,
+            pieces=self.pieces,
+            piece_offsets=self.piece_offsets,
+            data_start=self.data_start,
+            objects_offset=self.objects_offset,
+            objects_capacity=self.objects_capacity,
+            objects_bytes=objects_bytes,
+            size_bytes=self.size_bytes,
+            block_bytes=self.block_bytes,
+            checksums=checksums,
+            header_digest=header_digest(header),
+        )
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageMeta:
@@ -220,9 +248,30 @@ def header_digest(header: bytes | memoryview) -> bytes:
     return xxhash.xxh3_128_digest(header)
 
 
-def block_checksums(data: Iterable[bytes | memoryview]) -> bytes:
-    """The checksums of blocks, in the form that `ImageLayout.header` takes."""
-    return b"".join(xxhash.xxh3_64_intdigest(block).to_bytes(8, "little") for block in data)
+def block_checksums(chunks: Iterable[bytes | memoryview], block_bytes: int) -> bytes:
+    """The checksums of a data section, in the form that `ImageLayout.header` takes.
+
+    Args:
+        chunks: the data section from its start to its end, cut anywhere.
+        block_bytes: unit of verification.
+    """
+    digests: list[bytes] = []
+    block = xxhash.xxh3_64()
+    room = block_bytes
+    for chunk in chunks:
+        view = memoryview(chunk)
+        while view.nbytes:
+            part = view[:room]
+            block.update(part)
+            room -= part.nbytes
+            view = view[part.nbytes :]
+            if room == 0:
+                digests.append(block.digest()[::-1])
+                block.reset()
+                room = block_bytes
+    if room < block_bytes:
+        digests.append(block.digest()[::-1])
+    return b"".join(digests)
 
 
 def read_header(
@@ -276,7 +325,7 @@ def _meta(metadata: dict[str, str], data_start: int, digest: bytes) -> ImageMeta
     if match is None:
         raise CorruptError(f"the image's header says {metadata['holdfast.image']!r} of itself")
     checksums = base64.b64decode(metadata["holdfast.checksums"], validate=True)
-    table = _decode_table(metadata["holdfast.pieces"])
+    table = _unpack_table(base64.b64decode(metadata["holdfast.pieces"], validate=True))
     pieces = _pieces(table)
     starts = list(accumulate((piece.size_bytes for piece in pieces), initial=data_start))
     size_bytes = starts[-1] + table.objects_capacity
@@ -356,7 +405,8 @@ def _refuse_keys(pieces: list[Piece]) -> None:
         seen[piece.key] = piece
 
 
-def _encode_table(pieces: list[Piece], objects_capacity: int, block_bytes: int) -> bytes:
+def pack_pieces(pieces: Sequence[Piece], *, objects_capacity: int = 0, block_bytes: int = BLOCK_BYTES) -> bytes:
+    """The piece table (zstd of msgpack), in the order given."""
     dtypes = sorted({piece.dtype for piece in pieces})
     index = {name: i for i, name in enumerate(dtypes)}
     table = _Table(
@@ -371,11 +421,22 @@ def _encode_table(pieces: list[Piece], objects_capacity: int, block_bytes: int) 
         rank=[-1 if piece.rank is None else piece.rank for piece in pieces],
         job=[piece.job for piece in pieces],
     )
-    return base64.b64encode(zstandard.compress(_table_encoder.encode(table), 3))
+    return zstandard.compress(_table_encoder.encode(table), 3)
 
 
-def _decode_table(text: str) -> _Table:
-    packed = base64.b64decode(text, validate=True)
+def unpack_pieces(packed: bytes) -> tuple[Piece, ...]:
+    """The pieces of a table.
+
+    Raises:
+        CorruptError: it does not parse, or places a piece outside of its tensor.
+    """
+    try:
+        return _pieces(_unpack_table(packed))
+    except (msgspec.MsgspecError, zstandard.ZstdError, ValueError, OverflowError) as error:
+        raise CorruptError(f"a piece table does not parse: {error}") from error
+
+
+def _unpack_table(packed: bytes) -> _Table:
     size = zstandard.frame_content_size(packed)
     if not 0 <= size <= _MAX_TABLE_BYTES:
         raise CorruptError(f"the image's piece table speaks of {size} bytes")
@@ -383,7 +444,7 @@ def _decode_table(text: str) -> _Table:
     columns = (table.dtype, table.shape, table.offsets, table.lengths, table.rank, table.job)
     if any(len(column) != len(table.name) for column in columns):
         raise CorruptError("the columns of the image's piece table differ in length")
-    if not 0 < table.block_bytes <= _MAX_BLOCK_BYTES or not 0 <= table.objects_capacity <= _MAX_IMAGE_BYTES:
+    if not 0 < table.block_bytes <= MAX_BLOCK_BYTES or not 0 <= table.objects_capacity <= _MAX_IMAGE_BYTES:
         raise CorruptError(f"blocks of {table.block_bytes} bytes, {table.objects_capacity} bytes for objects")
     unknown = [name for name in table.dtypes if name not in DTYPES]
     if unknown:

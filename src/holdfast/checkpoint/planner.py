@@ -43,10 +43,11 @@ def segments(
         piece_offset: first byte of the piece, from the start of the image.
         itemsize: bytes per element.
         max_gap: bytes; larger gaps are not read.
-        max_bytes: a segment longer than this is cut where it can be; contiguous ones are not cut (a reader can cut those
-            at any byte).
+        max_bytes: a segment longer than this is cut where it can be; contiguous ones are not cut (a reader can cut
+            those at any byte).
     """
-    assert piece.contains(wanted) and not wanted.is_empty, (piece, wanted)
+    assert piece.contains(wanted), (piece, wanted)
+    assert not wanted.is_empty, wanted
     strides = strides_of(piece.lengths, itemsize)
     yield from _cut(wanted, piece, strides, piece_offset, itemsize, max_gap, max_bytes)
 

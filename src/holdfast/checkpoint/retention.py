@@ -1,36 +1,124 @@
-"""Which checkpoints to keep (stub: bodies follow)."""
+"""Which checkpoints to keep. The choice is pure; `Retention.apply` carries it out."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 import msgspec
 
-from holdfast.checkpoint.commit import StepInfo
+from holdfast.checkpoint.steps import StepInfo, list_steps
+from holdfast.checkpoint.storage import PosixStorage, Storage
+from holdfast.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 
-class Retention(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint is kept when any of these keeps it; the newest complete one always is."""
+class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A checkpoint is kept when any of these keeps it. The newest complete one is always kept."""
 
     last: int | None = None
+    """The newest n. None, with no other rule: all."""
     every_steps: int | None = None
+    """Those whose step is a multiple of this."""
     every_s: float | None = None
+    """One per so many seconds of wall time, counted from the oldest."""
     best: int = 0
+    """The n best by the metric `best_by`; those without it, or with NaN, do not count."""
     best_by: str | None = None
     lower_is_better: bool = True
     tagged: bool = True
+    """Those with a tag."""
+
+    def __post_init__(self) -> None:
+        for name in ("last", "every_steps", "every_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"Retention({name}={value}): give a positive number")
+        if self.best < 0 or (self.best > 0) != (self.best_by is not None):
+            raise UsageError(
+                f"Retention(best={self.best}, best_by={self.best_by!r}): give how many, and the metric's name"
+            )
+
+    @classmethod
+    def of(cls, keep: int | Retention) -> Retention:
+        """The policy of a Session's ``keep``.
+
+        Raises:
+            UsageError: it is neither a positive number nor a Retention.
+        """
+        if isinstance(keep, Retention):
+            return keep
+        if not isinstance(keep, int) or isinstance(keep, bool):
+            raise UsageError(f"keep={keep!r}: give a number of checkpoints, or a Retention")
+        return cls(last=keep)
 
     def encode(self) -> str:
-        raise NotImplementedError
+        """One line of JSON, for `SessionConfig.keep`."""
+        return msgspec.json.encode(self).decode()
 
     @classmethod
     def decode(cls, text: str) -> Retention:
-        raise NotImplementedError
+        """Read back what `encode` gave.
+
+        Raises:
+            UsageError: `text` is no policy.
+        """
+        try:
+            return msgspec.json.decode(text, type=cls)
+        except msgspec.MsgspecError as error:
+            raise UsageError(f"{text!r} is no retention policy: {error}") from error
 
     def choose(self, steps: Sequence[StepInfo]) -> tuple[list[StepInfo], list[StepInfo]]:
-        raise NotImplementedError
+        """(keep, delete), each by step. Incomplete ones are in neither: whoever writes one may still be at it."""
+        complete = sorted((info for info in steps if info.complete), key=lambda info: info.step)
+        kept = {info.step for info in self._kept(complete)}
+        return [i for i in complete if i.step in kept], [i for i in complete if i.step not in kept]
 
-    def apply(self, checkpoint_dir: str | Path) -> list[StepInfo]:
-        """Delete what is not kept; the deleted ones."""
-        raise NotImplementedError
+    def _kept(self, steps: list[StepInfo]) -> list[StepInfo]:
+        if self.last is None and self.every_steps is None and self.every_s is None and not self.best:
+            return steps
+        kept = steps[-(self.last or 1) :]
+        if self.every_steps is not None:
+            kept = kept + [info for info in steps if info.step % self.every_steps == 0]
+        if self.every_s is not None:
+            kept = kept + _spaced(steps, self.every_s)
+        if self.best_by is not None:
+            kept = kept + self._best(steps, self.best_by)
+        if self.tagged:
+            kept = kept + [info for info in steps if info.tag is not None]
+        return kept
+
+    def _best(self, steps: list[StepInfo], metric: str) -> list[StepInfo]:
+        known = [info for info in steps if metric in info.metrics and not isnan(info.metrics[metric])]
+        sign = 1 if self.lower_is_better else -1
+        # Of equal ones the newer.
+        return sorted(known, key=lambda info: (sign * info.metrics[metric], -info.step))[: self.best]
+
+    def apply(self, checkpoint_dir: str | Path, *, storage: Storage | None = None) -> list[StepInfo]:
+        """Delete what is not kept, oldest first.
+
+        Called by one process, after a commit.
+
+        Returns:
+            The deleted ones.
+
+        Raises:
+            StorageError: the directory cannot be listed, or one cannot be removed.
+        """
+        storage = storage or PosixStorage()
+        _, delete = self.choose(list_steps(checkpoint_dir, storage=storage))
+        for info in delete:
+            storage.remove(info.path)
+            logger.info("%s removed: not kept by %s", info.path, self.encode())
+        return delete
+
+
+def _spaced(steps: list[StepInfo], seconds: float) -> list[StepInfo]:
+    kept: list[StepInfo] = []
+    for info in steps:
+        if not kept or info.time - kept[-1].time >= seconds:
+            kept.append(info)
+    return kept

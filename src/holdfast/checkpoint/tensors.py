@@ -1,25 +1,107 @@
-"""torch tensors as bytes (stub: bodies follow)."""
+"""torch tensors as bytes and back, and as shards of global tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from holdfast.checkpoint.boxes import Box, whole
+from holdfast.checkpoint.dtypes import dtype_info
+from holdfast.checkpoint.ownership import Shard
+from holdfast.errors import StateError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Its name without ``torch.``; StateError where it cannot be stored."""
-    raise NotImplementedError
+    """Its name without ``torch.``.
+
+    Raises:
+        StateError: it cannot be stored.
+    """
+    name = str(dtype).removeprefix("torch.")
+    dtype_info(name)
+    return name
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    raise NotImplementedError
+    """The dtype of a name.
+
+    Raises:
+        StateError: it cannot be stored, or this torch does not have it.
+    """
+    dtype_info(name)
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise StateError(f"this torch ({torch.__version__}) has no dtype {name}: update torch to read this state")
+    return dtype
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable, without a copy."""
-    raise NotImplementedError
+    """The bytes of a contiguous CPU tensor, in C order, writable, without a copy; valid while the tensor lives.
+
+    Raises:
+        ValueError: it is not on the CPU, not contiguous, or lazily conjugated or negated.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"the bytes of a {tensor.device} tensor with strides {tensor.stride()} cannot be had in place")
+    if tensor.numel() == 0:
+        return memoryview(bytearray())
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+
+
+def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where `tensor_bytes` takes it, else a copy that it takes."""
+    return tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
 
 
 def empty_for(dtype: str, lengths: Sequence[int]) -> torch.Tensor:
-    raise NotImplementedError
+    """A new, uninitialised CPU tensor.
+
+    Raises:
+        StateError: the dtype cannot be stored, or this torch does not have it.
+    """
+    # Made as bytes: torch warns when it makes some dtypes (complex32) itself.
+    info = dtype_info(dtype)
+    count = info.itemsize
+    for n in lengths:
+        count *= n
+    return torch.empty(count, dtype=torch.uint8).view(torch_dtype(dtype)).view(tuple(lengths))
+
+
+def plain_shard(name: str, tensor: torch.Tensor, *, holders: tuple[int, ...], rank: int | None = None) -> Shard:
+    """A whole plain tensor that all `holders` have, or (with `rank`) that is this rank's own."""
+    return Shard(name, dtype_name(tensor.dtype), tuple(tensor.shape), (whole(tensor.shape),), holders, rank)
+
+
+def dtensor_shard(name: str, tensor: DTensor) -> Shard:
+    """What this rank holds of a DTensor: even and uneven shards, several mesh axes, replicas. No communication.
+
+    Raises:
+        StateError: it has partial (not yet reduced) placements, or its shards are not one box.
+    """
+    from torch.distributed.tensor import Partial, Replicate
+    from torch.distributed.tensor import Shard as ShardPlacement
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return Shard(name, dtype_name(tensor.dtype), tuple(tensor.shape), (), (), None)
+    for placement in tensor.placements:
+        if isinstance(placement, Partial) or not (
+            isinstance(placement, Replicate) or type(placement) is ShardPlacement
+        ):
+            raise StateError(f"{name} is a DTensor placed {placement}, which cannot be saved as boxes: redistribute it")
+    index = tuple(
+        slice(None) if isinstance(placement, Replicate) else coordinate[axis]
+        for axis, placement in enumerate(tensor.placements)
+    )
+    holders = tuple(int(rank) for rank in mesh.mesh[index].flatten().tolist())
+    lengths, offsets = compute_local_shape_and_global_offset(tuple(tensor.shape), mesh, tensor.placements)
+    box = Box(tuple(offsets), tuple(lengths))
+    boxes = () if box.is_empty else (box,)
+    return Shard(name, dtype_name(tensor.dtype), tuple(tensor.shape), boxes, tuple(sorted(holders)))

@@ -19,8 +19,8 @@ _CACHED_BLOCKS = 16
 class OpenImage:
     """An image to read from.
 
-    One thread at a time. Blocks of a `MemorySource`, which does not change while it is read, are verified once; those of
-    any other source each time they are read, and the last few are kept.
+    One thread at a time. Blocks of a `MemorySource`, which does not change while it is read, are verified once; those
+    of any other source each time they are read, and the last few are kept.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class OpenImage:
             StorageError, PeerError: the source cannot give them.
         """
         meta = self.meta
-        assert meta.data_start <= start and start + length <= meta.size_bytes, (start, length)
+        assert meta.data_start <= start <= start + length <= meta.size_bytes, (start, length)
         if length == 0:
             return memoryview(b"")
         first = (start - meta.data_start) // meta.block_bytes

@@ -1,0 +1,187 @@
+"""The step directories of a checkpoint directory, its history id, and setting steps aside."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from holdfast.checkpoint.root import ROOT_NAME, decode_root
+from holdfast.checkpoint.storage import PosixStorage, Storage
+from holdfast.checkpoint.version import Version
+from holdfast.errors import CheckpointError, CorruptError, StorageError
+
+logger = logging.getLogger(__name__)
+
+HISTORY_NAME = ".holdfast-history"
+MAX_SMALL_BYTES = 1 << 16
+"""Roots and history files are smaller."""
+
+_STEP = re.compile(r"step-(\d{8,18})", re.ASCII)
+_HISTORY = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+
+class StepInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One step directory."""
+
+    step: int
+    path: Path
+    complete: bool
+    """Its root is there and sound."""
+    version: Version | None = None
+    tag: str | None = None
+    metrics: dict[str, float] = {}
+    size_bytes: int = 0
+    """Of its images."""
+    time: float = 0.0
+    """Unix seconds of the commit; of the directory's last change where it is not complete."""
+    history: str | None = None
+    problem: str = ""
+    """Why it is not complete."""
+
+
+def step_dir_name(step: int) -> str:
+    """``step-00000100``."""
+    return f"step-{step:08d}"
+
+
+def list_steps(checkpoint_dir: str | Path, *, storage: Storage | None = None) -> list[StepInfo]:
+    """All step directories, complete or not, by step; none where `checkpoint_dir` does not exist.
+
+    Raises:
+        StorageError: the directory cannot be listed.
+    """
+    storage = storage or PosixStorage()
+    found: list[StepInfo] = []
+    for entry in storage.list(checkpoint_dir):
+        match = _STEP.fullmatch(entry.name)
+        if match and entry.is_folder:
+            found.append(_step_info(storage, Path(checkpoint_dir) / entry.name, int(match[1]), entry.time))
+    return sorted(found, key=lambda info: info.step)
+
+
+def newest_step(checkpoint_dir: str | Path, *, storage: Storage | None = None) -> StepInfo | None:
+    """The newest complete one, None where there is none.
+
+    Raises:
+        StorageError: the directory cannot be listed.
+    """
+    return max(
+        (info for info in list_steps(checkpoint_dir, storage=storage) if info.complete),
+        key=lambda info: info.step,
+        default=None,
+    )
+
+
+def _step_info(storage: Storage, path: Path, step: int, changed: float) -> StepInfo:
+    try:
+        return read_step_info(path, step, storage=storage)
+    except CheckpointError as error:
+        return StepInfo(step=step, path=path, complete=False, time=changed, problem=str(error))
+
+
+def read_step_info(path: Path, step: int | None = None, *, storage: Storage | None = None) -> StepInfo:
+    """What the root of a step directory says.
+
+    Args:
+        path: the step directory.
+        step: that its name says; None: not compared.
+        storage: where it lies.
+
+    Raises:
+        StorageError: it has no root, or it cannot be read.
+        CorruptError: the root is damaged, or is of another step.
+    """
+    root, corrected = decode_root((storage or PosixStorage()).read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
+    if corrected:
+        logger.warning("%s: the root record had wrong bytes, which were corrected; check the disk", path)
+    if step is not None and root.version.step != step:
+        raise CorruptError(f"{path} holds the root of step {root.version.step}")
+    return StepInfo(
+        step=root.version.step,
+        path=path,
+        complete=True,
+        version=root.version,
+        tag=root.tag,
+        metrics=root.metrics,
+        size_bytes=root.size_bytes,
+        time=root.time,
+        history=root.history,
+    )
+
+
+def abandon_after(checkpoint_dir: str | Path, step: int, *, storage: Storage | None = None) -> Path | None:
+    """Move step directories later than `step` into ``abandoned-<time>/``.
+
+    Called when a run goes on from an older step, before it saves.
+
+    Returns:
+        The folder that they are in now, None where there were none.
+
+    Raises:
+        StorageError: one cannot be moved; the later ones among them are moved first.
+    """
+    return _abandon(checkpoint_dir, lambda info: info.step > step, storage)
+
+
+def abandon_step(checkpoint_dir: str | Path, step: int, *, storage: Storage | None = None) -> Path | None:
+    """The same for one step: its root was found off the chain when the step is to be saved again.
+
+    Raises:
+        StorageError: it cannot be moved.
+    """
+    return _abandon(checkpoint_dir, lambda info: info.step == step, storage)
+
+
+def _abandon(checkpoint_dir: str | Path, chosen: Callable[[StepInfo], bool], storage: Storage | None) -> Path | None:
+    storage = storage or PosixStorage()
+    later = [info for info in list_steps(checkpoint_dir, storage=storage) if chosen(info)]
+    if not later:
+        return None
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    folder = Path(checkpoint_dir) / f"abandoned-{stamp}-{secrets.token_hex(2)}"
+    # Newest first: interrupted at any point, what is left is a shorter history, not one with a hole.
+    for info in reversed(later):
+        storage.move(info.path, folder / info.path.name)
+    logger.info("%s: %d later checkpoints set aside in %s", checkpoint_dir, len(later), folder.name)
+    return folder
+
+
+def history_id(checkpoint_dir: str | Path, *, create: bool = False, storage: Storage | None = None) -> str | None:
+    """The random id of this checkpoint directory's life: memory of another life must not be resumed from.
+
+    Args:
+        checkpoint_dir: the directory; made where `create`.
+        create: give it an id where it has none. Whoever comes first decides, the others read it.
+        storage: where it lies.
+
+    Returns:
+        32 hexadecimal digits; None where there are none.
+
+    Raises:
+        StorageError: it cannot be read or written.
+        CorruptError: the file does not hold an id.
+    """
+    storage = storage or PosixStorage()
+    path = Path(checkpoint_dir) / HISTORY_NAME
+    if not _has(storage, checkpoint_dir, HISTORY_NAME):
+        if not create:
+            return None
+        try:
+            storage.write(path, [f"{secrets.token_hex(16)}\n".encode()], exclusive=True)
+        except StorageError:
+            if not _has(storage, checkpoint_dir, HISTORY_NAME):
+                raise
+    text = storage.read(path, limit=MAX_SMALL_BYTES).decode("ascii", "replace").strip()
+    if not _HISTORY.fullmatch(text):
+        raise CorruptError(f"{path} does not hold a history id: remove it if the checkpoints beside it are yours")
+    return text
+
+
+def _has(storage: Storage, folder: str | Path, name: str) -> bool:
+    return any(entry.name == name for entry in storage.list(folder))

@@ -1,0 +1,240 @@
+"""Storages: where checkpoints are written to. POSIX file systems; object stores fit the same five methods."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+import msgspec
+
+from holdfast.errors import StorageError
+
+TEMPORARY_PREFIX = ".tmp-"
+"""Names that start so are writes that did not end; nothing reads them."""
+_BATCH_BYTES = 8 << 20
+_BATCH_BUFFERS = 512
+
+
+class StorageEntry(msgspec.Struct, frozen=True):
+    """One name in a folder."""
+
+    name: str
+    size_bytes: int
+    is_folder: bool
+    time: float
+    """Unix seconds of the last change."""
+
+
+class Storage(Protocol):
+    """Where checkpoints lie. These five methods are the whole surface.
+
+    Every method raises `StorageError`, with the path and what to do. A process killed at any instant leaves under a
+    name either nothing (or what was there) or the whole content.
+    """
+
+    def list(self, folder: str | Path) -> list[StorageEntry]:
+        """Names in a folder, sorted; none where the folder does not exist. Called to find checkpoints."""
+        ...
+
+    def read(self, path: str | Path, *, limit: int) -> bytes:
+        """A whole small object: root, index, history. More than `limit` bytes is an error. Images are read by range,
+        through a `Source`."""
+        ...
+
+    def write(self, path: str | Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False) -> int:
+        """Write an object durably, folders included; its size in bytes. It appears whole, after the last chunk, or not
+        at all. `exclusive`: an error where the name exists, decided by the storage itself, whoever else writes at the
+        same time. Called for images, then the index, then (exclusive) the root."""
+        ...
+
+    def move(self, path: str | Path, to: str | Path) -> None:
+        """Rename a folder durably. Called to set checkpoints aside."""
+        ...
+
+    def remove(self, path: str | Path) -> None:
+        """Remove a folder with all in it, its root first: what is left is no checkpoint. Called by retention."""
+        ...
+
+
+class PosixStorage:
+    """Files. Each write goes to a temporary name in the same folder, is synced, gets its name by link or rename, and
+    the folder is synced."""
+
+    def list(self, folder: str | Path) -> list[StorageEntry]:
+        """See `Storage.list`."""
+        entries: list[StorageEntry] = []
+        try:
+            with os.scandir(folder) as found:
+                for item in found:
+                    # A name may go between the scan and the stat: another process's retention.
+                    with suppress(FileNotFoundError):
+                        stat = item.stat()
+                        entries.append(StorageEntry(item.name, stat.st_size, item.is_dir(), stat.st_mtime))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            _refuse("listed", folder, error)
+        return sorted(entries, key=lambda entry: entry.name)
+
+    def read(self, path: str | Path, *, limit: int) -> bytes:
+        """See `Storage.read`."""
+        try:
+            with open(path, "rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > limit:
+                    raise StorageError(
+                        f"{path} has {size} bytes, at most {limit} are expected: it is no file of holdfast"
+                    )
+                return file.read(limit)
+        except OSError as error:
+            _refuse("read", path, error)
+
+    def write(self, path: str | Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False) -> int:
+        """See `Storage.write`."""
+        path = Path(path)
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            _make_folders(path.parent)
+            size = _write_file(temporary, chunks)
+            try:
+                if exclusive:
+                    _link(temporary, path)
+                else:
+                    os.replace(temporary, path)
+            except FileExistsError as error:
+                raise StorageError(f"{path} exists already and is never changed: use another name") from error
+            _sync_folder(path.parent)
+            return size
+        except OSError as error:
+            _refuse("written", path, error)
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+    def move(self, path: str | Path, to: str | Path) -> None:
+        """See `Storage.move`."""
+        path, to = Path(path), Path(to)
+        try:
+            _make_folders(to.parent)
+            os.rename(path, to)
+            _sync_folder(to.parent)
+            _sync_folder(path.parent)
+        except OSError as error:
+            _refuse("moved", path, error)
+
+    def remove(self, path: str | Path) -> None:
+        """See `Storage.remove`."""
+        path = Path(path)
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(path / "root")
+                _sync_folder(path)
+            shutil.rmtree(path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            _refuse("removed", path, error)
+
+
+_ADVICE = {
+    errno.ENOSPC: "no space is left: free some, or keep fewer checkpoints",
+    errno.EDQUOT: "the disk quota is used up: free some space, or keep fewer checkpoints",
+    errno.EACCES: "permission denied: give this user the right to write there, or choose another checkpoint_dir",
+    errno.EPERM: "not permitted: give this user the right to write there, or choose another checkpoint_dir",
+    errno.EROFS: "the file system is read-only: choose another checkpoint_dir",
+    errno.ENOTDIR: "a part of the path is a file: choose another checkpoint_dir",
+    errno.ENOENT: "it does not exist",
+    errno.EIO: "the device reports an error: check the disk",
+}
+
+
+def _refuse(done: str, path: str | Path, error: OSError) -> NoReturn:
+    advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+    raise StorageError(f"{path} cannot be {done}: {advice}") from error
+
+
+def _make_folders(folder: Path) -> None:
+    """Make a folder and those above it, each synced into the one above."""
+    if folder.is_dir():
+        return
+    _make_folders(folder.parent)
+    with suppress(FileExistsError):
+        os.mkdir(folder)
+        _sync_folder(folder.parent)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync folders by themselves
+            raise
+    finally:
+        os.close(fd)
+
+
+def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        size = 0
+        for batch in _batches(chunks):
+            size += _write_all(fd, batch)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return size
+
+
+def _batches(chunks: Iterable[bytes | memoryview]) -> Iterator[list[memoryview]]:
+    """Groups of chunks, so that many small ones take one call."""
+    batch: list[memoryview] = []
+    size = 0
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        if not view.nbytes:
+            continue
+        batch.append(view)
+        size += view.nbytes
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_BUFFERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_all(fd: int, buffers: list[memoryview]) -> int:
+    total = 0
+    while buffers:
+        done = os.writev(fd, buffers)
+        total += done
+        while buffers and done >= buffers[0].nbytes:
+            done -= buffers[0].nbytes
+            del buffers[0]
+        if done:
+            buffers[0] = buffers[0][done:]
+    return total
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Give the file its name unless the name is taken: by ``link``, which NFS decides on the server."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # No hard links here (exFAT, some FUSE). The name is still created once; a kill in between leaves a file that
+        # does not match its digest, which counts as absent.
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            _write_all(fd, [memoryview(temporary.read_bytes())])
+            os.fsync(fd)
+        finally:
+            os.close(fd)
