@@ -1,4 +1,4 @@
-"""``--run-path``: run a script by path in an interpreter that torch's error handler watches, as torchrun's workers do."""
+"""``--run-path``: run a script by path in an interpreter that torch's error handler watches, as torchrun does."""
 
 from __future__ import annotations
 

@@ -113,10 +113,29 @@ _FLAGS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """Where the agents of the job meet."""
+
+    host: str
+    port: int
+    max_nodes: int
+    rendezvous_id: str | None
+    """As given by the user; None where there was none."""
+    node_rank: int | None
+    """Given under static rendezvous only."""
+
+    @property
+    def endpoint(self) -> str:
+        """One string for the place; "" for a job of one node."""
+        return f"{self.host}:{self.port}" if self.max_nodes > 1 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """Everything that ``holdfast run`` was asked to do."""
 
     hold: HoldOptions
+    meeting: Meeting
     config: Any
     """torch.distributed.launcher.api.LaunchConfig; torch is not imported for the type alone."""
     command: str
@@ -124,13 +143,6 @@ class Launch:
     script: str
     """What the user named: script, module or program."""
     script_arguments: tuple[str, ...]
-    rendezvous_id: str | None
-    """As given by the user; None where there was none."""
-    endpoint_host: str
-    endpoint_port: int
-    node_rank: int | None
-    """Given under static rendezvous only."""
-    is_static: bool
     may_lead: bool | None
     """`is_host` of --rdzv-conf; None: whoever can serve the endpoint."""
     max_restarts: int | None
@@ -167,9 +179,7 @@ def make_parser() -> argparse.ArgumentParser:
     for flag in _FLAGS:
         dashed = f"--hold-{flag.name.replace('_', '-')}"
         spellings = dict.fromkeys((dashed, dashed.replace("-", "_").replace("__", "--", 1)))
-        ours.add_argument(
-            *spellings, action=env, type=flag.convert, default=None, metavar=flag.metavar, help=flag.help
-        )
+        ours.add_argument(*spellings, action=env, type=flag.convert, default=None, metavar=flag.metavar, help=flag.help)
     for abbreviation in ("--h", "--he", "--hel"):  # unique in torch's parser, ambiguous beside --hold
         parser._option_string_actions[abbreviation] = parser._option_string_actions["--help"]
     if "PET_MAX_RESTARTS" not in os.environ:
@@ -191,39 +201,52 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(str(error)) from error
 
 
-def launch_from(args: argparse.Namespace, *, default_log_dir: Callable[[], Path]) -> Launch:
-    """Check the parsed command line and turn it into a `Launch`; log directories are made.
+def settle(args: argparse.Namespace) -> Meeting:
+    """Check the parsed command line, and fill in what torch.distributed.run fills in before it starts.
+
+    Raises:
+        UsageError: a combination or value that cannot work.
+    """
+    rendezvous_id = None if args.standalone or args.rdzv_id == "none" else str(args.rdzv_id)
+    _settle_rendezvous(args)
+    _check(args)
+    is_static = args.rdzv_backend == "static"
+    endpoint = args.rdzv_endpoint or (f"{args.master_addr}:{args.master_port}" if is_static else "")
+    host, port = _endpoint(endpoint)
+    return Meeting(
+        host=host,
+        port=port,
+        max_nodes=_nnodes(args.nnodes)[1],
+        rendezvous_id=rendezvous_id,
+        node_rank=int(args.node_rank) if is_static else None,
+    )
+
+
+def launch_from(args: argparse.Namespace, meeting: Meeting, *, log_dir: Path) -> Launch:
+    """Turn the settled command line into a `Launch`; torch makes its log directory.
 
     Args:
-        args: what `parse` returned.
-        default_log_dir: where workers' logs go when --log-dir is not given.
+        args: what `parse` returned, settled.
+        meeting: what `settle` returned.
+        log_dir: where workers' logs go when --log-dir is not given.
 
     Raises:
         UsageError: a combination or value that cannot work.
     """
     given_restarts = args.max_restarts
     args.max_restarts = given_restarts or 0
-    rendezvous_id = None if args.standalone or args.rdzv_id == "none" else str(args.rdzv_id)
     explicit_grace = args.shutdown_timeout is not None or "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ
-    _settle_rendezvous(args)
-    _check(args)
     if args.log_dir is None:
-        args.log_dir = str(default_log_dir())
+        args.log_dir = str(log_dir)
     config, command, arguments = _torch_config(args)
-    host, port = _endpoint(config.rdzv_endpoint)
-    is_static = args.rdzv_backend == "static"
     return Launch(
         hold=hold_options(args),
+        meeting=meeting,
         config=config,
         command=command,
         arguments=tuple(arguments),
         script=args.training_script,
         script_arguments=tuple(args.training_script_args),
-        rendezvous_id=rendezvous_id,
-        endpoint_host=host,
-        endpoint_port=port,
-        node_rank=int(args.node_rank) if is_static else None,
-        is_static=is_static,
         may_lead=_is_host(config.rdzv_configs.get("is_host")),
         max_restarts=given_restarts,
         stop_grace_s=float(config.shutdown_timeout) if explicit_grace else min(1.0, float(config.shutdown_timeout)),
@@ -264,8 +287,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.rdzv_backend == "static" and not 0 <= int(args.node_rank) < high:
         raise UsageError(f"--node-rank {args.node_rank} is not among the {high} nodes of --nnodes")
     if args.rdzv_backend == "static" and low != high:
-        raise UsageError(f"--nnodes {args.nnodes}: static rendezvous takes one number; give --rdzv-backend c10d for a range")
-    if args.max_restarts < 0:
+        raise UsageError(
+            f"--nnodes {args.nnodes}: static rendezvous takes one number; give --rdzv-backend c10d for a range"
+        )
+    if args.max_restarts is not None and args.max_restarts < 0:
         raise UsageError(f"--max-restarts {args.max_restarts}: expected 0 or more")
     if str(args.nproc_per_node).lstrip("-").isdigit() and int(args.nproc_per_node) < 1:
         raise UsageError(f"--nproc-per-node {args.nproc_per_node}: expected at least 1")

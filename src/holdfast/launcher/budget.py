@@ -76,7 +76,9 @@ class RestartBudget:
         if self._last is not None and self._last == _signature(failure):
             return Decision(False, f"the same failure came twice at step {failure.step}")
         if self._without_progress >= self._no_progress:
-            return Decision(False, f"{self._without_progress} restarts in a row made no progress past step {self._best}")
+            return Decision(
+                False, f"{self._without_progress} restarts in a row made no progress past step {self._best}"
+            )
         return Decision(True)
 
 

@@ -15,9 +15,9 @@ Every line has these fields:
 Kinds, and the fields that each one adds (fields that have their default are left out):
 
     run_started         run_id, command, arguments, nproc, job
-    generation_started  members (hosts by node rank), world_size, restart_count, store, pids (of this node, by local rank)
+    generation_started  members (hosts by node rank), world_size, restart_count, store, pids (of this node)
     worker_failed       global_rank, local_rank, pid, exit_code (negative: signal), signal (name), message, step
-    membership          change (node_joined, node_lost, forming, running, stopping, stopped, rejected, leader_lost), text
+    membership          change (node_joined, node_lost, forming, running, stopping, stopped, leader_lost), text
     recovery            cause, tier (memory, peers, storage, none, ""), step, steps_lost, restart_count, and `phases`:
                         seconds since the failure was detected at which the job had: stopped (no old worker left
                         anywhere), agreed (new generation named), started (all workers spawned), opened (all Sessions
@@ -158,7 +158,7 @@ AnyEvent = (
 
 
 class EventLog:
-    """Appends to the event log; one write per line, so that agents on one file system do not tear each other's lines."""
+    """Appends to the event log; one write per line, so that agents that share it do not tear each other's lines."""
 
     def __init__(self, run_dir: Path, host: str) -> None:
         self._path = run_dir / FILE_NAME

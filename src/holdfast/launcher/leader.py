@@ -12,8 +12,8 @@ Rules
    at once from the nodes that are known: no last call.
 5. Nodes beyond `max_nodes` wait and step in. A node that joins while there is room makes the world larger.
 6. Only failures of workers are put to the restart budget.
-7. Asked to stop while every rank is in a Session, the job gets `grace_s` to end by itself (its workers agree on a step);
-   otherwise its workers get the signal at once.
+7. Asked to stop while every rank is in a Session, the job gets `grace_s` to end by itself (its workers agree on a
+   step); otherwise its workers get the signal at once.
 
 States: GATHER (no generation, or the old one has gone) -> FORMING (the store is being made) -> RUN -> STOP -> GATHER,
 and END from anywhere. `handle` takes an event and the time and returns instructions; `Broadcast` carries the whole
@@ -65,7 +65,9 @@ class Limits:
         if not 0 < self.min_nodes <= self.max_nodes:
             raise ValueError(f"nnodes {self.min_nodes}:{self.max_nodes} is not MIN:MAX with 0 < MIN <= MAX")
         if not 0 < self.heartbeat_s < self.dead_after_s:
-            raise ValueError(f"a node silent for {self.dead_after_s} s would be dead between beats of {self.heartbeat_s} s")
+            raise ValueError(
+                f"a node silent for {self.dead_after_s} s would be dead between beats of {self.heartbeat_s} s"
+            )
 
 
 # --- instructions ---------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ class Note:
     """Something for the event log: what happened, in which generation."""
 
     kind: str
-    """node_joined, node_lost, forming, running, stopping, stopped, rejected."""
+    """node_joined, node_lost, forming, running, stopping, stopped."""
     text: str
     generation: int = 0
     failure: Failure | None = None
@@ -216,7 +218,9 @@ class Leader:
             self._joined += 1
             self._nodes[report.node.node_id] = _Node(report=report, heard=now, joined=self._joined, since=now)
             self._unsent = True
-            self._note("node_joined", f"{report.node.host} (agent {report.node.pid}, {report.node.num_workers} workers)")
+            self._note(
+                "node_joined", f"{report.node.host} (agent {report.node.pid}, {report.node.num_workers} workers)"
+            )
         elif reason:
             self._out.append(TurnAway(report.node.node_id, reason))
 
@@ -225,12 +229,19 @@ class Leader:
         if node.protocol != PROTOCOL:
             return f"this agent speaks protocol {node.protocol}, the leader {PROTOCOL}: use one release on all nodes"
         if node.job != self._job:
-            return f"the leader at this endpoint serves job {self._job!r}, not {node.job!r}: give --rdzv-endpoint its own port"
+            return (
+                f"the leader at this endpoint serves job {self._job!r}, not {node.job!r}: use another --rdzv-endpoint"
+            )
         for other in self._nodes.values():
             if node.rank_hint is not None and other.report.node.rank_hint == node.rank_hint:
-                if now - other.since < 3 * self._limits.dead_after_s or other.heard + self._limits.heartbeat_s * 2 < now:
+                if (
+                    now - other.since < 3 * self._limits.dead_after_s
+                    or other.heard + self._limits.heartbeat_s * 2 < now
+                ):
                     return ""
-                return f"node rank {node.rank_hint} is taken by agent {other.report.node.pid} on {other.report.node.host}"
+                return (
+                    f"node rank {node.rank_hint} is taken by agent {other.report.node.pid} on {other.report.node.host}"
+                )
         return None
 
     def _lost(self, node_id: str, now: float) -> None:
@@ -394,7 +405,9 @@ class Leader:
             return
         if waiting:
             hosts = ", ".join(node.report.node.host for node in waiting)
-            self._end(run.verdict or Verdict(kind="failed", reason=f"workers on {hosts} do not end, not even by SIGKILL"))
+            self._end(
+                run.verdict or Verdict(kind="failed", reason=f"workers on {hosts} do not end, not even by SIGKILL")
+            )
             return
         self._note("stopped", "no worker is left")
         if run.verdict is not None:

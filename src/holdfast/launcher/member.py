@@ -289,5 +289,5 @@ class Member:
         self._out.append(Leave(verdict))
 
     def _update(self, **changes: object) -> None:
-        self._report = msgspec.structs.replace(self._report, **changes)  # type: ignore[arg-type]  # fields of Report
+        self._report = msgspec.structs.replace(self._report, **changes)
         self._dirty = True

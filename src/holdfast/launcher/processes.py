@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -116,7 +116,7 @@ class Child:
             os.killpg(self.pid, number)
 
     def reap(self) -> None:
-        """Forget the process, which has ended: what is left of its group is killed first, while the id is still ours."""
+        """Forget the process, which has ended: what is left of its group is killed first, while the id is ours."""
         assert self.exit_code() is not None, f"process {self.pid} has not ended"
         self.signal_group(signal.SIGKILL)
         self._process.wait()
@@ -124,7 +124,7 @@ class Child:
         self._guard.ended(self.pid)
 
 
-def _bind_to_parent(guard: int) -> object:
+def _bind_to_parent(guard: int) -> Callable[[], None]:
     """What the child does between fork and exec: die with the parent, name its group to the guard."""
     parent = os.getpid()
     prctl = ctypes.CDLL(None, use_errno=True).prctl

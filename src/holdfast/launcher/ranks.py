@@ -13,7 +13,7 @@ from holdfast.launcher.wire import NodeInfo, Place
 
 
 def node_ranks(nodes: Sequence[NodeInfo], previous: Mapping[str, int]) -> dict[str, int]:
-    """The node rank of each of `nodes` (in order of joining) by node id; `previous` holds those of the last generation."""
+    """The node rank of each of `nodes` (in order of joining), by node id; `previous`: those of the last generation."""
     if all(node.rank_hint is not None for node in nodes):
         ordered = sorted(nodes, key=lambda node: node.rank_hint or 0)
         return {node.node_id: rank for rank, node in enumerate(ordered)}

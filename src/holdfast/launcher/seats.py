@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -23,13 +24,14 @@ import msgspec
 
 from holdfast.errors import UsageError
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]{0,31}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _MAX_SOCKET_PATH = 100
 """Less than the 107 bytes that the kernel allows, with room for the file's name."""
+_TRIES, _TRY_S = 100, 0.01
 
 
 def job_key(name: str | None, *, script: str, rendezvous_id: str | None, arguments: Sequence[str]) -> str:
-    """What tells this job from others on the host: at most 32 letters, digits, dots and underscores."""
+    """What tells this job from others on the host: at most 32 letters, digits, dots, dashes, underscores."""
     if name is not None and _NAME.fullmatch(name):
         return name
     if name is not None:
@@ -121,7 +123,9 @@ class Seat:
                     f"job {self.key} already runs on this host as process {held_by.pid}: "
                     "wait for it, or give this one another name with --hold-job"
                 )
-        raise UsageError(f"all {self._num_seats} seats of job {self.key} on this host are taken: see --nnodes, --hold-job")
+        raise UsageError(
+            f"all {self._num_seats} seats of job {self.key} on this host are taken: see --nnodes, --hold-job"
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -172,9 +176,10 @@ class Seat:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                data = os.pread(descriptor, 4096, 0)
-                os.close(descriptor)
-                return _decode_tenant(data)
+                try:
+                    return _read_tenant(descriptor)
+                finally:
+                    os.close(descriptor)
             if _is_same_file(descriptor, path):
                 break
             os.close(descriptor)  # its holder removed it between our open and our lock
@@ -191,11 +196,14 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _decode_tenant(data: bytes) -> Tenant:
-    try:
-        return msgspec.json.decode(data, type=Tenant)
-    except msgspec.MsgspecError:  # between its lock and its line
-        return Tenant(pid=0, endpoint="")
+def _read_tenant(descriptor: int) -> Tenant:
+    """Who holds the lock; waits a moment for one that has locked and not yet written its line."""
+    for _ in range(_TRIES):
+        try:
+            return msgspec.json.decode(os.pread(descriptor, 4096, 0), type=Tenant)
+        except msgspec.MsgspecError:
+            time.sleep(_TRY_S)
+    return Tenant(pid=0, endpoint="")
 
 
 def default_run_directory(key: str, run_id: str) -> Path:

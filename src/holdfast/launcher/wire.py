@@ -62,7 +62,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SessionState(msgspec.Struct, frozen=True, kw_only=True):
-    """How far the Sessions of one node's workers have come in the generation; times are time.time(), the last rank's."""
+    """How far the Sessions of one node's workers have come; times are time.time() of the last rank."""
 
     opened: int = 0
     """Number of local ranks; the counts below likewise."""

@@ -147,7 +147,7 @@ class WorkerGroup(PContext):
     # --- torch's interface
 
     def start(self) -> None:
-        """Spawn all workers, then tail their logs. Unlike torch's, it installs no signal handlers: the agent has its own.
+        """Spawn all workers, then tail their logs. Unlike torch's, it installs no signal handlers.
 
         Raises:
             OSError: the command cannot be executed; workers already spawned are killed.
@@ -206,6 +206,15 @@ class WorkerGroup(PContext):
     def running(self) -> bool:
         """Whether any worker runs."""
         return len(self._exits) < len(self._children)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the workers were asked to end."""
+        return self._deadline is not None
+
+    def global_rank(self, local_rank: int) -> int:
+        """Global rank of a worker of this node."""
+        return self._place.first_global_rank + local_rank
 
     def collect(self) -> list[WorkerExit]:
         """Exits since the last call; what a signal killed stands before what it took along."""

@@ -1,0 +1,676 @@
+"""The agent of one node: one loop on the main thread that waits for events and carries out what the machines decide.
+
+Events come from worker exits (pidfd), signals (a pipe), other agents (ZeroMQ), the snapshot daemon (ZeroMQ, pidfd) and
+time. They go to `Member` and, where this agent leads, to `Leader`; what these answer is carried out here, in order. The
+loop never blocks for longer than a heartbeat, because a silent agent is a dead one to its peers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from holdfast import environment
+from holdfast.checkpoint.version import GenerationId, new_nonce
+from holdfast.environment import WorkerEnvironment
+from holdfast.errors import HoldfastError, PeerError
+from holdfast.faults import NODE_KINDS, Injector, Kind, parse_schedule
+from holdfast.launcher import events, leader, member
+from holdfast.launcher.arguments import Launch
+from holdfast.launcher.budget import RestartBudget
+from holdfast.launcher.channel import Channel
+from holdfast.launcher.daemons import DaemonDied, DaemonLink
+from holdfast.launcher.processes import Guard
+from holdfast.launcher.seats import Seat
+from holdfast.launcher.sessions import SessionBook
+from holdfast.launcher.signals import SignalPipe
+from holdfast.launcher.timeline import Timeline, describe_failure, signal_name
+from holdfast.launcher.wire import (
+    Failure,
+    NodeInfo,
+    Place,
+    Plan,
+    Rejected,
+    Report,
+    StopRequest,
+    Verdict,
+)
+from holdfast.launcher.workers import WorkerExit, WorkerGroup, WorkerSpec, message_of
+from holdfast.snapshot.control import ControlPage
+from holdfast.snapshot.messages import (
+    Bye,
+    EndGeneration,
+    Member,
+    Notice,
+    Progress,
+    Refused,
+    RequestStop,
+    RestoreChosen,
+    SessionPhase,
+    StartGeneration,
+)
+
+logger = logging.getLogger(__name__)
+
+DAEMON_START_S = 20.0
+"""How long a daemon may take to answer before the job goes on without snapshots in memory."""
+BYE_S = 600.0
+"""How long the daemon may take to write the newest version at the end of a failed job."""
+FAULT_POLL_S = 0.005
+"""How often steps are read while a rehearsed kill of agent or daemon is due."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the job ended on this node."""
+
+    verdict: Verdict
+    failures: Mapping[int, Any]
+    """torch's ProcessFailure by global rank, of this node's workers in the last generation."""
+    bye: Bye | None
+
+
+def say(text: str) -> None:
+    """One line for people."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"holdfast: {text}\n")
+        sys.stderr.flush()
+
+
+class Agent:
+    """See the module's head. `run` is called once, on the main thread."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        *,
+        seat: Seat,
+        run_id: str,
+        run_dir: Path,
+        log: events.EventLog,
+        guard: Guard,
+        signals: SignalPipe,
+        link: DaemonLink | None,
+        context: zmq.Context[zmq.Socket[bytes]],
+    ) -> None:
+        self._launch = launch
+        self._seat = seat
+        self._run_id = run_id
+        self._run_dir = run_dir
+        self._log = log
+        self._guard = guard
+        self._signals = signals
+        self._link = link
+        self._context = context
+        self._spec = _worker_spec(launch)
+        self._node = _node_info(launch)
+        self._inherited = {k: v for k, v in os.environ.items() if k not in _OURS}
+        self._faults = launch.hold.faults or environment.fault_schedule()
+        self._injector: Injector | None = None
+        self._queue: deque[leader.Instruction | member.Instruction] = deque()
+        self._member = member.Member(node=self._node, limits=launch.limits, now=time.monotonic())
+        self._leader: leader.Leader | None = None
+        self._channel: Channel | None = None
+        self._group: WorkerGroup | None = None
+        self._generation: GenerationId | None = None
+        self._starting: tuple[Plan, Place, StartGeneration | None] | None = None
+        self._old_groups: deque[WorkerGroup] = deque(maxlen=1)
+        self._page: ControlPage | None = None
+        self._sessions = SessionBook()
+        self._timeline: Timeline | None = None
+        self._had_session = False
+        self._store: object | None = None
+        self._stops = 0
+        self._verdict: Verdict | None = None
+        self._finished = False
+        self._bye: Bye | None = None
+        self._bye_deadline = 0.0
+
+    def run(self) -> Ending:
+        """Run the job to its end.
+
+        Raises:
+            PeerError: the rendezvous endpoint cannot be served.
+        """
+        self._settle_daemon()
+        self._meet()
+        while not self._done():
+            self._step()
+        self._write_recovery()
+        failures = self._old_groups[0].failures() if self._old_groups else {}
+        for group in self._old_groups:
+            group.finish_logs(5.0)
+        if self._page is not None:
+            self._page.close()
+        if self._link is not None:
+            self._link.finish(5.0)
+        if self._channel is not None:
+            self._channel.close()
+        assert self._verdict is not None, "the loop ends with a verdict"
+        return Ending(self._verdict, failures, self._bye)
+
+    # --- set-up
+
+    def _settle_daemon(self) -> None:
+        if self._link is None:
+            return
+        try:
+            self._link.wait_welcome(DAEMON_START_S)
+        except PeerError as error:
+            self._without_daemon(str(error))
+            return
+        change = "adopted" if self._link.adopted else "started"
+        self._write(events.DaemonChanged(change=change, pid=self._link.pid))
+        self._do(self._member.daemon(self._link.info, time.monotonic()))
+
+    def _without_daemon(self, reason: str) -> None:
+        assert self._link is not None, "there was a daemon"
+        say(f"no snapshots in memory: {reason}")
+        self._write(events.DaemonChanged(change="failed", text=reason))
+        self._link.finish(1.0)
+        self._link = None
+
+    def _meet(self) -> None:
+        """Serve the endpoint or dial it."""
+        meeting, leads = self._launch.meeting, True
+        if meeting.max_nodes > 1:
+            leads = self._may_lead()
+            if leads:
+                self._channel = Channel.lead(self._context, meeting.host, meeting.port)
+                leads = self._channel is not None
+            if not leads:
+                if meeting.node_rank == 0 or self._launch.may_lead:
+                    raise PeerError(f"port {meeting.port} of the rendezvous endpoint is in use on this host")
+                self._channel = Channel.follow(self._context, meeting.host, meeting.port, self._node.node_id)
+        if leads:
+            self._leader = leader.Leader(
+                leader_id=self._node.node_id,
+                job=self._node.job,
+                nonce=new_nonce(),
+                run_id=self._run_id,
+                limits=self._launch.limits,
+                budget=RestartBudget(max_restarts=self._launch.max_restarts, no_progress=self._launch.hold.no_progress),
+                now=time.monotonic(),
+            )
+
+    def _may_lead(self) -> bool:
+        if self._launch.meeting.node_rank is not None:
+            return self._launch.meeting.node_rank == 0
+        if self._launch.may_lead is not None:
+            return self._launch.may_lead
+        from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
+
+        return bool(_matches_machine_hostname(self._launch.meeting.host))
+
+    # --- the loop
+
+    def _done(self) -> bool:
+        if self._verdict is None or (self._leader is not None and not self._finished):
+            return False
+        return self._link is None or self._bye is not None or time.monotonic() > self._bye_deadline
+
+    def _step(self) -> None:
+        ready = self._wait()
+        for number in self._signals.drain():
+            self._signalled(number)
+        if self._group is not None:
+            for exit_ in self._group.collect():
+                self._worker_ended(exit_)
+        if self._channel is not None and self._channel.socket in ready:
+            self._hear()
+        if self._link is not None:
+            self._hear_daemon(self._link)
+        self._fire_faults()
+        now = time.monotonic()
+        if self._group is not None and self._group.tick(now):
+            self._group_gone(self._group)
+        if self._leader is not None:
+            self._do(self._leader.ticked(now))
+        self._do(self._member.ticked(now))
+
+    def _wait(self) -> dict[Any, int]:
+        poller = zmq.Poller()
+        poller.register(self._signals.descriptor, zmq.POLLIN)
+        if self._group is not None:
+            for descriptor in self._group.descriptors().values():
+                poller.register(descriptor, zmq.POLLIN)
+        if self._channel is not None:
+            poller.register(self._channel.socket, zmq.POLLIN)
+        if self._link is not None and self._link.socket is not None:
+            poller.register(self._link.socket, zmq.POLLIN)
+            if self._link.pidfd is not None:
+                poller.register(self._link.pidfd, zmq.POLLIN)
+        return dict(poller.poll(math.ceil(self._timeout_s() * 1000)))
+
+    def _timeout_s(self) -> float:
+        now = time.monotonic()
+        wakes = [self._member.next_wake(now)]
+        if self._leader is not None:
+            wakes.append(self._leader.next_wake(now))
+        if self._group is not None:
+            wake = self._group.next_wake(now)
+            wakes += [wake] if wake is not None else []
+        if self._injector is not None:
+            wakes.append(FAULT_POLL_S)
+        return max(0.0, min(wakes))
+
+    # --- events
+
+    def _signalled(self, number: int) -> None:
+        plan = self._member.plan
+        in_session = plan is not None and plan.session
+        if number == signal.SIGUSR2 or (number == signal.SIGUSR1 and not in_session):
+            if self._group is not None:
+                self._group.signal_all(number)
+            return
+        self._stops += 1
+        urgent = self._stops > 1
+        self._write(events.StopRequested(signal=signal_name(number), urgent=urgent))
+        if self._verdict is not None:
+            if self._link is not None and urgent:
+                say("leaving at once, as asked twice")
+                self._bye_deadline = 0.0
+            return
+        how = "at once" if urgent else "at an agreed step" if in_session else f"by {signal_name(number)} to its workers"
+        say(f"got {signal_name(number)}: the job is stopped {how}")
+        self._do(self._member.asked_to_stop(StopRequest(signal=number, urgent=urgent), time.monotonic()))
+
+    def _worker_ended(self, exit_: WorkerExit) -> None:
+        assert self._group is not None, "an exit without a group"
+        if exit_.exit_code == 0 or self._generation is None or self._group.stopping:
+            return
+        record = self._group.failure(exit_)
+        failure = Failure(
+            host=self._node.host,
+            global_rank=self._group.global_rank(exit_.local_rank),
+            local_rank=exit_.local_rank,
+            pid=exit_.pid,
+            exit_code=exit_.exit_code,
+            message=message_of(record),
+            step=self._step_of(exit_.local_rank, exit_.pid),
+            time_s=time.time(),
+        )
+        self._write(
+            events.WorkerFailed(
+                global_rank=failure.global_rank,
+                local_rank=failure.local_rank,
+                pid=failure.pid,
+                exit_code=failure.exit_code,
+                signal=signal_name(-failure.exit_code) if failure.exit_code < 0 else "",
+                message=failure.message,
+                step=failure.step,
+            )
+        )
+        self._do(self._member.failed(self._generation, failure, time.monotonic()))
+
+    def _group_gone(self, group: WorkerGroup) -> None:
+        assert self._generation is not None, "a group without a generation"
+        self._group = None
+        self._old_groups.append(group)
+        generation, now = self._generation, time.monotonic()
+        if self._link is not None:
+            self._link.request(EndGeneration(generation=generation))
+        if group.failures() or group.stopping:
+            self._do(self._member.gone(generation, now))
+        else:
+            self._do(self._member.done(generation, now))
+
+    def _hear(self) -> None:
+        assert self._channel is not None, "nobody to hear"
+        for message in self._channel.receive():
+            now = time.monotonic()
+            match message:
+                case Report() if self._leader is not None:
+                    self._observe(message)
+                    self._do(self._leader.reported(message, now))
+                case Plan():
+                    self._do(self._member.planned(message, now))
+                case Rejected():
+                    self._do(self._member.rejected(message, now))
+                case _:
+                    pass
+
+    def _hear_daemon(self, link: DaemonLink) -> None:
+        for message in link.receive():
+            now = time.monotonic()
+            match message:
+                case DaemonDied():
+                    self._daemon_died(link, message)
+                case Progress():
+                    self._do(self._member.progressed(message.version.step, now))
+                case RestoreChosen():
+                    if self._sessions.chosen(message):
+                        self._do(self._member.session(self._sessions.state, now))
+                case SessionPhase():
+                    if self._sessions.reached(message):
+                        self._do(self._member.session(self._sessions.state, now))
+                case Notice():
+                    self._write(events.Noticed(severity=message.severity, text=message.text))
+                    say(message.text)
+                case Bye():
+                    self._bye = message
+                case Refused():
+                    say(f"the snapshot daemon refused: {message.reason}")
+                    self._write(events.Noticed(severity="error", text=message.reason))
+                case _:
+                    pass
+        if self._starting is not None:
+            self._try_start()
+
+    def _daemon_died(self, link: DaemonLink, message: DaemonDied) -> None:
+        if self._bye is not None:
+            return
+        text = f"snapshot daemon {message.pid} ended with code {message.exit_code}: {link.last_words()}"
+        self._write(events.DaemonChanged(change="died", pid=message.pid, text=text))
+        if self._verdict is not None:
+            self._bye = Bye(error=text)
+            return
+        if not link.died(time.monotonic()):
+            self._without_daemon("its daemon died again and again")
+            return
+        self._write(events.DaemonChanged(change="started", pid=link.pid))
+
+    def _step_of(self, local_rank: int, pid: int | None = None) -> int:
+        """Newest finished step that the worker published, -1 where there is none."""
+        if self._page is None and self._link is not None:
+            with contextlib.suppress(OSError, HoldfastError):
+                self._page = ControlPage.open(self._seat.arena / "control")
+        if self._page is None:
+            return -1
+        part = self._page.rank(local_rank)
+        return part.step if pid is None or part.pid == pid else -1
+
+    def _fire_faults(self) -> None:
+        if self._injector is None or self._group is None:
+            return
+        step = max((self._step_of(rank, pid) for rank, pid in self._group.pids().items()), default=-1)
+        fault = self._injector.node_fault(step) if step >= 0 else None
+        if fault is None:
+            return
+        self._write(events.FaultFired(fault=str(fault), step=step))
+        if fault.kind is Kind.KILL_AGENT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self._link is not None and self._link.pid:
+            os.kill(self._link.pid, signal.SIGKILL)
+
+    # --- instructions
+
+    def _do(self, instructions: list[leader.Instruction] | list[member.Instruction]) -> None:
+        """Carry out instructions in order; those that they lead to come after them."""
+        idle = not self._queue
+        self._queue.extend(instructions)
+        while idle and self._queue:
+            self._carry_out(self._queue[0])
+            self._queue.popleft()
+
+    def _carry_out(self, instruction: leader.Instruction | member.Instruction) -> None:
+        now = time.monotonic()
+        match instruction:
+            case leader.Broadcast(plan):
+                if self._channel is not None:
+                    self._channel.broadcast(plan)
+                self._agreed(plan)
+                self._do(self._member.planned(plan, now))
+            case member.SendReport(report):
+                self._send_report(report, now)
+            case leader.HostStore(generation):
+                assert self._leader is not None, "only a leader hosts a store"
+                self._do(self._leader.stored(generation, self._host_store(), now))
+            case leader.TurnAway(node_id, reason):
+                self._turn_away(node_id, reason, now)
+            case leader.Note():
+                self._note(instruction)
+            case leader.Finished():
+                self._finished = True
+            case member.StartWorkers(plan, place):
+                self._begin_generation(plan, place)
+            case member.StopWorkers():
+                self._stop_workers(instruction)
+            case member.AskStop():
+                if self._link is not None:
+                    self._link.request(RequestStop(reason="a signal asked the job to stop"))
+            case member.LostLeader():
+                say("the leader is silent: workers end, asking on")
+                self._write(events.Membership(change="leader_lost", text="no plan within the limit"))
+            case member.Leave(verdict):
+                self._leave(verdict)
+
+    def _send_report(self, report: Report, now: float) -> None:
+        if self._leader is not None:
+            self._observe(report)
+            self._do(self._leader.reported(report, now))
+        elif self._channel is not None:
+            self._channel.report(report)
+
+    def _turn_away(self, node_id: str, reason: str, now: float) -> None:
+        if node_id == self._node.node_id:
+            self._do(self._member.rejected(Rejected(reason=reason), now))
+        elif self._channel is not None:
+            self._channel.turn_away(node_id, reason)
+
+    def _host_store(self) -> str:
+        """A fresh store for the next generation; the one before goes with its addresses."""
+        from torch._C._distributed_c10d import TCPStore
+
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._store = store
+        meeting = self._launch.meeting
+        host = self._launch.config.local_addr or (meeting.host if meeting.max_nodes > 1 else "127.0.0.1")
+        return f"{host}:{store.port}"
+
+    def _begin_generation(self, plan: Plan, place: Place) -> None:
+        assert plan.generation is not None, "workers belong to a generation"
+        self._generation = plan.generation
+        self._sessions.begin(plan.generation)
+        self._log.enter(place.node_rank, str(plan.generation))
+        schedule = parse_schedule(self._faults)
+        self._injector = None
+        if any(fault.kind in NODE_KINDS and fault.node == place.node_rank for fault in schedule):
+            self._injector = Injector(
+                schedule, self._run_dir, node=place.node_rank, generation=plan.generation.generation
+            )
+        message = None
+        if self._link is not None:
+            message = _start_message(plan, place)
+            self._link.start_generation(message)
+        self._starting = (plan, place, message)
+        self._try_start()
+
+    def _try_start(self) -> None:
+        """Spawn the workers once the daemon has fenced what came before."""
+        assert self._starting is not None, "nothing starts"
+        plan, place, message = self._starting
+        if self._link is not None and (message is None or self._link.acked is not message):
+            return
+        self._starting = None
+        assert plan.generation is not None, "workers belong to a generation"
+        group = WorkerGroup(
+            self._spec,
+            plan,
+            place,
+            guard=self._guard,
+            extra_variables=self._extra_variables(plan, place),
+            inherited=self._inherited,
+        )
+        try:
+            group.start()
+        except OSError as error:
+            self._cannot_spawn(plan.generation, place, error)
+            return
+        started_s = time.time()
+        self._group = group
+        self._write(
+            events.GenerationStarted(
+                members=tuple(other.host for other in plan.places),
+                world_size=sum(other.num_ranks for other in plan.places),
+                restart_count=plan.restart_count,
+                store=plan.store,
+                pids=tuple(group.pids().values()),
+            )
+        )
+        self._do(self._member.started(plan.generation, started_s, time.monotonic()))
+
+    def _cannot_spawn(self, generation: GenerationId, place: Place, error: OSError) -> None:
+        text = f"{self._spec.command} cannot be run: {error.strerror or error}"
+        say(text)
+        failure = Failure(
+            host=self._node.host,
+            global_rank=place.first_global_rank,
+            local_rank=0,
+            pid=0,
+            exit_code=127,
+            message=text,
+            time_s=time.time(),
+        )
+        now = time.monotonic()
+        self._do(self._member.failed(generation, failure, now))
+        self._do(self._member.gone(generation, now))
+
+    def _extra_variables(self, plan: Plan, place: Place) -> dict[int, dict[str, str]]:
+        assert plan.generation is not None, "workers belong to a generation"
+        faults = {environment.FAULTS: self._faults} if self._faults else {}
+        result = {}
+        for local_rank in range(self._spec.num_workers):
+            where = WorkerEnvironment(
+                daemon=self._link.endpoint if self._link is not None else "",
+                arena=self._seat.arena,
+                run_dir=self._run_dir,
+                run_id=plan.run_id,
+                generation=plan.generation,
+                global_rank=place.first_global_rank + local_rank,
+                local_rank=local_rank,
+                node_rank=place.node_rank,
+                world_size=sum(other.num_ranks for other in plan.places),
+                local_world_size=self._spec.num_workers,
+            )
+            variables = where.variables()
+            if self._link is None:
+                variables = {name: variables[name] for name in (environment.RUN_ID, environment.RUN_DIR)}
+            result[local_rank] = variables | faults
+        return result
+
+    def _stop_workers(self, order: member.StopWorkers) -> None:
+        if self._starting is not None and self._generation == order.generation:
+            self._starting = None
+            self._do(self._member.gone(order.generation, time.monotonic()))
+            return
+        if self._group is None:
+            return
+        grace_s = self._launch.stop_grace_s if order.grace_s is None else order.grace_s
+        self._group.begin_stop(order.signal or signal.SIGTERM, grace_s, time.monotonic())
+
+    def _leave(self, verdict: Verdict) -> None:
+        self._verdict = verdict
+        if self._link is not None:
+            self._bye_deadline = time.monotonic() + BYE_S
+            self._link.shut_down(persist=verdict.kind != "done")
+
+    # --- what the leader's agent tells
+
+    def _note(self, note: leader.Note) -> None:
+        now = time.time()
+        text = describe_failure(note.failure) if note.failure is not None else note.text
+        self._write(events.Membership(change=note.kind, text=f"{note.text}: {text}" if note.failure else text))
+        match note.kind:
+            case "stopping":
+                self._write_recovery()
+                detected = note.failure.time_s if note.failure is not None else now
+                self._timeline = Timeline(text, detected, had_session=self._had_session)
+            case "stopped" if self._timeline is not None:
+                self._timeline.stopped(now)
+            case "node_lost":
+                say(f"lost node {note.text}")
+
+    def _agreed(self, plan: Plan) -> None:
+        if self._timeline is None or plan.generation is None or plan.phase != "run":
+            return
+        if self._timeline.generation is None:
+            self._timeline.agreed(plan, time.time())
+
+    def _observe(self, report: Report) -> None:
+        """Follow the recovery through what all nodes report."""
+        self._had_session = self._had_session or report.session.opened > 0
+        if self._timeline is None:
+            return
+        self._timeline.observe(report)
+        line = self._timeline.line()
+        if line is not None:
+            say(line)
+        if self._timeline.complete:
+            self._write_recovery()
+
+    def _write_recovery(self) -> None:
+        """Close the books of the recovery that is under way: it is complete, or the next failure came first."""
+        if self._timeline is not None and self._timeline.generation is not None:
+            self._write(self._timeline.event())
+        self._timeline = None
+
+    def _write(self, event: events.AnyEvent) -> None:
+        self._log.write(event, time.time())
+
+
+_OURS = (environment.DAEMON, environment.ARENA, environment.RUN_DIR, environment.RUN_ID, environment.GENERATION)
+
+
+def _worker_spec(launch: Launch) -> WorkerSpec:
+    config = launch.config
+    return WorkerSpec(
+        command=launch.command,
+        arguments=launch.arguments,
+        num_workers=config.nproc_per_node,
+        role=config.role,
+        run_id=config.run_id,
+        max_restarts=config.max_restarts,
+        virtual_local_rank=getattr(config, "virtual_local_rank", False),
+        signals_to_handle=getattr(config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"),
+        log_prefix=config.log_line_prefix_template,
+        logs_specs=config.logs_specs,
+        numa_options=getattr(config, "numa_options", None),
+        stdout_filters=tuple(getattr(config, "duplicate_stdout_filters", None) or ()),
+        stderr_filters=tuple(getattr(config, "duplicate_stderr_filters", None) or ()),
+    )
+
+
+def _node_info(launch: Launch) -> NodeInfo:
+    return NodeInfo(
+        node_id=f"{socket.gethostname()}-{os.getpid()}-{new_nonce()}",
+        job=launch.meeting.rendezvous_id or "",
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        role=launch.config.role,
+        num_workers=launch.config.nproc_per_node,
+        rank_hint=launch.meeting.node_rank,
+    )
+
+
+def _start_message(plan: Plan, place: Place) -> StartGeneration:
+    assert plan.generation is not None, "a run without a generation"
+    return StartGeneration(
+        generation=plan.generation,
+        run_id=plan.run_id,
+        members=tuple(
+            Member(
+                node_rank=other.node_rank,
+                daemon=other.daemon,
+                first_global_rank=other.first_global_rank,
+                num_ranks=other.num_ranks,
+            )
+            for other in plan.places
+        ),
+        node_rank=place.node_rank,
+        leader=0,
+        fresh=plan.fresh,
+    )

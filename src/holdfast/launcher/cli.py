@@ -1,0 +1,41 @@
+"""The command ``holdfast``: finds the subcommand and leaves the rest to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+_HELP = """usage: holdfast COMMAND …
+
+  holdfast run [torchrun's flags] [--hold-…] script.py args…   run a training script, restart it from memory
+  holdfast --version
+
+example:
+  holdfast run --nproc-per-node 2 train.py --lr 3e-4
+
+`holdfast run --help` lists the flags.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script; the exit code is returned."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    match arguments[:1]:
+        case ["run"]:
+            from holdfast.launcher.run import main as run
+
+            return run(arguments[1:])
+        case ["--version"]:
+            from importlib.metadata import version
+
+            sys.stdout.write(f"holdfast {version('holdfast')}\n")
+            return 0
+        case ["-h" | "--help"]:
+            sys.stdout.write(_HELP)
+            return 0
+        case []:
+            sys.stderr.write(_HELP)
+            return 2
+        case _:
+            sys.stderr.write(f"holdfast: error: unknown command {arguments[0]!r}, the only one yet is `holdfast run`\n")
+            return 2

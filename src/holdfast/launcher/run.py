@@ -1,0 +1,203 @@
+"""``holdfast run``: one job from its command line to its exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+
+from holdfast.errors import HoldfastError, UsageError
+from holdfast.launcher import events
+from holdfast.launcher.agent import Agent, Ending, say
+from holdfast.launcher.arguments import HoldOptions, Launch, Meeting, hold_options, launch_from, parse, settle
+from holdfast.launcher.daemons import DaemonLink
+from holdfast.launcher.processes import Guard
+from holdfast.launcher.seats import RunRecord, Seat, Tenant, default_run_directory, job_key
+from holdfast.launcher.signals import SignalPipe, parse_signals
+from holdfast.launcher.timeline import describe_failure
+
+logger = logging.getLogger(__name__)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a job and return its exit code; what a person has to know was printed.
+
+    Raises:
+        ChildFailedError: a worker of this node failed and the job with it, as torchrun raises it.
+        UsageError: the command line cannot work.
+    """
+    args = parse(argv)
+    meeting = settle(args)
+    hold = hold_options(args)
+    key = job_key(
+        hold.job,
+        script=args.training_script,
+        rendezvous_id=meeting.rendezvous_id,
+        arguments=args.training_script_args,
+    )
+    tenant = Tenant(pid=os.getpid(), endpoint=meeting.endpoint, node_rank=meeting.node_rank)
+    with Seat(key, tenant, num_seats=meeting.max_nodes) as seat:
+        before = seat.record()
+        run_id = before.run_id if before is not None else secrets.token_hex(6)
+        run_dir = _make_run_dir(hold, before, key, run_id)
+        seat.write_record(RunRecord(run_id=run_id, run_dir=str(run_dir)))
+        launch, ending = _run_on_seat(args, meeting, seat, run_id, run_dir)
+        code = exit_code(ending, hold)
+        if code == 0 and hold.run_dir is None and not _worth_keeping(run_dir):
+            shutil.rmtree(run_dir, ignore_errors=True)
+            _remove_empty(run_dir.parent)
+    _explain(ending, launch, run_dir)
+    return code
+
+
+def exit_code(ending: Ending, hold: HoldOptions) -> int:
+    """0 done, 1 failed; a job that was stopped before its end: 1 or the requeue code."""
+    match ending.verdict.kind:
+        case "done":
+            return 0
+        case "stopped":
+            return hold.requeue_code or 1
+        case _:
+            return 1
+
+
+def _make_run_dir(hold: HoldOptions, before: RunRecord | None, key: str, run_id: str) -> Path:
+    run_dir = hold.run_dir
+    if run_dir is None and before is not None:
+        run_dir = Path(before.run_dir)
+    if run_dir is None:
+        run_dir = default_run_directory(key, run_id)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--hold-run-dir {run_dir}: {error.strerror}") from error
+    return run_dir.absolute()
+
+
+def _run_on_seat(args: object, meeting: Meeting, seat: Seat, run_id: str, run_dir: Path) -> tuple[Launch, Ending]:
+    import argparse
+
+    assert isinstance(args, argparse.Namespace), "what `parse` returned"
+    hold = hold_options(args)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    link = None
+    if hold.snapshot_memory != 0:
+        link = DaemonLink(
+            seat, context, run_dir=run_dir, linger_s=hold.linger_s, memory_limit_bytes=hold.snapshot_memory
+        )
+        link.start()  # it comes up while torch's configuration is made
+    ended = False
+    try:
+        launch = launch_from(args, meeting, log_dir=run_dir / "logs")
+        handled = parse_signals(getattr(launch.config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
+        with (
+            events.EventLog(run_dir, os.uname().nodename) as log,
+            Guard() as guard,
+            SignalPipe(handled) as signals,
+        ):
+            log.write(_started(launch, run_id, seat.key), time.time())
+            agent = Agent(
+                launch,
+                seat=seat,
+                run_id=run_id,
+                run_dir=run_dir,
+                log=log,
+                guard=guard,
+                signals=signals,
+                link=link,
+                context=context,
+            )
+            ending = agent.run()
+            ended = True
+            log.write(_ended(ending, exit_code(ending, hold)), time.time())
+        return launch, ending
+    finally:
+        if link is not None and not ended:
+            link.shut_down(persist=False)
+            link.finish(5.0)
+        seat.clear()
+        context.destroy(linger=1000)
+
+
+def _started(launch: Launch, run_id: str, key: str) -> events.RunStarted:
+    return events.RunStarted(
+        run_id=run_id,
+        command=launch.script,
+        arguments=launch.script_arguments,
+        nproc=launch.config.nproc_per_node,
+        job=key,
+    )
+
+
+def _ended(ending: Ending, code: int) -> events.RunEnded:
+    bye = ending.bye
+    return events.RunEnded(
+        outcome=ending.verdict.kind,
+        exit_code=code,
+        reason=ending.verdict.reason,
+        persisted=str(bye.persisted) if bye is not None and bye.persisted is not None else "",
+        path=(bye.path or "") if bye is not None else "",
+    )
+
+
+def _worth_keeping(run_dir: Path) -> bool:
+    """Whether a run without a directory of its own left anything that a person may want to read."""
+    quiet = {"run_started", "generation_started", "membership", "run_ended", "daemon"}
+    return any(
+        event.get("kind") not in quiet or (event.get("kind") == "daemon" and event.get("change") == "died")
+        for event in events.read_events(run_dir)
+    )
+
+
+def _remove_empty(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError:
+        logger.debug("%s holds other runs", directory)
+
+
+def _explain(ending: Ending, launch: Launch, run_dir: Path) -> None:
+    """Say how the job ended; a failed worker of this node is torch's exception."""
+    verdict, bye = ending.verdict, ending.bye
+    if bye is not None and bye.persisted is not None:
+        say(f"step {bye.persisted.step} is in storage: {bye.path}")
+    if bye is not None and bye.error:
+        say(f"the newest snapshot could not be written: {bye.error}")
+    if verdict.kind == "done":
+        return
+    what = f"{describe_failure(verdict.failure)}; " if verdict.failure is not None else ""
+    say(
+        f"the job {'failed' if verdict.kind == 'failed' else 'was stopped'}: {what}{verdict.reason} (events: {run_dir})"
+    )
+    if verdict.kind == "failed" and ending.failures:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+        raise ChildFailedError(name=launch.script, failures=dict(ending.failures))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``holdfast run`` and ``python -m holdfast.launcher``: print errors in one line and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+    except ImportError as error:
+        say(f"error: torch cannot be imported: {error}")
+        return 1
+    try:
+        return record(run)(arguments) or 0
+    except UsageError as error:
+        say(f"error: {error}")
+        return 2
+    except HoldfastError as error:
+        say(f"error: {error}")
+        return 1
+    except ChildFailedError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
