@@ -36,6 +36,7 @@ class BlockTransform:
         """
         self.matrix = matrix
         self._kernel = kernel
+        self._whole = kernel.bind(np.ascontiguousarray(matrix))
         self._operators: dict[tuple[tuple[int, ...], tuple[int, ...]], Operator] = {}
 
     def apply(self, sources: Sequence[Block], outputs: Sequence[Block]) -> None:
@@ -57,8 +58,12 @@ class BlockTransform:
         from_ = [readable(block) for block in sources]
         to = [writable(block) for block in outputs]
         _check_disjoint(from_, to)
+        lengths = {len(block) for block in (*from_, *to)}
+        if len(lengths) == 1 and 0 not in lengths:
+            self._whole.multiply(from_, to)
+            return
         start = 0
-        for end in sorted({len(block) for block in (*from_, *to)} - {0}):
+        for end in sorted(lengths - {0}):
             alive = tuple(column for column in range(columns) if len(from_[column]) >= end)
             open_ = tuple(row for row in range(rows) if len(to[row]) >= end)
             targets = [to[row][start:end] for row in open_]
@@ -147,18 +152,7 @@ def writable(block: Block) -> ByteArray:
 
 def _check_disjoint(sources: Sequence[ByteArray], outputs: Sequence[ByteArray]) -> None:
     """Sources may share memory with each other; an output shares it with nothing."""
-    spans = [(_span(block), False) for block in sources if len(block)]
-    spans += [(_span(block), True) for block in outputs if len(block)]
-    spans.sort()
-    end = end_of_output = 0
-    for (start, stop), is_output in spans:
-        if start < (end if is_output else end_of_output):
-            raise UsageError("an output overlaps another block: give each output memory of its own")
-        end = max(end, stop)
-        if is_output:
-            end_of_output = max(end_of_output, stop)
-
-
-def _span(block: ByteArray) -> tuple[int, int]:
-    start: int = block.__array_interface__["data"][0]
-    return start, start + block.nbytes
+    for index, output in enumerate(outputs):
+        for other in (*sources, *outputs[:index]):
+            if np.may_share_memory(output, other):  # by bounds, which is exact for contiguous blocks
+                raise UsageError("an output overlaps another block: give each output memory of its own")
