@@ -29,7 +29,7 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 with holdfast.Session(
     model=model, optimizer=optimizer, checkpoint_dir=folder / "checkpoints", snapshot_every=1,
-    init_from=holdfast.InitFrom(folder / "pretrained", include=["trunk.*"]),
+    init_from=holdfast.InitFrom(path=folder / "pretrained", skip=["head."]),
 ) as session:  # fmt: skip
     for step in session.steps(until=60):
         inputs = torch.randn(256, 256, generator=torch.Generator().manual_seed(step))
