@@ -247,8 +247,7 @@ class Leading:
             )
         )
         inventories = tuple(self._inventories.values())
-        pinned = {pin.version: pin for inventory in inventories for pin in inventory.pinned}
-        self._lead(carried=chain.carried_persists(tuple(pinned.values()), inventories, choice))
+        self._lead(carried=chain.carried_persists(inventories, choice, generation=self.start.generation))
 
     def _locations(self, version: Version | None) -> tuple[ImageLocation, ...]:
         daemons = {member.node_rank: member.daemon for member in self.start.members}

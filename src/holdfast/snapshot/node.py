@@ -232,7 +232,9 @@ class Node:
         self.restore = message
         parent = self._parent(message)
         parents = [one for one in self.arena.state.parents if one.generation != start.generation]
-        parents.append(Parentage(generation=start.generation, parent=parent, step=message.restore.step))
+        parents.append(
+            Parentage(generation=start.generation, parent=message.restore.version, step=message.restore.step)
+        )
         self._save(restore=message, parents=tuple(parents)[-1000:], history=message.history)
         self._feed(ledger.RestoreDecided(generation=start.generation, parent=parent, step=message.restore.step))
         assert self._generation is not None
@@ -530,7 +532,8 @@ class Node:
                 if agreed.confirmed and agreed.kind == "save":
                     self.to_workers(SaveAgreed(step=agreed.step, tag=agreed.tag, requests=agreed.requests))
             case ledger.SendReport(state=state):
-                self._report = state
+                ask = state.ask or (self._report is not None and self._report.ask)
+                self._report = msgspec.structs.replace(state, ask=ask)
             case ledger.StoreRequests(requests=requests):
                 self._save(requests=requests)
             case ledger.DropSlot(slot=slot):

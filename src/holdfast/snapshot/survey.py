@@ -54,7 +54,7 @@ def decide(question: Question) -> Answer:
             resume=config.resume,
             inventories=question.inventories,
             stored=stored,
-            history=history_id(directory) if directory is not None and os.path.isdir(directory) else None,
+            history=history_of(directory),
             excluded=question.excluded,
             excluded_paths=question.excluded_paths,
         )
@@ -62,6 +62,16 @@ def decide(question: Question) -> Answer:
     if choice.tier == "error":
         raise UsageError(choice.reason)
     return Answer(choice=choice, history=_make_ready(directory, choice, stored))
+
+
+def history_of(directory: str | None) -> str | None:
+    """History id of the checkpoint directory as it is now."""
+    return history_id(directory) if directory is not None and os.path.isdir(directory) else None
+
+
+def stored_path(directory: str, version: Version) -> str | None:
+    """Where `version` lies in storage, None where it does not."""
+    return next((step.path for step in stored_steps(directory, "auto") if step.version == version), None)
 
 
 def stored_steps(directory: str | None, resume: str) -> tuple[chain.StoredStep, ...]:
