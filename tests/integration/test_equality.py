@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from support.jobs import BIN, Job, fingerprints, job_in, leftovers
 
 SCRIPT = Path(__file__).with_name("equality_script.py")

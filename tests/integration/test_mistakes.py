@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.jobs import BIN, Job, job_in, leftovers
 from torch import nn
 
 import holdfast
 from holdfast.errors import HoldfastError, MismatchError, StateError, StorageError, UsageError
+from support.jobs import BIN, Job, job_in, leftovers
 
 HELLO = "print('the script ran')\n"
 SESSION = """

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from support.jobs import BIN, Job, job_in, leftovers
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
