@@ -138,6 +138,7 @@ class Agent:
         self._finished = False
         self._bye: Bye | None = None
         self._bye_deadline = 0.0
+        self._leaving_again = False
 
     def run(self) -> Ending:
         """Run the job to its end.
@@ -180,7 +181,7 @@ class Agent:
         assert self._link is not None, "there was a daemon"
         say(f"no snapshots in memory: {reason}")
         self._write(events.DaemonChanged(change="failed", text=reason))
-        self._link.finish(1.0)
+        self._link.let_go()
         self._link = None
 
     def _meet(self) -> None:
@@ -363,12 +364,18 @@ class Agent:
                 case Bye():
                     self._bye = message
                 case Refused():
-                    say(f"the snapshot daemon refused: {message.reason}")
-                    self._write(events.Noticed(severity="error", text=message.reason))
+                    self._refused(message)
                 case _:
                     pass
         if self._starting is not None:
             self._try_start()
+
+    def _refused(self, message: Refused) -> None:
+        self._write(events.Noticed(severity="error", text=message.reason))
+        if self._starting is not None:
+            self._without_daemon(f"its daemon refused the generation: {message.reason}")
+        else:
+            say(f"the snapshot daemon refused: {message.reason}")
 
     def _daemon_died(self, link: DaemonLink, message: DaemonDied) -> None:
         if self._bye is not None:
@@ -376,12 +383,21 @@ class Agent:
         text = f"snapshot daemon {message.pid} ended with code {message.exit_code}: {link.last_words()}"
         self._write(events.DaemonChanged(change="died", pid=message.pid, text=text))
         if self._verdict is not None:
-            self._bye = Bye(error=text)
+            self._daemon_died_leaving(link, text)
             return
         if not link.died(time.monotonic()):
             self._without_daemon("its daemon died again and again")
             return
         self._write(events.DaemonChanged(change="started", pid=link.pid))
+
+    def _daemon_died_leaving(self, link: DaemonLink, text: str) -> None:
+        """It died while it was to write the newest version: its successor finds the same memory and tries once more."""
+        assert self._verdict is not None, "the job has ended"
+        self._leaving_again = not self._leaving_again
+        if self._leaving_again and self._verdict.kind != "done" and link.died(time.monotonic()):
+            link.shut_down(persist=True)
+        else:
+            self._bye = Bye(error=text)
 
     def _step_of(self, local_rank: int, pid: int | None = None) -> int:
         """Newest finished step that the worker published, -1 where there is none."""

@@ -60,9 +60,21 @@ class DaemonLink:
         context: zmq.Context[zmq.Socket[bytes]],
         *,
         run_dir: Path,
+        address: str,
         linger_s: float,
         memory_limit_bytes: int | None,
     ) -> None:
+        """Nothing is started here.
+
+        Args:
+            seat: whose directory and arena the daemon uses.
+            context: of the agent's sockets.
+            run_dir: where its log goes.
+            address: at which other nodes reach it.
+            linger_s: how long it waits for a new agent.
+            memory_limit_bytes: most memory for its arena, None: what the node has.
+        """
+        self._address = address
         self._seat = seat
         self._context = context
         self._run_dir = run_dir
@@ -109,6 +121,7 @@ class DaemonLink:
         Raises:
             OSError: no process can be started.
         """
+        self._seat.directory.mkdir(mode=0o700, exist_ok=True)
         self.adopted = _answers(self._seat.directory / SOCKET_NAME)
         if not self.adopted:
             with contextlib.suppress(FileNotFoundError):
@@ -118,14 +131,8 @@ class DaemonLink:
 
     def _spawn(self) -> None:
         command = [sys.executable, "-m", "holdfast.snapshot.daemon", "--arena", str(self._seat.arena)]
-        command += [
-            "--socket-dir",
-            str(self._seat.directory),
-            "--key",
-            self._seat.key,
-            "--seat",
-            str(self._seat.number),
-        ]
+        command += ["--socket-dir", str(self._seat.directory), "--key", self._seat.key]
+        command += ["--seat", str(self._seat.number), "--address", self._address]
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
                 command,
@@ -175,7 +182,11 @@ class DaemonLink:
         deadline = time.monotonic() + timeout_s
         while self.welcome is None:
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or any(isinstance(message, DaemonDied) for message in self.receive(remaining)):
+            died = remaining > 0 and any(isinstance(message, DaemonDied) for message in self.receive(remaining))
+            if died and self.adopted:  # it was about to leave
+                self._unwatch()
+                self.start()
+            elif died or remaining <= 0:
                 raise PeerError(f"the snapshot daemon did not start: {self.last_words()}")
 
     def last_words(self) -> str:
@@ -281,6 +292,14 @@ class DaemonLink:
         self._unwatch()
         self._disconnect()
         shutil.rmtree(self._seat.arena, ignore_errors=True)
+
+    def let_go(self) -> None:
+        """Stop talking to a daemon that cannot be used; what it kept in memory stays for a later run."""
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+        self._unwatch()
+        self._disconnect()
 
 
 def _answers(path: Path) -> bool:

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -57,6 +58,20 @@ def run(argv: Sequence[str]) -> int:
     return code
 
 
+def own_address(meeting: Meeting) -> str:
+    """The address of this host on the way to the rendezvous endpoint: where other nodes reach its daemon."""
+    if meeting.max_nodes == 1:
+        return "127.0.0.1"
+    try:
+        for found in socket.getaddrinfo(meeting.host, meeting.port or 1, type=socket.SOCK_DGRAM):
+            with socket.socket(*found[:3]) as probe:
+                probe.connect(found[4])  # sends nothing: only looks up the route
+                return str(probe.getsockname()[0])
+    except OSError as error:
+        logger.warning("no route to %s: %s", meeting.host, error)
+    return socket.gethostname()
+
+
 def exit_code(ending: Ending, hold: HoldOptions) -> int:
     """0 done, 1 failed; a job that was stopped before its end: 1 or the requeue code."""
     match ending.verdict.kind:
@@ -90,7 +105,12 @@ def _run_on_seat(args: object, meeting: Meeting, seat: Seat, run_id: str, run_di
     link = None
     if hold.snapshot_memory != 0:
         link = DaemonLink(
-            seat, context, run_dir=run_dir, linger_s=hold.linger_s, memory_limit_bytes=hold.snapshot_memory
+            seat,
+            context,
+            run_dir=run_dir,
+            address=own_address(meeting),
+            linger_s=hold.linger_s,
+            memory_limit_bytes=hold.snapshot_memory,
         )
         link.start()  # it comes up while torch's configuration is made
     ended = False

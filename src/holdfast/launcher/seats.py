@@ -104,6 +104,7 @@ class Seat:
         self._num_seats = num_seats
         self._base = runtime_directory()
         self._lock: int | None = None
+        self._inner_lock: int | None = None
         self.number = -1
 
     def __enter__(self) -> Seat:
@@ -116,7 +117,7 @@ class Seat:
             held_by = self._try(number)
             if held_by is None:
                 self.number = number
-                self.directory.mkdir(mode=0o700, exist_ok=True)
+                self._settle_in()
                 return self
             if not self._tenant.is_neighbour(held_by):
                 raise UsageError(
@@ -130,6 +131,9 @@ class Seat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._inner_lock is not None:
+            os.close(self._inner_lock)
+            self._inner_lock = None
         if self._lock is not None:
             with contextlib.suppress(FileNotFoundError):
                 self._lock_path(self.number).unlink()
@@ -137,6 +141,19 @@ class Seat:
             self._lock = None
             with contextlib.suppress(OSError):  # other jobs of this user have their seats there
                 self._base.rmdir()
+
+    def _settle_in(self) -> None:
+        """Hold a lock inside the directory: a daemon whose time is up leaves a directory with a living agent alone."""
+        while True:
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+            path = self.directory / "agent.lock"
+            with contextlib.suppress(FileNotFoundError):  # the daemon removed the directory just now
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                self._inner_lock = descriptor
+                if _is_same_file(descriptor, path):
+                    return
+                os.close(descriptor)
 
     @property
     def directory(self) -> Path:
