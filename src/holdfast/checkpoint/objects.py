@@ -228,7 +228,8 @@ def _foreign(value: Any, path: str) -> msgspec.msgpack.Ext:
             raise StateError(f"{path or 'the value'} is a tensor: lift it out with split_tensors first")
     raise StateError(
         f"{path or 'the value'} is a {cls.__module__}.{cls.__qualname__}, which holdfast cannot store: turn it into "
-        f"plain values, or teach holdfast with holdfast.checkpoint.register_codec({cls.__qualname__}, name, encode, decode)"
+        f"plain values, or teach holdfast with "
+        f"holdfast.checkpoint.register_codec({cls.__qualname__}, name, encode, decode)"
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +57,6 @@ _ERRORS: dict[str, type[HoldfastError]] = {
         PeerTimeout,
     )
 }
-_SLICE = timedelta(seconds=1)
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,38 @@ class Ranks:
         world_size = dist.get_world_size(process_group)
         if world_size == 1:
             return cls.alone()
-        store = dist.distributed_c10d._get_process_group_store(process_group or dist.group.WORLD)
+        store = dist.distributed_c10d._get_process_group_store(
+            process_group or dist.distributed_c10d._get_default_group()
+        )
         return cls(rank, world_size, store)
+
+
+def agree(ranks: Ranks, name: str, make: Callable[[], str], timeout: timedelta) -> str:
+    """A short text of rank 0's that all ranks get.
+
+    Args:
+        ranks: who agree.
+        name: of the text; a new one each time.
+        make: called on rank 0.
+        timeout: how long other ranks wait for it.
+
+    Raises:
+        PeerTimeout: rank 0 did not come.
+        PeerError: the store does not answer.
+    """
+    if ranks.world_size == 1:
+        return make()
+    key = f"holdfast/agree/{name}"
+    if ranks.rank == 0:
+        text = make()
+        with _store_errors():
+            ranks.store.set(key, text.encode())
+        return text
+    for _ in _polls(timeout):
+        with _store_errors():
+            if ranks.store.check([key]):
+                return str(ranks.store.get(key).decode())
+    raise PeerTimeout(f"rank 0 did not come to {name} within {timeout}")
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -142,29 +172,35 @@ def save_pieces(
         PeerError: a rank failed otherwise.
     """
     directory = Path(directory)
+    meeting = _Meeting(ranks, directory, version, attempt) if ranks.world_size > 1 else None
     try:
-        part = _Part(record=_write_own(directory, ranks, version, pieces, data, objects, storage).encode())
-        failure: HoldfastError | None = None
-    except HoldfastError as error:
-        part, failure = _Part(error=str(error), kind=type(error).__name__), error
-    if ranks.world_size == 1:
-        if failure is not None:
-            raise failure
-        return _commit(directory, [part], version, 1, metrics, tag, history, storage)
-    meeting = _Meeting(ranks, directory, version, attempt)
-    meeting.say(part)
-    if ranks.rank == 0:
-        try:
-            parts = meeting.parts(timeout)
-            info = _commit(directory, parts, version, ranks.world_size, metrics, tag, history, storage)
-        except HoldfastError as error:
-            meeting.end(_Part(error=str(error), kind=type(error).__name__))
-            raise
-        meeting.end(_Part())
-        return info
-    # Rank 0 may learn of a missing rank only at its own limit.
-    meeting.wait_end(timeout + max(timedelta(seconds=30), timeout / 10))
-    return read_step_info(directory, storage=storage)
+        record = _write_own(directory, ranks, version, pieces, data, objects, storage)
+        if meeting is None:
+            records = [record]
+        elif ranks.rank == 0:
+            records = [record, *meeting.records(timeout)]
+        else:
+            meeting.say(_Part(record=record.encode()))
+            # Rank 0 may learn of a missing rank only at its own limit.
+            meeting.wait_end(timeout + max(timedelta(seconds=30), timeout / 10))
+            return read_step_info(directory, storage=storage)
+        info = commit_step(
+            directory,
+            records,
+            version=version,
+            world_size=ranks.world_size,
+            metrics=metrics,
+            tag=tag,
+            history=history,
+            storage=storage,
+        )
+    except Exception as error:  # the other ranks learn of it here, ours by the raise
+        if meeting is not None:
+            meeting.fail(error)
+        raise
+    if meeting is not None:
+        meeting.end()
+    return info
 
 
 def _write_own(
@@ -213,28 +249,6 @@ def _image(
     yield from _data(layout, data, blob)
 
 
-def _commit(
-    directory: Path,
-    parts: Sequence[_Part],
-    version: Version,
-    world_size: int,
-    metrics: Mapping[str, float] | None,
-    tag: str | None,
-    history: str | None,
-    storage: Storage | None,
-) -> StepInfo:
-    return commit_step(
-        directory,
-        [ImageRecord.decode(part.record) for part in parts],
-        version=version,
-        world_size=world_size,
-        metrics=metrics,
-        tag=tag,
-        history=history,
-        storage=storage,
-    )
-
-
 def _raise(part: _Part, rank: int) -> None:
     if part.error:
         raise _ERRORS.get(part.kind, PeerError)(f"rank {rank}: {part.error}")
@@ -250,38 +264,42 @@ class _Meeting:
         self._directory = directory
 
     def say(self, part: _Part) -> None:
-        """Tell what this rank did."""
+        """Other ranks: tell what this one did."""
         self._set(f"part/{self._ranks.rank}", part)
 
-    def end(self, part: _Part) -> None:
-        """Rank 0: tell how it ended."""
-        self._set("end", part)
+    def fail(self, error: Exception) -> None:
+        """Tell that this rank failed; a store that does not answer any more is not waited for."""
+        part = _Part(error=str(error) or repr(error), kind=type(error).__name__)
+        try:
+            self._set("end" if self._ranks.rank == 0 else f"part/{self._ranks.rank}", part)
+        except PeerError as silent:
+            logger.warning("%s: the other ranks could not be told that the save failed: %s", self._directory, silent)
 
-    def parts(self, timeout: timedelta) -> list[_Part]:
-        """Rank 0: what each rank did, as soon as all have said it or one has said that it failed.
+    def end(self) -> None:
+        """Rank 0: tell that the checkpoint is there."""
+        self._set("end", _Part())
+
+    def records(self, timeout: timedelta) -> list[ImageRecord]:
+        """Rank 0: what each other rank wrote, as soon as all have said it or one has said that it failed.
 
         Raises:
             PeerTimeout: ranks that did not say.
             HoldfastError: what a rank met.
         """
-        missing = set(range(self._ranks.world_size))
-        parts: dict[int, _Part] = {}
-        deadline = time.monotonic() + timeout.total_seconds()
-        while missing:
-            for rank in sorted(missing):
-                if self._store.check([f"{self._prefix}/part/{rank}"]):
-                    parts[rank] = self._get(f"part/{rank}")
-                    _raise(parts[rank], rank)
-            missing -= parts.keys()
-            if missing and time.monotonic() > deadline:
-                ranks = ", ".join(map(str, sorted(missing)[:10]))
-                raise PeerTimeout(
-                    f"{self._directory}: rank {ranks} did not finish its part of the save within {timeout}; "
-                    f"the checkpoint was not made, older ones are as they were"
-                )
-            if missing:
-                self._wait(f"part/{min(missing)}", _SLICE)
-        return [parts[rank] for rank in range(self._ranks.world_size)]
+        records: dict[int, ImageRecord] = {}
+        missing = list(range(1, self._ranks.world_size))
+        for _ in _polls(timeout):
+            for rank in [rank for rank in missing if self._is_there(f"part/{rank}")]:
+                part = self._get(f"part/{rank}")
+                _raise(part, rank)
+                records[rank] = ImageRecord.decode(part.record)
+            missing = [rank for rank in missing if rank not in records]
+            if not missing:
+                return [records[rank] for rank in sorted(records)]
+        raise PeerTimeout(
+            f"{self._directory}: rank {', '.join(map(str, missing[:10]))} did not finish its part of the save within "
+            f"{timeout}; the checkpoint was not made, older ones are as they were"
+        )
 
     def wait_end(self, timeout: timedelta) -> None:
         """Other ranks: wait for rank 0.
@@ -290,36 +308,51 @@ class _Meeting:
             PeerTimeout: it did not say how it ended.
             HoldfastError: how it ended.
         """
-        deadline = time.monotonic() + timeout.total_seconds()
-        while not self._wait("end", _SLICE):
-            if time.monotonic() > deadline:
-                raise PeerTimeout(f"{self._directory}: rank 0 did not finish the save within {timeout}")
-        _raise(self._get("end"), 0)
+        for _ in _polls(timeout):
+            if self._is_there("end"):
+                _raise(self._get("end"), 0)
+                return
+        raise PeerTimeout(f"{self._directory}: rank 0 did not finish the save within {timeout}")
 
     @property
     def _store(self) -> Any:  # see Ranks.store
         return self._ranks.store
 
     def _set(self, name: str, part: _Part) -> None:
-        try:
+        with _store_errors():
             self._store.set(f"{self._prefix}/{name}", msgspec.msgpack.encode(part))
-        except RuntimeError as error:
-            raise PeerError(f"the store of the process group is gone: {error}") from error
+
+    def _is_there(self, name: str) -> bool:
+        with _store_errors():
+            return bool(self._store.check([f"{self._prefix}/{name}"]))
 
     def _get(self, name: str) -> _Part:
+        with _store_errors():
+            data = self._store.get(f"{self._prefix}/{name}")
         try:
-            return msgspec.msgpack.decode(self._store.get(f"{self._prefix}/{name}"), type=_Part)
-        except (RuntimeError, msgspec.MsgspecError) as error:
-            raise PeerError(f"the store of the process group gave no answer of a rank: {error}") from error
+            return msgspec.msgpack.decode(data, type=_Part)
+        except msgspec.MsgspecError as error:
+            raise PeerError(f"what another rank left under {name} does not parse: {error}") from error
 
-    def _wait(self, name: str, limit: timedelta) -> bool:
-        """Whether the name is there within `limit`."""
-        import torch.distributed as dist
 
-        try:
-            self._store.wait([f"{self._prefix}/{name}"], limit)
-        except dist.DistStoreError:
-            return False
-        except RuntimeError as error:
-            raise PeerError(f"the store of the process group is gone: {error}") from error
-        return True
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """The store's own errors (it lives in one of the ranks or in the launcher) as ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerError(f"the store of the process group does not answer: {error}") from error
+
+
+def _polls(timeout: timedelta) -> Iterator[None]:
+    """Once at the start, then every few milliseconds, later every 0.1 s, and once more at the end.
+
+    Polling, because a store's own wait holds its connection, and writes a warning for each time-out.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    pause = 0.002
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        pause = min(pause * 1.5, 0.1)
+    yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -50,7 +50,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
         raise ValueError(f"the bytes of a {tensor.device} tensor with strides {tensor.stride()} cannot be had in place")
     if tensor.numel() == 0:
         return memoryview(bytearray())
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()  # numpy's type is no Buffer before Python 3.12
+    return memoryview(array)
 
 
 def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
