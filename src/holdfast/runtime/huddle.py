@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -9,6 +10,9 @@ import msgspec
 
 from holdfast.checkpoint.saving import Ranks
 from holdfast.errors import PeerError, PeerTimeout
+
+_FIRST_PAUSE_S = 0.0005
+_LAST_PAUSE_S = 0.05
 
 
 class Huddle:
@@ -67,10 +71,15 @@ class Huddle:
         return f"{self._name}/{self._round}"
 
     def _get(self, key: str, rank: int) -> bytes:
+        """Poll, because the store's own wait keeps its connection from every other thread of the process."""
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        pause_s = _FIRST_PAUSE_S
         try:
-            self._ranks.store.wait([key], self._timeout)
+            while not self._ranks.store.check([key]):
+                if time.monotonic() > deadline:
+                    raise PeerTimeout(f"rank {rank} of the Session has not answered within {self._timeout} ({key})")
+                time.sleep(pause_s)
+                pause_s = min(pause_s * 1.5, _LAST_PAUSE_S)
+            return bytes(self._ranks.store.get(key))
         except RuntimeError as error:  # torch's DistStoreError is one
-            raise PeerTimeout(
-                f"rank {rank} of the Session has not answered within {self._timeout.total_seconds():.0f} s ({key})"
-            ) from error
-        return bytes(self._ranks.store.get(key))
+            raise PeerError(f"the store of the process group does not answer: {error}") from error

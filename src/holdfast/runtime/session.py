@@ -328,7 +328,7 @@ class Session:
 
 
 def _models(model: Models) -> list[nn.Module]:
-    if isinstance(model, nn.Module) and not isinstance(model, nn.ModuleList):
+    if isinstance(model, nn.Module):
         return [model]
     return list(model.values()) if isinstance(model, Mapping) else list(model)
 

@@ -58,7 +58,8 @@ class Snapshotter:
 
     def size_bytes(self, step: int) -> int:
         """What the image of the state takes as it is now, `step` steps being completed."""
-        return self._current(len(encode_objects(self._state.objects(step)))).layout.size_bytes
+        entries = self._state.entries()
+        return self._plan_for(entries, len(encode_objects(self._state.objects(step)))).layout.size_bytes
 
     def use(self, slots: tuple[Slot, ...]) -> None:
         """Copy into `slots` from now on; cheap where they are those of before."""
@@ -99,8 +100,9 @@ class Snapshotter:
         """
         self.check()
         assert self._copier is not None, "a grant without slots"
+        entries = self._state.entries()
         objects = encode_objects(self._state.objects(version.step))
-        plan = self._current(len(objects))
+        plan = self._plan_for(entries, len(objects))
         if plan.layout.size_bytes > self._copier.capacity_bytes:
             return None
         self._last = self._copier.begin(version, slot, plan, objects, inline=inline)
@@ -140,9 +142,8 @@ class Snapshotter:
             self._copier = None
             self._slots = ()
 
-    def _current(self, objects_bytes: int) -> CopyPlan:
+    def _plan_for(self, entries: Sequence[TensorEntry], objects_bytes: int) -> CopyPlan:
         """The plan for the state as it is; made anew when tensors or the size of the objects have changed."""
-        entries = self._state.entries()
         fits = self._layout is not None and objects_bytes <= self._layout.objects_capacity
         if entries is self._entries and self._plan is not None and fits:
             return self._plan
