@@ -11,15 +11,86 @@ must know (open session, slots, final step, requests), and training goes on.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Final
 
-from holdfast.checkpoint.catalog import Catalog
+import zmq
+
+from holdfast.checkpoint.catalog import Catalog, OpenImage
+from holdfast.checkpoint.commit import open_checkpoint
+from holdfast.checkpoint.image import read_header
+from holdfast.checkpoint.source import MemorySource, Source
 from holdfast.checkpoint.version import Version
 from holdfast.environment import WorkerEnvironment
-from holdfast.snapshot.arena import Slot
-from holdfast.snapshot.control import Phase
-from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore, SessionConfig
+from holdfast.errors import (
+    CorruptError,
+    FenceError,
+    HoldfastError,
+    MismatchError,
+    PeerError,
+    PeerTimeout,
+    StateError,
+    StorageError,
+    UsageError,
+)
+from holdfast.snapshot.agreement import Decision, at_boundary
+from holdfast.snapshot.arena import Slot, SlotState
+from holdfast.snapshot.control import ControlPage, Phase, generation_word
+from holdfast.snapshot.messages import (
+    MAX_MESSAGE_BYTES,
+    Ack,
+    AnyMessage,
+    CloseSession,
+    Committed,
+    FinalStep,
+    ImageLocation,
+    Missed,
+    NeedSlots,
+    Notice,
+    OpenSession,
+    PersistedMessage,
+    PersistFailedMessage,
+    Reached,
+    Refused,
+    RequestEnd,
+    RequestSave,
+    Restore,
+    RestoreFailed,
+    SaveAgreed,
+    SessionConfig,
+    SlotsMapped,
+    SlotsReady,
+    decode,
+    encode,
+)
+from holdfast.snapshot.peers import PeerSource
+from holdfast.snapshot.reports import Agreed
+
+_log = logging.getLogger(__name__)
+_WATCH_S: Final = 0.05
+"""How often the thread looks whether the daemon was replaced or the generation has ended."""
+_PEER_TIMEOUT: Final = timedelta(seconds=60)
+_CLOSE_TIMEOUT_S: Final = 5.0
+_AGREED_LIMIT_S: Final = 1800.0
+_KEPT_EVENTS: Final = 1000
+_ERRORS: Final[dict[str, type[HoldfastError]]] = {
+    "usage": UsageError,
+    "state": StateError,
+    "mismatch": MismatchError,
+    "corrupt": CorruptError,
+    "storage": StorageError,
+    "fence": FenceError,
+    "peer": PeerError,
+}
 
 
 @dataclass(frozen=True)
@@ -30,19 +101,78 @@ class AgreedAt:
     """save or stop."""
     step: int
     tag: str | None = None
+    persist: bool = True
+    """Whether the version is written to storage."""
+
+
+class _Outcomes:
+    """What became of versions that are persisted: the client's thread writes, any thread waits."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._by_step: dict[int, PersistedMessage | PersistFailedMessage] = {}
+        self._agreed: dict[str, int] = {}
+        self._over: str | None = None
+
+    def put(self, message: PersistedMessage | PersistFailedMessage) -> None:
+        with self._changed:
+            known = self._by_step.get(message.version.step)
+            if not isinstance(known, PersistedMessage):
+                self._by_step[message.version.step] = message
+            self._changed.notify_all()
+
+    def agree(self, request: str, step: int) -> None:
+        with self._changed:
+            self._agreed[request] = step
+            self._changed.notify_all()
+
+    def end(self, reason: str) -> None:
+        """Nothing will come any more."""
+        with self._changed:
+            self._over = self._over or reason
+            self._changed.notify_all()
+
+    def agreed(self, request: str) -> int | None:
+        with self._changed:
+            return self._agreed.get(request)
+
+    def of(self, step: int | None) -> PersistedMessage | PersistFailedMessage | None:
+        with self._changed:
+            return None if step is None else self._by_step.get(step)
+
+    def wait(self, request: str | None, step: int | None, timeout: timedelta) -> PersistedMessage:
+        """Wait for the checkpoint of `step`, or of the step that was agreed for `request`."""
+
+        def ready() -> bool:
+            at = self._agreed.get(request) if request is not None else step
+            return (at is not None and at in self._by_step) or self._over is not None
+
+        with self._changed:
+            if not self._changed.wait_for(ready, timeout.total_seconds()):
+                raise PeerTimeout(f"the checkpoint was not there within {timeout.total_seconds():.0f} s")
+            at = self._agreed.get(request) if request is not None else step
+            message = self._by_step.get(at) if at is not None else None
+        if message is None:
+            raise FenceError(self._over or "the Session is over")
+        if isinstance(message, PersistFailedMessage):
+            raise StorageError(f"step {message.version.step} could not be written: {message.reason}")
+        return message
 
 
 class PendingSave:
     """A save that was asked for; thread-safe."""
 
+    def __init__(self, request: str, outcomes: _Outcomes) -> None:
+        self._request, self._outcomes = request, outcomes
+
     @property
     def step(self) -> int | None:
         """The agreed step, None until there is one."""
-        raise NotImplementedError
+        return self._outcomes.agreed(self._request)
 
     def done(self) -> bool:
         """Whether it is persisted or failed."""
-        raise NotImplementedError
+        return self._outcomes.of(self.step) is not None
 
     def result(self, timeout: timedelta) -> PersistedMessage:
         """Wait for the checkpoint.
@@ -50,22 +180,67 @@ class PendingSave:
         Raises:
             StorageError: it could not be written; older checkpoints are as they were.
             PeerTimeout: not within `timeout`.
+            FenceError: the generation has ended meanwhile.
         """
-        raise NotImplementedError
+        return self._outcomes.wait(self._request, None, timeout)
 
 
 class SnapshotClient:
     """A worker's connection. Made by `connect`; the training thread calls everything that is not marked thread-safe."""
 
+    def __init__(self, environment: WorkerEnvironment, page: ControlPage) -> None:
+        self._environment, self._page = environment, page
+        self._generation = environment.generation
+        self._word = generation_word(environment.generation)
+        self._part = page.rank(environment.local_rank)
+        self._context = zmq.Context()
+        self._sending = threading.Lock()
+        self._out = self._socket()  # under _sending: any thread
+        self._commands: queue.SimpleQueue[AnyMessage | None] = queue.SimpleQueue()
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._answers: queue.SimpleQueue[Restore | Refused | Ack] = queue.SimpleQueue()
+        self._events: deque[PersistedMessage | PersistFailedMessage | Notice] = deque(maxlen=_KEPT_EVENTS)
+        self._outcomes = _Outcomes()
+        self._slots: tuple[Slot, ...] | None = None  # the thread writes, the training thread reads
+        self._said: dict[str, AnyMessage] = {}  # what a successor of the daemon must hear again; under _sending
+        self._opened: OpenSession | None = None
+        self._needed = 0
+        self._taken: set[int] = set()
+        self._agreed: tuple[int, Agreed | None] = (-1, None)
+        self._requests = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="holdfast-client", daemon=True)
+
+    def _socket(self) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 500)
+        socket.setsockopt(zmq.RECONNECT_IVL, 10)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.connect(self._environment.daemon)
+        return socket
+
     @classmethod
     def connect(cls, environment: WorkerEnvironment, *, timeout: timedelta) -> SnapshotClient:
-        """Map the control page, take the worker's seat there and reach the daemon.
+        """Map the control page, take the worker's seat there and start to talk to the daemon.
 
         Raises:
             PeerTimeout: no daemon within `timeout`.
             FenceError: the node is in another generation already.
         """
-        raise NotImplementedError
+        deadline = time.monotonic() + timeout.total_seconds()
+        page = _page(environment.arena / "control", deadline)
+        while page.generation == 0 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if page.generation != generation_word(environment.generation):
+            page.close()
+            raise FenceError(f"this node has left generation {environment.generation}: this worker must stop")
+        client = cls(environment, page)
+        client._part.enter(environment.generation, os.getpid())
+        client._thread.start()
+        return client
+
+    # --- opening
 
     def open(self, config: SessionConfig, *, timeout: timedelta) -> Restore:
         """Open the Session; blocks until all its ranks have opened and the leader has chosen.
@@ -74,56 +249,178 @@ class SnapshotClient:
             UsageError, StateError, MismatchError, StorageError, FenceError, PeerError: as `Refused.kind` says.
             PeerTimeout: not within `timeout`.
         """
-        raise NotImplementedError
+        environment = self._environment
+        self._opened = OpenSession(
+            generation=self._generation,
+            global_rank=environment.global_rank,
+            local_rank=environment.local_rank,
+            pid=os.getpid(),
+            config=config,
+        )
+        self._ask(self._opened)
+        restore = self._answer(None, "all ranks of the Session to open", timeout)
+        self.reached(Phase.OPENED, restore.step)
+        return restore
 
     def restore_failed(self, version: Version, reason: str, *, timeout: timedelta) -> Restore:
         """An image of `version` cannot be read: the next candidate, the same on all ranks. Raises as `open`."""
-        raise NotImplementedError
+        self._ask(
+            RestoreFailed(
+                generation=self._generation,
+                global_rank=self._environment.global_rank,
+                version=version,
+                reason=reason,
+            )
+        )
+        return self._answer(version, "another version to restore", timeout)
+
+    def _answer(self, not_this: Version | None, what: str, timeout: timedelta) -> Restore:
+        deadline = time.monotonic() + timeout.total_seconds()
+        while True:
+            try:
+                answer = self._answers.get(timeout=min(0.2, max(0.001, deadline - time.monotonic())))
+            except queue.Empty:
+                self._check_fence()
+                if time.monotonic() >= deadline:
+                    raise PeerTimeout(f"waited {timeout.total_seconds():.0f} s for {what}") from None
+                continue
+            if isinstance(answer, Refused):
+                raise _ERRORS.get(answer.kind, PeerError)(answer.reason)
+            if isinstance(answer, Restore) and (not_this is None or answer.version != not_this):
+                return answer
+
+    def all_restored(self, timeout: timedelta) -> Restore | None:
+        """Wait until every rank of the Session has reached RESTORED; another `Restore` where one of them could not.
+
+        Raises:
+            FenceError: the generation has ended meanwhile.
+            PeerTimeout: not within `timeout`.
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not self._page.running:
+            self._check_fence()
+            with contextlib.suppress(queue.Empty):
+                answer = self._answers.get(timeout=0.002)
+                if isinstance(answer, Restore):
+                    return answer
+            if time.monotonic() >= deadline:
+                raise PeerTimeout(f"not all ranks had restored their state within {timeout.total_seconds():.0f} s")
+        return None
 
     def catalog(self, restore: Restore) -> Catalog:
         """The images of `restore`: local slots by mmap, those of other nodes by ranges, storage by files."""
-        raise NotImplementedError
+        if restore.path is not None:
+            return open_checkpoint(restore.path)
+        assert restore.version is not None, f"there are no images in {restore}"
+        images: list[OpenImage] = []
+        try:
+            for location in restore.images:
+                images.append(self._open_image(location, restore.version))
+        except BaseException:
+            for image in images:
+                image.source.close()
+            raise
+        return Catalog(images)
+
+    def _open_image(self, location: ImageLocation, version: Version) -> OpenImage:
+        if location.local:
+            return _local_image(location, version)
+        source = PeerSource(
+            self._context, location.daemon, location.path, version, location.offset, timeout=_PEER_TIMEOUT
+        )
+        name = f"{location.path} on node {location.node_rank}"
+        return OpenImage(name=name, meta=read_header(source.read), source=source)
+
+    # --- slots
 
     def need_slots(self, size_bytes: int, until: int | None) -> None:
         """This rank's image takes `size_bytes`; `until`: last step of the loop where known. Again when it has grown."""
-        raise NotImplementedError
+        slots = self._slots
+        if slots and slots[0].capacity_bytes < size_bytes:
+            self._slots = None
+        self._needed = size_bytes
+        self._tell(
+            NeedSlots(
+                generation=self._generation,
+                global_rank=self._environment.global_rank,
+                local_rank=self._environment.local_rank,
+                size_bytes=size_bytes,
+                until=until,
+            ),
+            again="slots",
+        )
 
     def slots(self) -> tuple[Slot, ...] | None:
         """The slots, mapped and faulted in; None until they are ready (and again while the arena grows); () where
         there is no memory tier. The same object until the daemon announces others."""
-        raise NotImplementedError
+        return self._slots
+
+    # --- steps
 
     def publish_step(self, step: int) -> None:
-        """`step` steps are finished; called once with the restored step too."""
-        raise NotImplementedError
+        """`step` steps are finished; called once with the restored step too. Granted steps that were passed without a
+        copy are declared missed."""
+        self._part.step = step
+        for granted in self._page.granted_before(self._word, step):
+            if granted not in self._taken:
+                self.missed(self._generation.at(granted))
 
     def beat(self) -> None:
         """A sign of life."""
-        raise NotImplementedError
+        self._part.beat()
 
     def reached(self, phase: Phase, step: int) -> None:
         """The Session reached `phase`."""
-        raise NotImplementedError
+        self._part.reached(phase, step)
+        message = Reached(
+            generation=self._generation,
+            global_rank=self._environment.global_rank,
+            phase=phase.name.lower(),
+            step=step,
+            seconds=time.time(),
+        )
+        self._tell(message)
 
     def grant(self, step: int) -> int | None:
-        """Index of the slot into which `step` is to be copied, None where it is not granted. Microseconds."""
-        raise NotImplementedError
+        """Index of the slot into which `step` is to be copied, None where it is not granted. Microseconds.
+
+        Who gets a slot copies into it (`Slot.begin` before the boundary is left) or calls `missed`.
+        """
+        slot = self._page.grant(self._word, step)
+        if slot is not None:
+            if len(self._taken) > 1000:
+                self._taken = {taken for taken in tuple(self._taken) if taken > step - 500}
+            self._taken.add(step)
+        return slot
 
     def wait_grant(self, step: int, timeout: timedelta) -> int | None:
-        """As `grant`, but waits: for final and agreed steps, whose grant is sure to come.
+        """As `grant`, but waits: for final and agreed steps, whose grant is sure to come. None after `timeout`.
 
         Raises:
             FenceError: the generation has ended meanwhile.
         """
-        raise NotImplementedError
+        deadline = time.monotonic() + timeout.total_seconds()
+        while (slot := self.grant(step)) is None and time.monotonic() < deadline:
+            self._check_fence()
+            time.sleep(0.0005)
+        return slot
 
     def committed(self, version: Version, slot: int, wait_s: float, step_s: float) -> None:
         """Doorbell: `Slot.finish` was called. Thread-safe, does not block."""
-        raise NotImplementedError
+        self._tell(
+            Committed(
+                version=version,
+                global_rank=self._environment.global_rank,
+                slot=slot,
+                wait_s=wait_s,
+                step_s=step_s,
+            )
+        )
 
     def missed(self, version: Version) -> None:
         """A granted step passed without a copy. Thread-safe, does not block."""
-        raise NotImplementedError
+        self._taken.add(version.step)
+        self._tell(Missed(version=version, global_rank=self._environment.global_rank))
 
     def agreed(self, step: int) -> AgreedAt | None:
         """Called at the boundary at which `step` steps are finished, after `publish_step(step)`: acknowledges
@@ -131,20 +428,69 @@ class SnapshotClient:
 
         Raises:
             FenceError: the generation has ended meanwhile.
+            PeerTimeout: the leader did not confirm.
         """
-        raise NotImplementedError
+        deadline = 0.0
+        while True:
+            agreed = self._read_agreed()
+            match at_boundary(step, agreed, self._part.acknowledged):
+                case Decision.GO_ON:
+                    return None
+                case Decision.ACKNOWLEDGE:
+                    assert agreed is not None
+                    self._part.acknowledged = agreed.number
+                case Decision.PERFORM:
+                    assert agreed is not None
+                    return AgreedAt(agreed.kind, step, None, agreed.persist)
+                case Decision.WAIT:
+                    self._check_fence()
+                    deadline = deadline or time.monotonic() + _AGREED_LIMIT_S
+                    if time.monotonic() > deadline:
+                        raise PeerTimeout(f"step {step} was proposed and neither confirmed nor given up")
+                    time.sleep(0.0005)
+
+    def _read_agreed(self) -> Agreed | None:
+        sequence = self._page.agreed_sequence
+        if sequence != self._agreed[0]:
+            self._agreed = (sequence, self._page.agreed())
+        return self._agreed[1] if self._page.generation == self._word else None
+
+    # --- requests and ends
 
     def request_save(self, tag: str | None, metrics: dict[str, float]) -> PendingSave:
         """Ask for a persisted version at an agreed step."""
-        raise NotImplementedError
+        request = self._request_id()
+        message = RequestSave(
+            generation=self._generation,
+            global_rank=self._environment.global_rank,
+            tag=tag,
+            metrics=metrics,
+            request=request,
+        )
+        self._tell(message, again=request)
+        return PendingSave(request, self._outcomes)
 
     def request_end(self, persist: bool) -> None:
         """Ask for the end of training at an agreed step."""
-        raise NotImplementedError
+        request = self._request_id()
+        message = RequestEnd(
+            generation=self._generation,
+            global_rank=self._environment.global_rank,
+            persist=persist,
+            request=request,
+        )
+        self._tell(message, again=request)
+
+    def _request_id(self) -> str:
+        self._requests += 1
+        return f"{self._generation}-rank-{self._environment.global_rank}-{self._requests}"
 
     def final(self, step: int, persist: bool) -> None:
         """The loop has ended at `step` on this rank: that step will be granted and, where `persist`, persisted."""
-        raise NotImplementedError
+        message = FinalStep(
+            generation=self._generation, global_rank=self._environment.global_rank, step=step, persist=persist
+        )
+        self._tell(message, again="final")
 
     def wait_persisted(self, version: Version, timeout: timedelta) -> PersistedMessage:
         """Wait until `version` is in storage.
@@ -154,12 +500,180 @@ class SnapshotClient:
             PeerTimeout: not within `timeout`.
             FenceError: the generation has ended meanwhile.
         """
-        raise NotImplementedError
+        return self._outcomes.wait(None, version.step, timeout)
 
     def poll(self) -> list[PersistedMessage | PersistFailedMessage | Notice]:
         """What the daemon has said since the last call; never blocks."""
-        raise NotImplementedError
+        events: list[PersistedMessage | PersistFailedMessage | Notice] = []
+        while self._events:
+            events.append(self._events.popleft())
+        return events
 
     def close(self, step: int, outcome: str) -> None:
         """The Session is over on this rank; `outcome` is done or failed. Ends the thread; may be called twice."""
-        raise NotImplementedError
+        if self._closed:
+            return
+        self._closed = True
+        self.reached(Phase.CLOSED, step)
+        if self._page.generation == self._word:
+            message = CloseSession(
+                generation=self._generation,
+                global_rank=self._environment.global_rank,
+                step=step,
+                outcome=outcome,
+            )
+            self._ask(message)
+            self._wait_for_ack()
+        self._commands.put(None)
+        os.eventfd_write(self._wakeup, 1)
+        self._thread.join(_CLOSE_TIMEOUT_S)
+        self._outcomes.end("the Session is over on this rank")
+        with self._sending:
+            self._out.close()
+        self._context.term()
+        os.close(self._wakeup)
+
+    def _wait_for_ack(self) -> None:
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        while time.monotonic() < deadline and self._page.generation == self._word:
+            with contextlib.suppress(queue.Empty):
+                if isinstance(self._answers.get(timeout=0.05), Ack):
+                    return
+
+    def _check_fence(self) -> None:
+        if self._page.generation != self._word:
+            raise FenceError(f"generation {self._generation} is over on this node: this worker must stop")
+
+    # --- sending
+
+    def _tell(self, message: AnyMessage, again: str | None = None) -> None:
+        """Send at once, from any thread. `again`: a successor of the daemon hears it too."""
+        with self._sending:
+            if again is not None:
+                self._said[again] = message
+            if not self._out.closed:
+                self._out.send(encode(message), zmq.NOBLOCK)
+
+    def _ask(self, message: AnyMessage) -> None:
+        """Send through the thread, which gets the answer."""
+        self._commands.put(message)
+        os.eventfd_write(self._wakeup, 1)
+
+    # --- the thread
+
+    def _run(self) -> None:
+        socket = self._socket()
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self._wakeup, zmq.POLLIN)
+        epoch = self._page.daemon_epoch
+        try:
+            while True:
+                ready = dict(poller.poll(round(_WATCH_S * 1000)))
+                if self._wakeup in ready:
+                    os.eventfd_read(self._wakeup)
+                while not self._commands.empty():
+                    command = self._commands.get_nowait()
+                    if command is None:
+                        return
+                    socket.send(encode(command), zmq.NOBLOCK)
+                while socket.poll(0):
+                    self._receive(socket.recv())
+                if self._page.daemon_epoch != epoch:
+                    epoch = self._page.daemon_epoch
+                    self._introduce_again(socket)
+                if self._page.generation != self._word:
+                    self._outcomes.end(f"generation {self._generation} is over on this node: this worker must stop")
+        except Exception as error:  # noqa: BLE001  a thread's border: whoever waits learns of it
+            _log.exception("rank %d: the snapshot client has failed", self._environment.global_rank)
+            self._outcomes.end(f"the snapshot client has failed: {error}")
+            self._answers.put(Refused(reason=f"the snapshot client has failed: {error}", kind="peer"))
+        finally:
+            socket.close()
+
+    def _introduce_again(self, socket: zmq.Socket[bytes]) -> None:
+        """The daemon was replaced: what it must know of this rank, in the order in which it was said."""
+        _log.info("rank %d: the snapshot daemon was replaced", self._environment.global_rank)
+        if self._opened is not None:
+            socket.send(encode(self._opened), zmq.NOBLOCK)
+        with self._sending:
+            for message in self._said.values():
+                socket.send(encode(message), zmq.NOBLOCK)
+
+    def _receive(self, data: bytes) -> None:
+        try:
+            message = decode(data)
+        except PeerError as error:
+            _log.warning("garbage from the daemon is dropped: %s", error)
+            return
+        match message:
+            case Restore() | Ack():
+                self._answers.put(message)
+            case Refused():
+                self._answers.put(message)
+                self._events.append(Notice(severity="error", text=message.reason))
+            case SlotsReady():
+                self._map(message)
+            case SaveAgreed(step=step, requests=requests):
+                for request in requests:
+                    self._outcomes.agree(request, step)
+                    with self._sending:
+                        self._said.pop(request, None)
+            case PersistedMessage() | PersistFailedMessage():
+                self._outcomes.put(message)
+                self._events.append(message)
+            case Notice():
+                self._events.append(message)
+            case _:
+                _log.debug("the daemon sent %s, which does not count here", type(message).__name__)
+
+    def _map(self, message: SlotsReady) -> None:
+        if message.paths and message.capacity_bytes < self._needed:
+            return  # of before the state had grown
+        slots = self._slots
+        if slots is None or tuple(str(slot.path) for slot in slots) != message.paths:
+            fresh = tuple(Slot.open(Path(path)) for path in message.paths)
+            for slot in fresh:
+                slot.prefault()
+            self._slots = fresh  # those of before are unmapped when the last copy into them has ended
+        self._tell(
+            SlotsMapped(generation=self._generation, global_rank=self._environment.global_rank, pool=message.pool)
+        )
+
+
+def _page(path: Path, deadline: float) -> ControlPage:
+    while True:
+        try:
+            return ControlPage.open(path)
+        except (FileNotFoundError, CorruptError) as error:
+            if time.monotonic() >= deadline:
+                raise PeerTimeout(f"no snapshot daemon has made {path}: {error}") from error
+            time.sleep(0.005)
+
+
+class _LocalSource:
+    """An image in a slot of this node, mapped for reading while the source is open."""
+
+    def __init__(self, slot: Slot, image: memoryview) -> None:
+        self._slot, self._memory = slot, MemorySource(image)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        return self._memory.read(offset, length)
+
+    def close(self) -> None:
+        self._memory.close()
+        self._slot.close()
+
+
+def _local_image(location: ImageLocation, version: Version) -> OpenImage:
+    try:
+        slot = Slot.open(location.path)
+    except OSError as error:
+        raise CorruptError(f"{version} is gone from memory: {error}") from error
+    header = slot.read_header()
+    if header.state is not SlotState.CLEAN or header.version != version:
+        slot.close()
+        raise CorruptError(f"{location.path} holds {header.version} ({header.state.name.lower()}), not {version}")
+    source: Source = _LocalSource(slot, slot.image[: header.size_bytes])
+    meta = read_header(source.read, expected_digest=header.header_digest)
+    return OpenImage(name=location.path, meta=meta, source=source)
