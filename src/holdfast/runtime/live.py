@@ -111,8 +111,6 @@ class LiveMode(Mode):
         options, rank = self._context.options, self._ranks.rank
         restore = self._restore(self._client.open(self._config(), timeout=_OPEN_TIMEOUT))
         self._start_step = self._step
-        self._client.publish_step(self._step)
-        self._client.reached(Phase.RESTORED, self._step)
         if restore.tier == "none":
             if options.init_from is not None:
                 path = init_weights(options.init_from, self._context.state.entries())
@@ -144,6 +142,8 @@ class LiveMode(Mode):
         if not self._asked_bytes:
             self._ask_for_slots()
         agreed = self._client.agreed(step)
+        if agreed is not None and agreed.kind == "stop":
+            self._persist_end = agreed.persist
         if self._storage is None:
             self._copy(step, must=agreed is not None)
             self._settle_where_due(previous, step)
@@ -196,19 +196,26 @@ class LiveMode(Mode):
 
     def _restore(self, restore: Restore) -> Restore:
         """Read the chosen version, or the next one where any rank cannot; the one that all have read."""
-        while restore.tier != "none":
+        while True:
             problem = self._read(restore)
-            problems = [text for text in self._huddle.gather(problem) if text]
-            if not problems:
+            if problem:
+                assert restore.version is not None, "a checkpoint has a version"
+                log.warning("%s from %s cannot be used: %s", restore.version, restore.tier, problem)
+                restore = self._client.restore_failed(restore.version, problem, timeout=_OPEN_TIMEOUT)
+                continue
+            self._client.publish_step(self._step)
+            self._client.reached(Phase.RESTORED, self._step)
+            other = self._client.all_restored(_OPEN_TIMEOUT)
+            if other is None:
                 return restore
-            assert restore.version is not None
-            log.warning("%s from %s cannot be used: %s", restore.version, restore.tier, problems[0])
-            restore = self._client.restore_failed(restore.version, problems[0], timeout=_OPEN_TIMEOUT)
-        self._step = 0
-        return restore
+            log.warning("another rank cannot use %s from %s", restore.version, restore.tier)
+            restore = other
 
     def _read(self, restore: Restore) -> str:
         """Restore in place; what went wrong, "" where nothing did. A state of another model raises."""
+        if restore.tier == "none":
+            self._step = 0
+            return ""
         try:
             self._context.injector.at(When.RESTORE, restore.step)
             with self._client.catalog(restore) as catalog:

@@ -170,7 +170,7 @@ class Copier:
         slots: the rank's slots.
         global_rank, world_size: go into slot and image headers.
         on_clean: the doorbell, called by the copying thread when a slot is clean.
-        at: fault points "copy" and "commit", called with (instant, step, image).
+        at: fault points "copy", "copied" and "commit", called with (instant, step, image).
         fill: copies accelerator tensors; needed only where there are some.
     """
 
@@ -393,6 +393,8 @@ class Copier:
         )
         assert len(header) == layout.data_start, "the header does not fill its place"
         book.slot.image[: len(header)] = header
+        if self._at is not None:
+            self._at("copied", ticket.version.step, None)
         book.slot.finish(layout.size_bytes, header_digest(header))
         if self._at is not None:
             self._at("commit", ticket.version.step, book.slot.image[: layout.size_bytes])

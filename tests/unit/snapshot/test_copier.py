@@ -261,4 +261,4 @@ def test_close_lets_the_running_copy_end(make: Make) -> None:
     rig.copier.close()
     assert ticket.clean
     assert not [thread for thread in threading.enumerate() if thread.name == "holdfast-copier"]
-    assert gate.seen == ["copy", "commit"]
+    assert gate.seen == ["copy", "copied", "commit"]
