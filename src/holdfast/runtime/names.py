@@ -117,7 +117,10 @@ def _watch(tree: ModuleTree, module: nn.Module, shards: dict[tuple[int, str], An
     tree._non_persistent.append(module._non_persistent_buffers_set)
 
 
-def _walk(tree: ModuleTree, module: nn.Module, prefix: str, shards: dict[tuple[int, str], Any]) -> None:
+def _walk(
+    tree: ModuleTree, module: nn.Module, prefix: str, shards: dict[tuple[int, str], Any], *, is_hidden: bool = False
+) -> None:
+    """Add what is in `module`; `is_hidden`: it is what a checkpoint_wrapper wraps."""
     home: dict[str, Any] = module._parameters
     for name, parameter in module._parameters.items():
         if parameter is None:
@@ -135,17 +138,21 @@ def _walk(tree: ModuleTree, module: nn.Module, prefix: str, shards: dict[tuple[i
         tree.extra_states.append((prefix + "_extra_state", module))
     for name, child in module._modules.items():
         if child is not None:
-            _walk(tree, child, prefix if _is_transparent(module, name) else f"{prefix}{name}.", shards)
+            below = prefix if _is_transparent(module, name, is_hidden) else f"{prefix}{name}."
+            _walk(tree, child, below, shards, is_hidden=name == _CHECKPOINT_WRAPPED)
 
 
-def _is_transparent(module: nn.Module, child: str) -> bool:
-    """Whether the name of a child is left out of names: it is there only because of a wrapper."""
+def _is_transparent(module: nn.Module, child: str, is_hidden: bool) -> bool:
+    """Whether the name of a child is left out of names: it is there only because of a wrapper.
+
+    Torch does not see DDP and torch.compile directly inside a checkpoint_wrapper and keeps their prefixes; so do we.
+    """
     if child == _CHECKPOINT_WRAPPED:
         return True
     if child == "module" and isinstance(module, DistributedDataParallel):
-        return True
+        return not is_hidden
     if child == "_orig_mod" and isinstance(module, _optimized_modules()):
-        return True
+        return not is_hidden
     modifiers = getattr(module, "_fqn_modifiers", None)
     return modifiers is not None and child in modifiers().values()
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.images import catalog_of, save_image
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from holdfast.errors import StateError
 from holdfast.runtime.capture import TrainingState
+from support.images import catalog_of, save_image
 
 
 class Block(nn.Module):
@@ -82,6 +81,13 @@ def compiled_blocks() -> nn.Module:
 def checkpointed_blocks() -> nn.Module:
     model = Model()
     model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    model.blocks[1] = torch.compile(checkpoint_wrapper(model.blocks[1]), backend="eager")
+    return model
+
+
+def checkpointed_compiled_blocks() -> nn.Module:
+    """The order in which torch's own names keep ``_orig_mod``."""
+    model = Model()
     model.blocks[1] = checkpoint_wrapper(torch.compile(model.blocks[1], backend="eager"))
     return model
 
@@ -102,7 +108,16 @@ def process_group() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "build", [plain, compiled, compiled_blocks, checkpointed_blocks, data_parallel, compiled_data_parallel]
+    "build",
+    [
+        plain,
+        compiled,
+        compiled_blocks,
+        checkpointed_blocks,
+        checkpointed_compiled_blocks,
+        data_parallel,
+        compiled_data_parallel,
+    ],
 )
 @pytest.mark.usefixtures("process_group")
 def test_names_equal_torchs(build: Callable[[], nn.Module]) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.images import catalog_of, differences, everything, save_image
 from torch import nn
 
 from holdfast.runtime.capture import TrainingState
+from support.images import catalog_of, differences, everything, save_image
 
 
 class Net(nn.Module):
