@@ -38,7 +38,7 @@ from holdfast.snapshot.messages import (
     SessionConfig,
     StartGeneration,
 )
-from holdfast.snapshot.persister import Commit, commit, step_directory
+from holdfast.snapshot.persister import Commit, clear_way, commit, step_directory
 from holdfast.snapshot.reports import Pin
 
 _log = logging.getLogger(__name__)
@@ -349,8 +349,15 @@ class Leading:
         message = PersistOrder(
             version=order.version, directory=directory, attempt=order.attempt, tag=order.tag, metrics=order.metrics
         )
-        for node_rank in order.nodes:
-            self._send(node_rank, message)
+
+        def cleared(result: object) -> None:
+            for node_rank in order.nodes:
+                if isinstance(result, Exception):
+                    self._part_ended(known, node_rank, str(result))
+                else:
+                    self._send(node_rank, message)
+
+        self._lanes.submit("storage", lambda: clear_way(Path(directory), order.version), cleared)
 
     def _take_part(self, message: PersistPart) -> None:
         attempt = self._attempts.get(message.version)

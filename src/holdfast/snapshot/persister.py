@@ -12,22 +12,24 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.checkpoint.commit import (
     ImageRecord,
     StepInfo,
+    abandon_step,
     commit_step,
     image_file_name,
-    list_steps,
+    read_step_info,
     step_dir_name,
     subset_image,
     write_image,
 )
 from holdfast.checkpoint.image import read_header
 from holdfast.checkpoint.retention import Retention
+from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.checkpoint.source import MemorySource
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CheckpointError, CorruptError, FenceError
@@ -77,6 +79,8 @@ def write_part(part: Part) -> tuple[bytes, ...]:
         CorruptError: a slot does not hold what it should.
         StorageError: the storage refused.
     """
+    if existing(part.directory, part.version) is not None:
+        return ()  # committed by an attempt whose end nobody heard of
     return tuple(_write_one(part, slot).encode() for slot in part.slots)
 
 
@@ -136,22 +140,15 @@ def commit(order: Commit) -> StepInfo:
     Raises:
         CheckpointError: the checkpoint does not exist.
     """
-    records = [ImageRecord.decode(record) for record in order.records]
-    try:
-        info = commit_step(
-            order.directory,
-            records,
-            version=order.version,
-            world_size=order.world_size,
-            metrics=order.metrics,
-            tag=order.tag,
-            history=order.history,
-        )
-    except CheckpointError:
-        existing = _existing(order.directory, order.version)
-        if existing is None:
-            raise
-        info = existing
+    info = existing(order.directory, order.version) or commit_step(
+        order.directory,
+        [ImageRecord.decode(record) for record in order.records],
+        version=order.version,
+        world_size=order.world_size,
+        metrics=order.metrics,
+        tag=order.tag,
+        history=order.history,
+    )
     if order.keep:
         try:
             Retention.decode(order.keep).apply(order.directory.parent)
@@ -160,7 +157,17 @@ def commit(order: Commit) -> StepInfo:
     return info
 
 
-def _existing(directory: Path, version: Version) -> StepInfo | None:
-    """The same version, committed before: by an attempt whose end nobody heard of."""
-    same: Sequence[StepInfo] = [info for info in list_steps(directory.parent) if info.path == directory]
-    return next((info for info in same if info.complete and info.version == version), None)
+def existing(directory: Path, version: Version) -> StepInfo | None:
+    """The checkpoint in `directory` if it is complete and of `version`."""
+    info = read_step_info(directory) if (directory / ROOT_NAME).exists() else None
+    return info if info is not None and info.complete and info.version == version else None
+
+
+def clear_way(directory: Path, version: Version) -> None:
+    """Move a checkpoint of another version out of the way: it is off the chain, or `version` would not be made.
+
+    Raises:
+        StorageError: it cannot be moved.
+    """
+    if (directory / ROOT_NAME).exists() and existing(directory, version) is None:
+        abandon_step(directory)
