@@ -283,7 +283,9 @@ class LiveMode(Mode):
             return
         self._said_start = True
         every = self._context.options.snapshot_every
-        interval = "as often as it is free (auto)" if every == 0 else f"every {plural(every, 'step')}"
+        interval = (
+            "as often as it is free (auto)" if every == 0 else "every step" if every == 1 else f"every {every} steps"
+        )
         room = f"{plural(len(slots), 'slot')} of {size(self._asked_bytes)} on each rank"
         say(log, f"memory tier: {room}, a version {interval}")
 
