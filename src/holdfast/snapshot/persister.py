@@ -170,4 +170,4 @@ def clear_way(directory: Path, version: Version) -> None:
         StorageError: it cannot be moved.
     """
     if (directory / ROOT_NAME).exists() and existing(directory, version) is None:
-        abandon_step(directory)
+        abandon_step(directory.parent, version.step)

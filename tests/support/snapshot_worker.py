@@ -1,0 +1,200 @@
+"""A worker without torch: fills slots with images whose bytes tell rank and step. Run as a script by the tests.
+
+Its plan is JSON in argv[1] (`Plan`); what happens to it is printed, one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+
+import msgspec
+
+from holdfast.checkpoint.boxes import Box
+from holdfast.checkpoint.image import ImageLayout, block_checksums, header_digest
+from holdfast.checkpoint.objects import ObjectRecord, encode_objects
+from holdfast.checkpoint.pieces import Piece
+from holdfast.environment import worker_environment
+from holdfast.snapshot.arena import Slot
+from holdfast.snapshot.client import SnapshotClient
+from holdfast.snapshot.control import Phase
+from holdfast.snapshot.messages import Restore, SessionConfig
+
+TIMEOUT = timedelta(seconds=60)
+
+
+class Plan(msgspec.Struct, kw_only=True):
+    """What the worker does."""
+
+    until: int
+    ranks: tuple[int, ...]
+    checkpoint_dir: str | None = None
+    snapshot_every: int = 1
+    persist_every_steps: int | None = None
+    resume: str = "auto"
+    step_s: float = 0.002
+    row_bytes: int = 65536
+    grow_at: int | None = None
+    """Step from which on the image is four times as large."""
+    kill_at: int | None = None
+    """SIGKILL to itself in the middle of filling the slot of this step or the next granted one."""
+    hang_at: int | None = None
+    """Sleep for ever after this step."""
+    save_at: int | None = None
+    """Ask for a tagged save after this step."""
+    stop_at: int | None = None
+    """Ask for the end after this step."""
+    fail_restore: int | None = None
+    """Say that this step cannot be restored."""
+    persist_end: bool = True
+    wait_slots: bool = True
+    measure: bool = False
+    """Measure the time from a commit to the next change of the grants on the page."""
+
+
+def say(**what: object) -> None:
+    print(json.dumps(what), flush=True)  # noqa: T201
+
+
+class Images:
+    """Images of one rank: row `rank` of a global uint8 tensor ``w`` of shape (world, row_bytes), told by the step."""
+
+    def __init__(self, rank: int, world: int, row_bytes: int) -> None:
+        self.rank, self.world, self.row_bytes = rank, world, row_bytes
+        piece = Piece(name="w", dtype="uint8", shape=(world, row_bytes), box=Box((rank, 0), (1, row_bytes)))
+        self.layout = ImageLayout.plan([piece], objects_capacity=4096)
+
+    def value(self, step: int) -> int:
+        return (step * 7 + self.rank) % 251
+
+    def fill(self, slot: Slot, client: SnapshotClient, step: int, *, die: bool) -> None:
+        layout, environment = self.layout, worker_environment()
+        assert environment is not None
+        version = environment.generation.at(step)
+        slot.begin(version, self.rank, self.world)
+        image = slot.image[: layout.size_bytes]
+        [start] = layout.piece_offsets
+        half = self.row_bytes // 2
+        image[start : start + half] = bytes([self.value(step)]) * half
+        if die:
+            os.kill(os.getpid(), signal.SIGKILL)
+        image[start + half : start + self.row_bytes] = bytes([self.value(step)]) * (self.row_bytes - half)
+        blob = encode_objects({"session": ObjectRecord(json.dumps({"step": step}).encode())})
+        image[layout.objects_offset :] = blob.ljust(layout.objects_capacity, b"\0")
+        checksums = block_checksums([image[layout.data_start :]], layout.block_bytes)
+        header = layout.header(
+            version=version,
+            global_rank=self.rank,
+            world_size=self.world,
+            checksums=checksums,
+            objects_bytes=len(blob),
+        )
+        image[: layout.data_start] = header
+        image.release()
+        slot.finish(layout.size_bytes, header_digest(header))
+
+
+def restore(client: SnapshotClient, plan: Plan, rank: int, answer: Restore) -> Restore:
+    """Read our row back and check it; the restore that was taken in the end."""
+    while answer.tier != "none":
+        if plan.fail_restore == answer.step:
+            assert answer.version is not None
+            answer = client.restore_failed(answer.version, "the test says so", timeout=TIMEOUT)
+            continue
+        with client.catalog(answer) as catalog:
+            shape = catalog.tensors["w"].shape
+            for row in range(shape[0]):
+                out = bytearray(shape[1])
+                catalog.read("w", Box((row, 0), (1, shape[1])), out)
+                assert set(out) == {(answer.step * 7 + row) % 251}, (answer, row, set(out))
+        break
+    return answer
+
+
+def main() -> None:
+    plan = msgspec.json.decode(sys.argv[1], type=Plan)
+    environment = worker_environment()
+    assert environment is not None
+    rank, world = environment.global_rank, environment.world_size
+    client = SnapshotClient.connect(environment, timeout=TIMEOUT)
+    config = SessionConfig(
+        ranks=plan.ranks,
+        checkpoint_dir=plan.checkpoint_dir,
+        snapshot_every=plan.snapshot_every,
+        persist_every_steps=plan.persist_every_steps,
+        persist_every_s=None,
+        keep="",
+        resume=plan.resume,
+        has_init_from=False,
+    )
+    answer = restore(client, plan, rank, client.open(config, timeout=TIMEOUT))
+    step = answer.step
+    say(event="restored", tier=answer.tier, step=step, lost=answer.steps_lost)
+    client.publish_step(step)
+    client.reached(Phase.RESTORED, step)
+    images = Images(rank, world, plan.row_bytes)
+    client.need_slots(images.layout.size_bytes, plan.until)
+    while plan.wait_slots and client.slots() is None:
+        time.sleep(0.001)
+    committed: list[int] = []
+    latencies: list[float] = []
+    save = None
+    while step < plan.until:
+        time.sleep(plan.step_s)
+        step += 1
+        client.publish_step(step)
+        client.beat()
+        if plan.grow_at == step:
+            images = Images(rank, world, plan.row_bytes * 4)
+            client.need_slots(images.layout.size_bytes, plan.until)
+        agreed = client.agreed(step)
+        slots, slot = client.slots(), client.grant(step)
+        if slot is None and agreed is not None:
+            slot = client.wait_grant(step, TIMEOUT)
+        if slot is not None and slots:
+            images.fill(slots[slot], client, step, die=plan.kill_at is not None and step >= plan.kill_at)
+            before = client._page.grants()
+            rung = time.perf_counter()
+            client.committed(environment.generation.at(step), slot, 0.0, plan.step_s)
+            committed.append(step)
+            while plan.measure and time.perf_counter() < rung + 0.01:
+                if client._page.grants() != before:
+                    latencies.append(time.perf_counter() - rung)
+                    break
+        if agreed is not None:
+            say(event="agreed", kind=agreed.kind, step=step)
+            if agreed.kind == "stop":
+                break
+        if plan.save_at == step:
+            save = client.request_save("tagged", {"loss": 1.5})
+        if plan.stop_at == step:
+            client.request_end(True)
+        if plan.hang_at == step:
+            say(event="hangs", step=step)
+            time.sleep(600)
+    client.final(step, plan.persist_end)
+    while not client.slots() and client.slots() != ():
+        time.sleep(0.001)
+    slots = client.slots()
+    if slots and (not committed or committed[-1] != step):
+        slot = client.wait_grant(step, TIMEOUT)
+        assert slot is not None, step
+        images.fill(slots[slot], client, step, die=False)
+        client.committed(environment.generation.at(step), slot, 0.0, plan.step_s)
+        committed.append(step)
+    if plan.persist_end and plan.checkpoint_dir is not None:
+        message = client.wait_persisted(environment.generation.at(step), TIMEOUT)
+        say(event="persisted", path=message.path, step=message.version.step)
+    if save is not None:
+        message = save.result(TIMEOUT)
+        say(event="saved", step=save.step, tag=message.tag, path=message.path)
+    say(event="done", step=step, committed=committed, latencies=latencies)
+    client.close(step, "done")
+
+
+if __name__ == "__main__":
+    main()
