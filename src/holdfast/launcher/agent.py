@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from holdfast import environment
@@ -34,11 +35,12 @@ from holdfast.launcher.budget import RestartBudget
 from holdfast.launcher.channel import Channel
 from holdfast.launcher.daemons import DaemonDied, DaemonLink
 from holdfast.launcher.processes import Guard
-from holdfast.launcher.seats import Seat
+from holdfast.launcher.seats import RunRecord, Seat
 from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.signals import SignalPipe
 from holdfast.launcher.timeline import Timeline, describe_failure, signal_name
 from holdfast.launcher.wire import (
+    DaemonInfo,
     Failure,
     NodeInfo,
     Place,
@@ -166,16 +168,20 @@ class Agent:
     # --- set-up
 
     def _settle_daemon(self) -> None:
-        if self._link is None:
-            return
-        try:
-            self._link.wait_welcome(DAEMON_START_S)
-        except PeerError as error:
-            self._without_daemon(str(error))
-            return
-        change = "adopted" if self._link.adopted else "started"
-        self._write(events.DaemonChanged(change=change, pid=self._link.pid))
-        self._do(self._member.daemon(self._link.info, time.monotonic()))
+        record = self._seat.record()
+        info = DaemonInfo()
+        if self._link is not None:
+            try:
+                self._link.wait_welcome(DAEMON_START_S)
+            except PeerError as error:
+                self._without_daemon(str(error))
+            else:
+                change = "adopted" if self._link.adopted else "started"
+                self._write(events.DaemonChanged(change=change, pid=self._link.pid))
+                info = self._link.info
+        if record is not None:
+            info = msgspec.structs.replace(info, generation=record.generation)
+        self._do(self._member.daemon(info, time.monotonic()))
 
     def _without_daemon(self, reason: str) -> None:
         assert self._link is not None, "there was a daemon"
@@ -490,6 +496,7 @@ class Agent:
     def _begin_generation(self, plan: Plan, place: Place) -> None:
         assert plan.generation is not None, "workers belong to a generation"
         self._generation = plan.generation
+        self._seat.write_record(RunRecord(run_id=plan.run_id, run_dir=str(self._run_dir), generation=plan.generation))
         self._sessions.begin(plan.generation)
         self._log.enter(place.node_rank, str(plan.generation))
         schedule = parse_schedule(self._faults)

@@ -301,6 +301,8 @@ class Leader:
     def _form(self, chosen: list[_Node]) -> None:
         if self._run is None:
             self._found_incarnation(chosen)
+        else:
+            self._outnumber_strangers(chosen)
         number = self._first_number if self._run is None else self._run.generation.generation + 1
         infos = [node.report.node for node in chosen]
         ranks = node_ranks(infos, self._previous_ranks)
@@ -318,12 +320,18 @@ class Leader:
     def _found_incarnation(self, chosen: list[_Node]) -> None:
         """One more than the largest number that any node has seen, in memory or under another leader."""
         known = [node.report.daemon.newest_incarnation for node in self._nodes.values()]
-        known += [node.report.generation.incarnation for node in self._nodes.values() if node.report.generation]
+        known += [seen.incarnation for node in self._nodes.values() for seen in _seen_by(node.report)]
         self._incarnation = max(known) + 1
         self._first_number = 1
         self._budget.carry_over(max(node.report.restart_count for node in self._nodes.values()))
         newest = max(chosen, key=lambda n: (n.report.daemon.run_id is not None, n.report.daemon.newest_incarnation))
         self._run_id = newest.report.daemon.run_id or self._run_id
+
+    def _outnumber_strangers(self, chosen: list[_Node]) -> None:
+        """A node that comes from another incarnation with a number like ours would take our generations for old."""
+        others = [seen for node in chosen for seen in _seen_by(node.report) if seen.nonce != self._nonce]
+        newest = max((seen.incarnation for seen in others), default=0)
+        self._incarnation = max(self._incarnation, newest + 1)
 
     def _advance_run(self, now: float) -> None:
         run = self._run
@@ -339,6 +347,9 @@ class Leader:
         failed = [report.failure for report in current if report.state is WorkerState.FAILED and report.failure]
         if failed:
             self._worker_failed(min(failed, key=lambda failure: failure.time_s), now)
+            return
+        if any(report.state is WorkerState.STOPPED for report in current):
+            self._begin_stop(now, cause="a node that had not heard of the leader ended its workers")
             return
         self._session = len(current) == len(members) and all(
             r.session.opened == r.node.num_workers and r.session.closed == 0 for r in current
@@ -482,6 +493,11 @@ class Leader:
     def _note(self, kind: str, text: str, failure: Failure | None = None) -> None:
         number = self._run.generation.generation if self._run is not None else 0
         self._out.append(Note(kind, text, number, failure))
+
+
+def _seen_by(report: Report) -> list[GenerationId]:
+    """Newest generations that the node knows, under this agent and before."""
+    return [generation for generation in (report.generation, report.daemon.generation) if generation is not None]
 
 
 def _differ(old: Plan, new: Plan) -> bool:

@@ -159,7 +159,8 @@ class Member:
     def gone(self, generation: GenerationId, now: float) -> list[Instruction]:
         """No process of the generation is left on this node."""
         if generation == self._report.generation:
-            self._update(alive=False)
+            running = self._report.state is WorkerState.RUNNING
+            self._update(alive=False, state=WorkerState.STOPPED if running else self._report.state)
             self._stopping = None
         return self._advance(now)
 

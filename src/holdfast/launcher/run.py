@@ -48,7 +48,8 @@ def run(argv: Sequence[str]) -> int:
         before = seat.record()
         run_id = before.run_id if before is not None else secrets.token_hex(6)
         run_dir = _make_run_dir(hold, before, key, run_id)
-        seat.write_record(RunRecord(run_id=run_id, run_dir=str(run_dir)))
+        generation = before.generation if before is not None else None
+        seat.write_record(RunRecord(run_id=run_id, run_dir=str(run_dir), generation=generation))
         launch, ending = _run_on_seat(args, meeting, seat, run_id, run_dir)
         code = exit_code(ending, hold)
         if code == 0 and hold.run_dir is None and not _worth_keeping(run_dir):

@@ -22,6 +22,7 @@ from types import TracebackType
 
 import msgspec
 
+from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
@@ -86,6 +87,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     run_id: str
     run_dir: str
+    generation: GenerationId | None = None
+    """Newest generation that ran on the seat."""
 
 
 class Seat:

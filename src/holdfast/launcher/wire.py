@@ -42,6 +42,8 @@ class DaemonInfo(msgspec.Struct, frozen=True, kw_only=True):
     """tcp:// endpoint for other nodes."""
     newest_incarnation: int = 0
     run_id: str | None = None
+    generation: GenerationId | None = None
+    """Newest generation that the node ran before this agent came, where its seat remembers."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +97,8 @@ class WorkerState(enum.StrEnum):
     """All ended with exit code 0."""
     FAILED = "failed"
     """One ended otherwise; the others may still be running."""
+    STOPPED = "stopped"
+    """They were ended by their agent before they were done."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
