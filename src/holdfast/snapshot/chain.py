@@ -126,6 +126,9 @@ def chain_of(inventories: Sequence[Inventory], *, before: GenerationId) -> Chain
 def choose(question: ChainQuestion) -> Choice:
     """The newest candidate on the chain; memory on ties. The caller refines memory to "peers" per node (`tier_of`)."""
     newest = max((inventory.newest_step for inventory in question.inventories), default=0)
+    standing = _standing(question, newest)
+    if standing is not None:
+        return standing
     resume = question.resume if question.fresh else "auto"
     if resume == "never":
         return Choice(tier="none", reason="resume is never: training starts from nothing", steps_lost=newest)
@@ -144,6 +147,31 @@ def choose(question: ChainQuestion) -> Choice:
         if not memory and not stored:
             return _absent(f"resume={wanted}: there is no such step", rejected)
     return _newest(memory, stored, newest, rejected)
+
+
+def _standing(question: ChainQuestion, newest: int) -> Choice | None:
+    """A former leader of this generation has chosen already and some node has recorded it: that stands, unless it has
+    failed its checks. (A later choice after a failure is the lower one.)"""
+    records = [
+        record
+        for inventory in question.inventories
+        for record in inventory.parents
+        if record.generation == question.generation
+    ]
+    if not records:
+        return None
+    record = min(records, key=lambda record: record.step)
+    lost, reason = max(0, newest - record.step), "chosen before by this generation"
+    if record.parent is None and record.step == 0:
+        return Choice(tier="none", steps_lost=lost, reason=reason)
+    if record.parent is None:
+        return None
+    if record.parent not in question.excluded and _missing_ranks(record.parent, question.inventories) == []:
+        return Choice(tier="memory", version=record.parent, step=record.step, steps_lost=lost, reason=reason)
+    for step in question.stored:
+        if step.version == record.parent and step.path not in question.excluded_paths:
+            return _from_storage(step, newest, reason, [])
+    return None
 
 
 def tier_of(choice: Choice, inventories: Sequence[Inventory], node_rank: int) -> str:

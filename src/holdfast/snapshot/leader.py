@@ -11,7 +11,8 @@ Rules
 3. A version that any rank missed is abandoned at once: it leaves the orders.
 4. A grant is at least `lead` (G) steps ahead of the newest published step; G doubles after a miss, up to the number of
    slots, and shrinks by one after `_CALM` versions without one. Steps that workers wait for at the boundary itself (the
-   last step, an agreed one) are granted even when a worker has reached them.
+   last step, an agreed one) are granted even when a worker has reached them; where no slot is free for one, later
+   grants are taken back.
 5. *Must* steps (multiples of ``persist_every``, the last step, a confirmed agreed step) are always granted: when one
    is near, the last free slot is kept for it.
 6. A complete must step that is to be persisted goes to the persist queue before the orders that name it complete, so
@@ -233,8 +234,8 @@ class LeaderLedger:
             self._sent.pop(state.node_rank, None)
         before = self._reports.get(state.node_rank)
         self._reports[state.node_rank] = state
-        if before is not None and before.epoch != state.epoch:
-            out += self.persists.node_restarted(state.node_rank)
+        if state.ask and before is not None:
+            out += self.persists.node_reconnected(state.node_rank)
         if not self._gathered and len(self._reports) == len(self.config.nodes):
             self._gathered = True
             self._rebuild(out)
@@ -340,9 +341,11 @@ class LeaderLedger:
             self._granted_from = newest
         room = min(self._room(state) for state in self._reports.values())
         for step in self._awaited(ranks, newest):
-            if room > 0:
-                room = self._give(step, room)
-        horizon = newest + self.lead + _WINDOW
+            if room <= 0:
+                self._recall(step)
+                return
+            room = self._give(step, room)
+        horizon = self._horizon(newest, ranks)
         while room > 0:
             must = self._next_must(newest, ranks)
             step = self._next_regular(newest)
@@ -359,6 +362,20 @@ class LeaderLedger:
         self.outstanding.add(step)
         self._granted_through = max(self._granted_through, step)
         return room - 1
+
+    def _recall(self, awaited: int) -> None:
+        """Workers wait at `awaited` for a slot, and steps that they cannot reach before hold some: these are taken
+        back. No worker can have taken one of them, for none passes `awaited`."""
+        later = {step for step in self.outstanding if step > awaited}
+        if later:
+            self.outstanding -= later
+            self._granted_through = awaited
+
+    def _horizon(self, newest: int, ranks: list[RankState]) -> int:
+        """The furthest step that may be granted now."""
+        ends = [rank.until for rank in ranks if rank.until is not None]
+        ends += [rank.final.step for rank in ranks if rank.final is not None]
+        return min([newest + self.lead + _WINDOW, *ends])
 
     def _room(self, state: NodeState) -> int:
         listed = {one.step for one in state.held}

@@ -128,7 +128,8 @@ class RankEntered:
 
 @dataclass(frozen=True, kw_only=True)
 class RankStepped:
-    """Feed when a rank's newest finished step on the control page has changed (polled, or with a doorbell)."""
+    """Feed when a rank's newest finished step on the control page has changed (polled, or with a doorbell), unless the
+    rank is in `NodeLedger.watched` (then `RankRead`)."""
 
     generation: GenerationId
     global_rank: int
@@ -164,10 +165,12 @@ class RankMissed:
 
 @dataclass(frozen=True, kw_only=True)
 class RankRead:
-    """Feed when a worker reconnects (its doorbells may be lost): its published step, read first, then its headers.
+    """A worker's published step, read first, then its headers. Feed it when a worker reconnects (its doorbells may be
+    lost), at `ReadRanks`, and instead of `RankStepped` for ranks in `NodeLedger.watched`.
 
-    A grant of an older step without a matching header was missed. Needs that a worker publishes a step before it looks
-    for its grant, and writes FILLING before it leaves that boundary.
+    A grant of an older step without a matching header was missed; a withdrawn grant of a later step will never be
+    taken. Needs that a worker publishes a step before it looks for its grant, and writes FILLING before it leaves that
+    boundary.
     """
 
     generation: GenerationId
@@ -267,10 +270,16 @@ class PublishGrant:
 
 @dataclass(frozen=True, kw_only=True)
 class WithdrawGrant:
-    """Erase the grant from the page: all its writers have let go and the slot is free."""
+    """Erase the grant from the page: nobody needs the version any more. Who has not seen it yet never will."""
 
     slot: SlotRef
     version: Version
+
+
+@dataclass(frozen=True)
+class ReadRanks:
+    """Now that grants are withdrawn, feed `RankRead` of every living local rank: who has not reached an abandoned step
+    cannot take it any more. Ranks in `NodeLedger.watched` need `RankRead` instead of `RankStepped` from now on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +331,7 @@ NodeInstruction = (
     | SendInventory
     | PublishGrant
     | WithdrawGrant
+    | ReadRanks
     | PublishAgreed
     | SendReport
     | StoreRequests
@@ -361,6 +371,13 @@ class NodeLedger:
         """Versions kept for a persist."""
         return tuple(pin for _, pin in sorted(self._pins.items()))
 
+    @property
+    def watched(self) -> frozenset[int]:
+        """Global ranks that have passed a granted step, or may still write an abandoned slot, and have not said what
+        they did: their steps are to be fed as `RankRead`, which is repeated every second or so (doorbells may be lost,
+        and a grant may have come to the page just after its step)."""
+        return self.table.watched({global_rank: rank.step for global_rank, rank in self._ranks.items()})
+
     def clean(self) -> tuple[Image, ...]:
         """Clean images that may be read (for the inventory)."""
         return tuple(self.table.images())
@@ -376,8 +393,9 @@ class NodeLedger:
     # --- events
 
     def handle(self, event: NodeEvent) -> list[NodeInstruction]:
-        """Take one event; the instructions are to be carried out at once and in order. Events of older generations are
-        refused (ignored but for what they say about a writer that let go)."""
+        """Take one event; the instructions are to be carried out at once and in order, before the next event is fed
+        (`ReadRanks`, which asks for events, is the last one). Events of older generations are refused (ignored but for
+        what they say about a writer that let go)."""
         out: list[NodeInstruction] = []
         report_anyway = False
         match event:
@@ -410,6 +428,8 @@ class NodeLedger:
                 report_anyway = self._take_orders(event.orders, out)
         self._settle(out)
         self._report(out, anyway=report_anyway)
+        if any(isinstance(instruction, WithdrawGrant) for instruction in out) and self.watched:
+            out.append(ReadRanks())
         return out
 
     def _take_rank_event(
@@ -497,7 +517,7 @@ class NodeLedger:
         self._answer_requests(out)
         if orders.running:
             self._let_go_of_the_past()
-        self._abandon_unlisted()
+        self._abandon_unlisted(out)
         return False
 
     def _take_pins(self, pins: tuple[Pin, ...], out: list[NodeInstruction]) -> None:
@@ -522,19 +542,19 @@ class NodeLedger:
         parent = self.parent if self._complete is None else None
         self.table.forget_images(lambda version: version == parent or version in self._pins)
 
-    def _abandon_unlisted(self) -> None:
-        assert self.generation is not None
+    def _abandon_unlisted(self, out: list[NodeInstruction]) -> None:
         kept = {*self._grants, self._complete}
         for row in self.table.granted():
             assert row.version is not None
             if row.version.step not in kept and row.version not in self._pins:
-                self.table.abandon(row)
+                row.abandoned = True
+                out.append(WithdrawGrant(slot=row.ref, version=row.version))
 
     # --- after each event
 
     def _settle(self, out: list[NodeInstruction]) -> None:
         """Free what may be freed, then give slots to the grants that wait for one."""
-        out.extend(WithdrawGrant(slot=slot, version=version) for slot, version in self.table.settle())
+        self.table.settle()
         out.extend(DropSlot(slot=slot) for slot in self.table.drop_former())
         if self.generation is None or self._num_slots == 0:
             return

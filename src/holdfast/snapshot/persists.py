@@ -29,7 +29,8 @@ ATTEMPTS_OF_MANDATORY = 3
 
 @dataclass(frozen=True, kw_only=True)
 class OrderPersist:
-    """Send PersistOrder to these nodes. May come again for one node (its daemon was restarted)."""
+    """Send PersistOrder to these nodes. May come again for a node that has reconnected: one that is writing this attempt
+    goes on, one that has written it answers again."""
 
     version: Version
     attempt: int
@@ -137,8 +138,8 @@ class PersistQueue:
         settled = PersistSettled(version=version, outcome="persisted", tag=running.pin.tag)
         return [settled, *self._end_running()]
 
-    def node_restarted(self, node_rank: int) -> list[PersistInstruction]:
-        """A node's daemon is new: it knows nothing of its order."""
+    def node_reconnected(self, node_rank: int) -> list[PersistInstruction]:
+        """A node's daemon or its connection is new: the order, or the answer to it, may be lost."""
         running = self._running
         if running is None or node_rank not in running.missing:
             return []

@@ -9,17 +9,19 @@ while any of these holds, and free otherwise:
 - a writer of an older generation may still write into it (`Row.strangers`). A store through a mapping cannot be
   refused, so the row waits until that process has let go or is dead.
 
-An abandoned row (`Row.abandoned`) is the same case within a generation: it becomes free when its last writer lets go.
+An abandoned row (`Row.abandoned`) is the same case within a generation: its grant is withdrawn from the control page,
+and it becomes free when its last writer lets go.
 What a writer did is known from its doorbells, from its headers and from its death:
 
     MAY_WRITE --committed--> CLEAN           the image is whole
-    MAY_WRITE --missed, newer, dead--> GONE  it will never write this version
+    MAY_WRITE --missed, newer, dead--> GONE  it will never write this version (or the grant was withdrawn before the
+                                             rank came to its step)
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from holdfast.checkpoint.version import GenerationId, Version
@@ -146,18 +148,21 @@ class SlotTable:
     def _current(self, ref: SlotRef) -> bool:
         return ref.pool == self.pool and ref.index < self.num_slots
 
-    def abandon(self, row: Row) -> None:
-        """Nobody needs the granted version: the row is quarantined until its writers have let go."""
-        row.abandoned = True
-
-    def settle(self) -> list[tuple[SlotRef, Version]]:
-        """Release the abandoned rows whose writers have all let go; what was released."""
-        released = []
+    def settle(self) -> None:
+        """Release the abandoned rows whose writers have all let go."""
         for row in self:
-            if row.abandoned and row.version is not None and Writer.MAY_WRITE not in row.writers.values():
-                released.append((row.ref, row.version))
+            if row.abandoned and Writer.MAY_WRITE not in row.writers.values():
                 row.release()
-        return released
+
+    def watched(self, steps: Mapping[int, int]) -> frozenset[int]:
+        """Ranks that may write an abandoned row, or a granted one whose step they have passed (`steps` by rank)."""
+        return frozenset(
+            global_rank
+            for row in self
+            if row.version is not None
+            for global_rank, writer in row.writers.items()
+            if writer is Writer.MAY_WRITE and (row.abandoned or steps.get(global_rank, 0) > row.version.step)
+        )
 
     def drop_former(self) -> list[SlotRef]:
         """Forget the rows of former pools that are free; which ones."""
@@ -207,7 +212,8 @@ class SlotTable:
                     del row.strangers[local]
 
     def read(self, generation: GenerationId, global_rank: int, step: int, headers: Iterable[Header]) -> None:
-        """The rank has published `step`, and afterwards its headers were these: as if it rang for each."""
+        """The rank has published `step`, and afterwards its headers were these: as if it rang for each. Abandoned rows
+        are withdrawn by now: a rank that has not reached their step will not see them."""
         found = {(header.slot, header.version): header.clean for header in headers if header.global_rank == global_rank}
         for row in self:
             if row.version is None or row.version.generation != generation:
@@ -217,7 +223,7 @@ class SlotTable:
                 continue
             if clean:
                 row.writers[global_rank] = Writer.CLEAN
-            elif clean is None and step > row.version.step:
+            elif clean is None and (step > row.version.step or (row.abandoned and step < row.version.step)):
                 row.writers[global_rank] = Writer.GONE
 
     # --- generations and restarts
