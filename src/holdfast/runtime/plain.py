@@ -74,8 +74,10 @@ class PlainMode(Mode):
         """Resume from storage, or initialise."""
         options, rank = self._context.options, self._ranks.rank
         directory = options.checkpoint_dir
-        where = "the storage tier only" if directory is not None else "no tier at all (give checkpoint_dir)"
-        say(log, f"not started by `holdfast run`: this Session has {where}, no memory tier", rank=rank)
+        active = (
+            "only the storage tier is" if directory is not None else "no tier is (checkpoint_dir is not given either)"
+        )
+        say(log, f"{active} active: the memory tier comes with `holdfast run`", rank=rank)
         restored = None
         if directory is not None:
             generation = GenerationId.parse(self._huddle.from_first(lambda: str(_generation(directory))))

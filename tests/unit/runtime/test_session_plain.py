@@ -235,4 +235,4 @@ def test_restore_point_tells_it_before_the_model_is_built(tmp_path: Path) -> Non
 
 def test_it_is_said_once_that_only_storage_is_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Job().run(tmp_path, 2)
-    assert capfd.readouterr().err.count("the storage tier only") == 1
+    assert capfd.readouterr().err.count("only the storage tier is active") == 1
