@@ -201,8 +201,8 @@ class OptimizerPart:
         if value.numel() == 0:
             self._leftovers.empty[name] = (dtype_name(value.dtype), tuple(value.shape))
         else:
-            book.put(name, value, timing=Timing.OVERLAP)
-        if key is not None and value.device.type == "cpu" and parameter.device.type != "cpu":
+            book.put(name, value, timing=Timing.OVERLAP, has_fixed_size=True)
+        if key is not None and not parameter.is_cpu and value.is_cpu:
             self._leftovers.on_host.add(key)
         placements = _placements_note(value, parameter)
         if placements is not None:
