@@ -63,7 +63,7 @@ def save(
     ranks = Ranks.of(process_group)
     _calls[str(path), ranks.world_size] += 1
     attempt = _calls[str(path), ranks.world_size]
-    tree, tensors = split_tensors("state", _state_of(state))
+    tree, tensors = split_tensors("", _state_of(state))
     local, shards = _local(tensors, ranks, process_group)
     pieces = own(shards, global_rank=ranks.rank, node_of=lambda rank: rank)
     nonce = agree(ranks, f"{path}/{attempt}", lambda: secrets.token_hex(4), timeout)
@@ -99,7 +99,7 @@ def load(state: Mapping[str, Any], path: str | Path, *, process_group: Any = Non
         CorruptError, StorageError: the checkpoint cannot be read; tensors of `state` may have been filled.
     """
     ranks = Ranks.of(process_group)
-    tree, tensors = split_tensors("state", _state_of(state))
+    tree, tensors = split_tensors("", _state_of(state))
     del tree
     local, shards = _local(tensors, ranks, process_group)
     with open_checkpoint(path) as catalog:

@@ -147,9 +147,7 @@ def _to_plain(value: Any, path: str, depth: int) -> Any:
     if cls in (type(None), bool, float, str, bytes):
         return value
     if cls is int:
-        return (
-            value if -(1 << 63) <= value < 1 << 64 else _ext("int", str(value) if abs(value) < 1 << 64 else hex(value))
-        )
+        return value if -(1 << 63) <= value < 1 << 64 else _ext("int", hex(value))
     if depth > _MAX_DEPTH:
         raise StateError(f"{path} is nested too deep to be stored")
     if cls is list:
@@ -305,7 +303,7 @@ def split_tensors(prefix: str, value: Any) -> tuple[Any, dict[str, torch.Tensor]
     """Lift the tensors out of a nested value.
 
     Args:
-        prefix: starts every tensor's name; keys and positions are joined to it with dots.
+        prefix: starts every tensor's name, may be empty; keys and positions are joined to it with dots.
         value: nested dicts, OrderedDicts, defaultdicts, lists, tuples and deques; other values are left as they are.
 
     Returns:
@@ -328,7 +326,7 @@ def _split(name: str, value: Any, tensors: dict[str, torch.Tensor], seen: dict[i
             seen[id(value)] = unique
             tensors[unique] = value
         return TensorRef(seen[id(value)])
-    return _rebuild(value, lambda key, item: _split(f"{name}.{key}", item, tensors, seen))
+    return _rebuild(value, lambda key, item: _split(f"{name}.{key}" if name else str(key), item, tensors, seen))
 
 
 def join_tensors(tree: Any, get: Callable[[str], torch.Tensor]) -> Any:

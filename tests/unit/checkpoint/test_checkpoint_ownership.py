@@ -57,7 +57,7 @@ def test_each_byte_has_one_owner_per_node_that_holds_it_and_one_in_the_job(
         owned[rank] = own(shards, global_rank=rank, node_of=nodes)
         assert owned[rank] == own(held[rank], global_rank=rank, node_of=nodes.__getitem__)
         for piece in owned[rank]:
-            assert any(s.name == piece.name and (any(b.contains(piece.box) for b in s.boxes)) or 0 in piece.shape
+            assert any((s.name == piece.name and (any(b.contains(piece.box) for b in s.boxes))) or 0 in piece.shape
                        for s in held[rank])  # fmt: skip
     in_job = counted([p for pieces in owned.values() for p in pieces if p.job], shapes)
     assert all((count == 1).all() for count in in_job.values())

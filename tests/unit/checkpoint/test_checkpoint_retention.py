@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.checkpoint.retention import Retention
+from holdfast.checkpoint.steps import StepInfo
+from holdfast.errors import UsageError
+
+
+def _step(step: int, **kwargs: Any) -> StepInfo:
+    return StepInfo(step=step, path=Path(f"step-{step:08d}"), complete=True, time=step * 10.0, **kwargs)
+
+
+STEPS = [_step(step) for step in range(100, 1100, 100)]
+
+
+def _kept(policy: Retention, steps: list[StepInfo]) -> list[int]:
+    keep, delete = policy.choose(steps)
+    assert sorted(i.step for i in keep + delete) == sorted(i.step for i in steps if i.complete)
+    return [info.step for info in keep]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        (Retention(), [i.step for i in STEPS]),
+        (Retention(last=3), [800, 900, 1000]),
+        (Retention(every_steps=400), [400, 800, 1000]),
+        (Retention(last=2, every_steps=300), [300, 600, 900, 1000]),
+        (Retention(every_s=2500), [100, 400, 700, 1000]),
+        (Retention(last=100), [i.step for i in STEPS]),
+    ],
+)
+def test_policies_keep_what_they_say(policy: Retention, kept: list[int]) -> None:
+    assert _kept(policy, STEPS[::-1]) == kept
+
+
+def test_the_best_by_a_metric_are_kept() -> None:
+    losses = {100: 3.0, 200: 1.0, 300: 2.0, 400: float("nan"), 500: 1.0, 600: 9.0}
+    steps = [_step(step, metrics={"loss": loss}) for step, loss in losses.items()] + [_step(700)]
+    assert _kept(Retention(last=1, best=2, best_by="loss"), steps) == [200, 500, 700]
+    assert _kept(Retention(last=1, best=1, best_by="loss"), steps) == [500, 700]
+    assert _kept(Retention(last=1, best=1, best_by="loss", lower_is_better=False), steps) == [600, 700]
+
+
+def test_tagged_ones_are_kept_unless_told_otherwise() -> None:
+    steps = [_step(100, tag="paper"), _step(200), _step(300)]
+    assert _kept(Retention(last=1), steps) == [100, 300]
+    assert _kept(Retention(last=1, tagged=False), steps) == [300]
+
+
+@given(st.sets(st.integers(0, 1000), min_size=1), st.integers(1, 5), st.none() | st.integers(1, 300))
+def test_the_newest_complete_one_is_never_deleted(numbers: set[int], last: int, every: int | None) -> None:
+    steps = [_step(n) for n in numbers]
+    incomplete = StepInfo(step=5000, path=Path("x"), complete=False)
+    keep, delete = Retention(last=last, every_steps=every).choose([*steps, incomplete])
+    assert max(numbers) in {info.step for info in keep}
+    assert incomplete not in keep + delete
+
+
+def test_a_policy_travels_as_text() -> None:
+    policy = Retention(last=3, best=2, best_by="loss", every_s=60)
+    assert Retention.decode(policy.encode()) == policy
+    assert Retention.of(4) == Retention(last=4)
+    assert Retention.of(policy) is policy
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"lasst": 3}', '{"last": 0}', '{"last": "a"}'])
+def test_text_that_is_no_policy_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        Retention.decode(text)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"last": 0}, {"every_steps": -1}, {"best": 2}, {"best_by": "loss"}, {"best": -1}]
+)
+def test_a_policy_that_makes_no_sense_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Retention(**arguments)
+
+
+@pytest.mark.parametrize("keep", [0, -1, True, "3", None])
+def test_a_keep_that_makes_no_sense_is_refused(keep: Any) -> None:
+    with pytest.raises(UsageError):
+        Retention.of(keep)
+
+
+def test_apply_removes_the_folders_root_first(tmp_path: Path) -> None:
+    from test_checkpoint_commit import _save
+
+    from holdfast.checkpoint.commit import list_steps, step_dir_name
+    from holdfast.checkpoint.version import GenerationId
+
+    generation = GenerationId(incarnation=1, nonce="7f3a9c02", generation=4)
+    for step in (1, 2, 3):
+        _save(tmp_path / step_dir_name(step), generation.at(step))
+    (tmp_path / step_dir_name(4)).mkdir()
+    deleted = Retention(last=1).apply(tmp_path)
+    assert [info.step for info in deleted] == [1, 2]
+    assert [info.step for info in list_steps(tmp_path)] == [3, 4]

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_images import GENERATION, VERSION
+
+import holdfast.checkpoint
+from holdfast.checkpoint.boxes import Box, whole
+from holdfast.checkpoint.commit import list_steps, open_checkpoint
+from holdfast.checkpoint.dtypes import DTYPES
+from holdfast.checkpoint.objects import ObjectRecord, encode
+from holdfast.checkpoint.pieces import Piece
+from holdfast.checkpoint.saving import Ranks, agree, save_pieces
+from holdfast.checkpoint.steps import StepInfo
+from holdfast.checkpoint.tensors import dtype_name, empty_for, tensor_bytes, torch_dtype
+from holdfast.errors import CorruptError, MismatchError, PeerError, PeerTimeout, StateError, StorageError
+
+
+def _random(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = empty_for(dtype, shape)
+    raw = tensor_bytes(tensor)
+    raw[:] = (
+        bytes((7 * i + 3) % 256 for i in range(len(raw))) if dtype != "bool" else bytes(i % 2 for i in range(len(raw)))
+    )
+    return tensor
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (0, 3)])
+def test_tensors_of_every_dtype_come_back(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    assert dtype_name(torch_dtype(dtype)) == dtype
+    tensor = _random(dtype, shape)
+    holdfast.checkpoint.save({"t": tensor}, tmp_path / "c")
+    target = empty_for(dtype, shape)
+    raw = tensor_bytes(target)
+    raw[:] = bytes(len(raw))
+    loaded = holdfast.checkpoint.load({"t": target}, tmp_path / "c")
+    assert loaded["t"] is target
+    assert tensor_bytes(target).tobytes() == tensor_bytes(tensor).tobytes()
+    assert tensor_bytes(tensor).nbytes == tensor.numel() * tensor.element_size()
+
+
+def test_the_bytes_of_a_tensor_are_not_a_copy() -> None:
+    tensor = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)
+    tensor_bytes(tensor)[0:2] = torch.tensor(1.5, dtype=torch.bfloat16).view(-1).view(torch.uint8).numpy().tobytes()
+    assert tensor[0].item() == 1.5
+    for bad in (torch.zeros(4, 4).t(), torch.zeros(3, dtype=torch.complex64).conj(), torch.zeros(2, device="meta")):
+        with pytest.raises(ValueError, match="cannot be had"):
+            tensor_bytes(bad)
+    with pytest.raises(StateError, match="quint8 cannot be stored"):
+        dtype_name(torch.quint8)
+
+
+def _together(world: int, act: Callable[[Ranks], Any]) -> list[Any]:
+    """Run `act` as each of `world` ranks; results or errors."""
+    store = dist.HashStore()
+
+    def one(rank: int) -> Any:
+        try:
+            return act(Ranks(rank, world, store))
+        except Exception as error:  # noqa: BLE001  # the test looks at it
+            return error
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+def _save(path: Path, ranks: Ranks, **kwargs: Any) -> StepInfo:
+    pieces = [
+        Piece("w", "float32", (8,), Box((ranks.rank * 8 // ranks.world_size,), (8 // ranks.world_size,))),
+        Piece("copy", "float32", (8,), whole((8,)), None, ranks.rank == 0),
+    ]
+    data = torch.arange(8, dtype=torch.float32)
+    return save_pieces(
+        path,
+        ranks=ranks,
+        version=VERSION,
+        pieces=pieces,
+        data=lambda p: tensor_bytes(data[p.box.offsets[0] : p.box.offsets[0] + p.box.lengths[0]]),
+        objects={"rank": ObjectRecord(encode(ranks.rank), per_rank=True)},
+        **{"timeout": timedelta(seconds=20), **kwargs},
+    )
+
+
+def test_all_ranks_save_one_checkpoint_and_learn_the_same(tmp_path: Path) -> None:
+    infos = _together(4, lambda ranks: _save(tmp_path / "step-00000100", ranks, tag="t" if ranks.rank == 0 else None))
+    assert all(info == infos[0] for info in infos)
+    assert infos[0].tag == "t"
+    with open_checkpoint(tmp_path / "step-00000100") as catalog:
+        out = torch.empty(8)
+        catalog.read("w", whole((8,)), tensor_bytes(out))
+        assert out.tolist() == list(range(8))
+        assert catalog.objects(6) == {"rank": encode(2)}
+        assert len(catalog.boxes("copy")) == 1
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_the_error_of_any_rank_fails_the_save_on_every_rank(tmp_path: Path, failing: int) -> None:
+    def act(ranks: Ranks) -> StepInfo:
+        if ranks.rank == failing:
+            return _save(Path("/proc/nowhere"), ranks) if False else _fail(tmp_path, ranks)
+        return _save(tmp_path / "step-00000100", ranks)
+
+    def _fail(path: Path, ranks: Ranks) -> StepInfo:
+        class Full:
+            def list(self, folder: object) -> list[Any]:
+                return []
+
+            def write(self, *args: object, **kwargs: object) -> int:
+                raise StorageError("no space is left")
+
+        return _save(path / "step-00000100", ranks, storage=Full())
+
+    errors = _together(3, act)
+    assert all(isinstance(error, StorageError) and "no space is left" in str(error) for error in errors)
+    assert f"rank {failing}: " in str(errors[1])
+    assert [info.complete for info in list_steps(tmp_path)] in ([False], [])
+
+
+def test_an_error_that_is_not_ours_also_fails_the_save_on_every_rank(tmp_path: Path) -> None:
+    def act(ranks: Ranks) -> StepInfo:
+        if ranks.rank == 1:
+            raise_at = Piece("w", "float32", (8,), Box((4,), (4,)))
+            return save_pieces(
+                tmp_path / "c", ranks=ranks, version=VERSION, pieces=[raise_at], data=lambda p: 1 // 0,  # type: ignore
+                objects={}, timeout=timedelta(seconds=20),
+            )  # fmt: skip
+        return _save(tmp_path / "c", ranks)
+
+    errors = _together(2, act)
+    assert isinstance(errors[0], PeerError)
+    assert "rank 1: " in str(errors[0])
+    assert isinstance(errors[1], ZeroDivisionError)
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    def act(ranks: Ranks) -> StepInfo | None:
+        return None if ranks.rank == 1 else _save(tmp_path / "c", ranks, timeout=timedelta(seconds=0.05))
+
+    errors = _together(3, act)
+    for error in (errors[0], errors[2]):
+        assert isinstance(error, PeerTimeout)
+        assert "rank 1 did not finish" in str(error)
+
+
+def test_a_second_attempt_does_not_read_what_the_first_left(tmp_path: Path) -> None:
+    store = dist.HashStore()
+
+    def act(attempt: int, present: list[int]) -> list[Any]:
+        def one(rank: int) -> Any:
+            try:
+                return _save(tmp_path / "c", Ranks(rank, 2, store), attempt=attempt, timeout=timedelta(seconds=limit))
+            except PeerTimeout as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(one, present))
+
+    limit = 0.05
+    assert isinstance(act(0, [0])[0], PeerTimeout)
+    limit = 20
+    infos = act(1, [0, 1])
+    assert infos[0] == infos[1]
+
+
+def test_ranks_agree_on_what_rank_0_says() -> None:
+    found = _together(3, lambda ranks: agree(ranks, "nonce", lambda: f"of {ranks.rank}", timedelta(seconds=20)))
+    assert found == ["of 0"] * 3
+    with pytest.raises(PeerTimeout, match="rank 0 did not come"):
+        agree(Ranks(1, 2, dist.HashStore()), "nonce", str, timedelta(seconds=0.01))
+
+
+def test_a_state_comes_back_with_its_objects(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = torch.nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    state = {"model": model, "optimizer": optimizer, "step": 5, "lists": [torch.ones(2), {"a": (1, 2)}]}
+    info = holdfast.checkpoint.save(state, tmp_path / "c")
+    assert info.complete
+    other = torch.nn.Linear(3, 4)
+    other_optimizer = torch.optim.AdamW(other.parameters())
+    other(torch.ones(2, 3)).mean().backward()
+    other_optimizer.step()
+    into = {"model": other, "optimizer": other_optimizer, "step": 0, "lists": [torch.zeros(2), None]}
+    loaded = holdfast.checkpoint.load(into, tmp_path / "c")
+    assert loaded["step"] == 5
+    assert loaded["lists"][0].tolist() == [1, 1]
+    assert loaded["lists"][1] == {"a": (1, 2)}
+    assert loaded["model"] is other
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(
+        optimizer.state_dict()["state"][0]["exp_avg"], other_optimizer.state_dict()["state"][0]["exp_avg"]
+    )
+
+
+def test_a_checkpoint_of_another_state_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    holdfast.checkpoint.save({"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(1)}, tmp_path / "c")
+    target = torch.zeros(2)
+    with pytest.raises(MismatchError) as caught:
+        holdfast.checkpoint.load(
+            {"a": target, "b": torch.zeros(4), "c": torch.zeros(1, dtype=torch.int32), "d": torch.zeros(1)},
+            tmp_path / "c",
+        )
+    assert "d is not saved" in str(caught.value)
+    assert "b is saved as float32[3], in the state it is float32[4]" in str(caught.value)
+    assert "c is saved as float32[1], in the state it is int32[1]" in str(caught.value)
+    assert target.tolist() == [0, 0]
+    with pytest.raises(MismatchError, match=r"c is saved but not in the state"):
+        holdfast.checkpoint.load({"a": target, "b": torch.zeros(3)}, tmp_path / "c")
+
+
+def test_saving_twice_to_one_path_is_refused(tmp_path: Path) -> None:
+    holdfast.checkpoint.save({"a": 1}, tmp_path / "c")
+    with pytest.raises(StorageError, match="committed"):
+        holdfast.checkpoint.save({"a": 2}, tmp_path / "c")
+    assert holdfast.checkpoint.load({"a": 0}, tmp_path / "c") == {"a": 1}
+
+
+def test_a_transposed_and_a_conjugated_tensor_are_saved_by_value(tmp_path: Path) -> None:
+    a = torch.arange(6.0).reshape(2, 3).t()
+    b = torch.tensor([1 + 2j]).conj()
+    holdfast.checkpoint.save({"a": a, "b": b}, tmp_path / "c")
+    into = {"a": torch.zeros(2, 3).t(), "b": torch.zeros(1, dtype=torch.complex64)}
+    holdfast.checkpoint.load(into, tmp_path / "c")
+    assert torch.equal(into["a"], a)
+    assert torch.equal(into["b"], b.resolve_conj())
+
+
+def test_a_flipped_byte_of_a_saved_state_is_an_error(tmp_path: Path) -> None:
+    holdfast.checkpoint.save({"a": torch.ones(1000)}, tmp_path / "c")
+    (path,) = (tmp_path / "c").glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match=r"a\[0:1000\] cannot be read: .*rank-00000.*block 0"):
+        holdfast.checkpoint.load({"a": torch.zeros(1000)}, tmp_path / "c")
+
+
+def test_nothing_of_the_core_imports_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, holdfast.checkpoint.commit, holdfast.checkpoint.retention, holdfast.checkpoint.ownership;"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert GENERATION.generation == 4
