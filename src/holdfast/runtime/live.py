@@ -316,12 +316,8 @@ class LiveMode(Mode):
         assert self._context.options.checkpoint_dir is not None
         generation = self._environment.generation
         self._storage = StorageTier(self._context, self._ranks, generation)
-        if self._ranks.rank == 0:
-            log.warning(
-                "no memory tier: %s on each rank do not fit; only the storage tier is active, and a failure loses all "
-                "steps since the last checkpoint",
-                size(self._asked_bytes),
-            )
+        # Why there is no memory (bytes and limit) is the daemon's notice, which `_listen` passes on.
+        log.info("no memory tier for %s: the ranks write to storage themselves", size(self._asked_bytes))
 
     def _wait_for_slots(self) -> bool:
         """Whether this rank has slots, once that is known."""

@@ -74,9 +74,7 @@ class PlainMode(Mode):
         """Resume from storage, or initialise."""
         options, rank = self._context.options, self._ranks.rank
         directory = options.checkpoint_dir
-        active = (
-            "only the storage tier is" if directory is not None else "no tier is (checkpoint_dir is not given either)"
-        )
+        active = "only the storage tier is" if directory is not None else "no tier is (give checkpoint_dir)"
         say(log, f"{active} active: the memory tier comes with `holdfast run`", rank=rank)
         restored = None
         if directory is not None:
