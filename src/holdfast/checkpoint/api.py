@@ -8,6 +8,7 @@ with ``state_dict`` and ``load_state_dict`` are asked for and given theirs.
 from __future__ import annotations
 
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -130,13 +131,13 @@ def _local(
     tensors: Mapping[str, torch.Tensor], ranks: Ranks, process_group: Any
 ) -> tuple[dict[str, torch.Tensor], list[Shard]]:
     """The local parts of all tensors, and what of the global ones they are."""
-    from torch.distributed.tensor import DTensor
-
+    # Importing it takes seconds; where it was not imported there is no DTensor.
+    module = sys.modules.get("torch.distributed.tensor")
     everyone = tuple(range(ranks.world_size))
     local: dict[str, torch.Tensor] = {}
     shards: list[Shard] = []
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
+        if module is not None and isinstance(tensor, module.DTensor):
             shard = dtensor_shard(name, tensor)
             local[name] = tensor.to_local().detach()
             shards.append(_in_group(shard, ranks, process_group))

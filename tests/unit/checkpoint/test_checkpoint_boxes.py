@@ -71,7 +71,7 @@ def test_a_flat_range_outside_of_the_tensor_is_refused() -> None:
 def test_row_chunks_are_contiguous_cover_the_box_in_order_and_are_balanced(
     case: tuple[tuple[int, ...], Box, Box], parts: int
 ) -> None:
-    shape, box, _ = case
+    _, box, _ = case
     cut = split_rows(box, parts)
     assert 1 <= len(cut) <= parts
     order = np.arange(box.volume).reshape(box.lengths)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from checkpoint_images import VERSION, build_image, catalog_of, meta_of, read_array, slices
@@ -48,7 +50,7 @@ def tilings(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
     if draw(st.booleans()):
         size = int(np.prod(shape))
         cuts = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=4))})
-        return shape, [b for x, y in zip(cuts, cuts[1:], strict=False) for b in flat_range_boxes(shape, x, y)]
+        return shape, [b for x, y in pairwise(cuts) for b in flat_range_boxes(shape, x, y)]
     boxes = [whole(shape)]
     for _ in range(draw(st.integers(0, 6))):
         box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))

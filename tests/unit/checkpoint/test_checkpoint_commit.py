@@ -458,7 +458,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_older_checkpoints(tmp_path: Pat
     with pytest.raises(StorageError, match="no space is left"):
         _save(tmp_path / step_dir_name(100), storage=FullStorage(room))
     assert [info.step for info in list_steps(tmp_path) if info.complete] == [90]
-    assert not [f for f in (tmp_path / step_dir_name(100)).glob(".tmp-*")]
+    assert not list((tmp_path / step_dir_name(100)).glob(".tmp-*"))
 
 
 def test_the_root_is_written_last_and_everything_is_synced_before_it_gets_its_name(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict, defaultdict, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,15 +94,13 @@ def test_numpy_arrays_and_scalars_come_back(code: str) -> None:
         assert type(found) is type(value)
         assert found.dtype == value.dtype
         assert found.shape == value.shape
-        assert (found == value).all()
+        assert np.all(found == value)
     writable = decode(encode(array))
     writable[0] = writable[1]
 
 
 def test_torch_dtypes_devices_and_sizes_come_back() -> None:
-    value = {
-        "dtype": torch.bfloat16, "device": torch.device("cuda:3"), "cpu": torch.device("cpu"), "size": torch.Size([1, 2]),
-    }  # fmt: skip
+    value = [torch.bfloat16, torch.device("cuda:3"), torch.device("cpu"), torch.Size([1, 2])]
     assert same(decode(encode(value)), value)
 
 
@@ -157,15 +156,13 @@ def test_too_deep_a_nesting_is_an_error() -> None:
 
 def test_equal_sets_give_equal_bytes() -> None:
     names = [f"name{i}" for i in range(50)]
-    assert encode(set(names)) == encode(set(reversed(names)))
+    assert encode(set(names)) == encode(set(names[25:]) | set(names[:25]))
 
 
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_value_or_a_clear_error(data: bytes) -> None:
-    try:
+    with suppress(CorruptError, StateError):
         decode(data)
-    except (CorruptError, StateError):
-        pass
 
 
 def test_an_unregistered_codec_and_unknown_kinds_are_clear_errors() -> None:
@@ -174,7 +171,7 @@ def test_an_unregistered_codec_and_unknown_kinds_are_clear_errors() -> None:
     def forged(*fields: Any) -> bytes:
         return msgspec.msgpack.encode(msgspec.msgpack.Ext(1, msgspec.msgpack.encode(fields)))
 
-    with pytest.raises(StateError, match="codec 'tests.gone'"):
+    with pytest.raises(StateError, match=r"codec 'tests\.gone'"):
         decode(forged("codec", "tests.gone", 1))
     for fields in (("eval", "1"), ("ndarray", "O", [1], bytes(8)), ("torch.dtype", "nn"), ("torch.device", "x"), ()):
         with pytest.raises(CorruptError):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_images import GENERATION, VERSION
+from torch.distributed.tensor import DTensor
 
 import holdfast.checkpoint
 from holdfast.checkpoint.boxes import Box, whole
@@ -19,7 +20,7 @@ from holdfast.checkpoint.objects import ObjectRecord, encode
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.saving import Ranks, agree, save_pieces
 from holdfast.checkpoint.steps import StepInfo
-from holdfast.checkpoint.tensors import dtype_name, empty_for, tensor_bytes, torch_dtype
+from holdfast.checkpoint.tensors import dtensor_shard, dtype_name, empty_for, tensor_bytes, torch_dtype
 from holdfast.errors import CorruptError, MismatchError, PeerError, PeerTimeout, StateError, StorageError
 
 
@@ -105,7 +106,7 @@ def test_all_ranks_save_one_checkpoint_and_learn_the_same(tmp_path: Path) -> Non
 def test_the_error_of_any_rank_fails_the_save_on_every_rank(tmp_path: Path, failing: int) -> None:
     def act(ranks: Ranks) -> StepInfo:
         if ranks.rank == failing:
-            return _save(Path("/proc/nowhere"), ranks) if False else _fail(tmp_path, ranks)
+            return _fail(tmp_path, ranks)
         return _save(tmp_path / "step-00000100", ranks)
 
     def _fail(path: Path, ranks: Ranks) -> StepInfo:
@@ -237,13 +238,13 @@ def test_a_transposed_and_a_conjugated_tensor_are_saved_by_value(tmp_path: Path)
 
 
 def test_a_flipped_byte_of_a_saved_state_is_an_error(tmp_path: Path) -> None:
-    holdfast.checkpoint.save({"a": torch.ones(1000)}, tmp_path / "c")
+    holdfast.checkpoint.save({"a": torch.ones(300_000)}, tmp_path / "c")
     (path,) = (tmp_path / "c").glob("*.safetensors")
     data = bytearray(path.read_bytes())
     data[5000] ^= 4
     path.write_bytes(data)
-    with pytest.raises(CorruptError, match=r"a\[0:1000\] cannot be read: .*rank-00000.*block 0"):
-        holdfast.checkpoint.load({"a": torch.zeros(1000)}, tmp_path / "c")
+    with pytest.raises(CorruptError, match=r"a\[0:300000\] cannot be read: .*rank-00000.*block 0"):
+        holdfast.checkpoint.load({"a": torch.zeros(300_000)}, tmp_path / "c")
 
 
 def test_nothing_of_the_core_imports_torch() -> None:
@@ -256,3 +257,59 @@ def test_nothing_of_the_core_imports_torch() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert GENERATION.generation == 4
+
+
+@pytest.mark.parametrize("shape", [(10, 4), (3, 5), (1, 8), (0, 3)])
+@pytest.mark.parametrize("kind", ["shard", "replicate+shard", "shard+shard", "shard0+shard0"])
+def test_the_shards_of_a_dtensor_cover_it_once_per_replica(shape: tuple[int, ...], kind: str) -> None:
+    from torch.distributed.tensor import Replicate, Shard, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    placements = {
+        "shard": [Shard(0)],
+        "replicate+shard": [Replicate(), Shard(0)],
+        "shard+shard": [Shard(0), Shard(1)],
+        "shard0+shard0": [Shard(0), Shard(0)],
+    }[kind]
+    counts = torch.zeros(shape, dtype=torch.int64)
+    holders: dict[int, tuple[int, ...]] = {}
+    local_sizes: list[bool] = []
+    for rank in range(4):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        try:
+            mesh_shape = (4,) if kind == "shard" else (2, 2)
+            mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("a", "b")[: len(mesh_shape)])
+            tensor = DTensor.from_local(
+                torch.empty(_local_shape(shape, mesh, placements)), mesh, placements, shape=torch.Size(shape),
+                stride=torch.empty(shape).stride(), run_check=False,
+            )  # fmt: skip
+            shard = dtensor_shard("w", tensor)
+            holders[rank] = shard.holders
+            for box in shard.boxes:
+                counts[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.lengths, strict=True))] += 1
+            local_sizes.append(sum(box.volume for box in shard.boxes) == tensor.to_local().numel())
+        finally:
+            dist.destroy_process_group()
+    copies = 2 if kind == "replicate+shard" else 1
+    assert (counts == copies).all()
+    assert all(local_sizes)
+    assert holders == {r: ((r % 2, r % 2 + 2) if copies == 2 else (r,)) for r in range(4)}
+
+
+def _local_shape(shape: tuple[int, ...], mesh: Any, placements: Any) -> tuple[int, ...]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return tuple(compute_local_shape_and_global_offset(shape, mesh, placements)[0])
+
+
+def test_a_partial_dtensor_is_refused() -> None:
+    from torch.distributed.tensor import Partial, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        tensor = DTensor.from_local(torch.zeros(2), init_device_mesh("cpu", (2,)), [Partial()], run_check=False)
+        with pytest.raises(StateError, match="w is a DTensor placed"):
+            dtensor_shard("w", tensor)
+    finally:
+        dist.destroy_process_group()
