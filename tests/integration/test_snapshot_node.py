@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
 from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.commit import list_steps, open_checkpoint
-from holdfast.snapshot.messages import Bye, Shutdown
+from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.messages import Bye, Notice, RestoreChosen, Shutdown
 from support.snapshot_worker import Plan
-from support.snapshots import Job, Node
+from support.snapshots import TIMEOUT_S, Job, Node
 
 
 @pytest.fixture
@@ -45,3 +51,226 @@ def test_grants_follow_commits(node: Node) -> None:
     [worker] = job.start(Plan(until=300, ranks=(0,), step_s=0.003))
     job.finish()
     assert len(worker.event("done")["committed"]) > 200
+
+
+def test_a_killed_worker_costs_the_step_in_flight_and_memory_restores_the_rest(node: Node) -> None:
+    job = Job([node], 2)
+    plan = Plan(until=1000, ranks=(0, 1), step_s=0.01)
+    job.start(Plan(until=1000, ranks=(0, 1), step_s=0.01, kill_at=25), plan)
+    assert job.workers[0].process.wait(TIMEOUT_S) == -signal.SIGKILL
+    complete = node.complete(20).version.step
+    job.end()
+    job.start(Plan(until=40, ranks=(0, 1), step_s=0.01))
+    chosen = node.expect(RestoreChosen)
+    for worker in job.finish():
+        restored = worker.event("restored")
+        assert restored["tier"] == "memory"
+        assert complete <= restored["step"] <= 26
+        assert restored["lost"] <= 2
+        assert worker.event("done")["step"] == 40
+    assert (chosen.tier, chosen.step) == ("memory", restored["step"])
+
+
+def test_generations_in_a_row_each_start_from_the_newest_version(node: Node) -> None:
+    job = Job([node], 2)
+    step = 0
+    for _ in range(4):
+        job.start(Plan(until=100000, ranks=(0, 1), step_s=0.003))
+        node.complete(step + 30)
+        job.end()
+        step = node.newest_complete
+    job.start(Plan(until=step + 20, ranks=(0, 1)))
+    for worker in job.finish():
+        assert worker.event("restored")["step"] >= step
+        assert worker.event("restored")["lost"] <= 3
+
+
+def test_training_goes_on_when_the_daemon_is_killed_and_its_successor_adopts_the_slots(
+    node: Node, tmp_path: Path
+) -> None:
+    job = Job([node], 2)
+    plan = Plan(until=400, ranks=(0, 1), step_s=0.01, checkpoint_dir=str(tmp_path / "c"))
+    job.start(plan)
+    for step in (50, 120, 200):
+        node.complete(step)
+        node.kill_daemon()
+        node.start_daemon()
+        node.hello()
+    for worker in job.finish():
+        assert worker.event("persisted")["step"] == 400
+    assert [info.step for info in list_steps(tmp_path / "c") if info.complete] == [400]
+
+
+def test_slots_outlive_daemon_and_workers_together(node: Node) -> None:
+    job = Job([node], 2)
+    job.start(Plan(until=100000, ranks=(0, 1), step_s=0.005))
+    complete = node.complete(40).version.step
+    node.kill_daemon()
+    for worker in job.workers:
+        worker.kill()
+    node.start_daemon()
+    welcome = node.hello()
+    assert welcome.run_id == "run"
+    assert welcome.newest_incarnation == 1
+    assert welcome.newest is not None
+    assert welcome.newest.step >= complete
+    later = Job([node], 2, incarnation=2, nonce="00000001")
+    later.start(Plan(until=complete + 50, ranks=(0, 1), step_s=0.002))
+    for worker in later.finish():
+        assert worker.event("restored")["tier"] == "memory"
+        assert worker.event("restored")["step"] >= complete
+
+
+def test_a_version_that_cannot_be_read_is_not_chosen_again(node: Node, tmp_path: Path) -> None:
+    job = Job([node], 2)
+    plan = Plan(until=30, ranks=(0, 1), step_s=0.02, checkpoint_dir=str(tmp_path / "c"), persist_every_steps=10)
+    job.start(plan)
+    job.finish()
+    plan = Plan(until=40, ranks=(0, 1), fail_restore=30, checkpoint_dir=str(tmp_path / "c"))
+    job.start(plan)
+    for worker in job.finish():
+        assert 20 <= worker.event("restored")["step"] < 30
+    assert any(path.name.startswith("abandoned-") for path in (tmp_path / "c").iterdir())
+
+
+def test_a_save_and_the_end_come_at_agreed_steps(node: Node, tmp_path: Path) -> None:
+    job = Job([node], 2)
+    plan = Plan(until=1000, ranks=(0, 1), step_s=0.01, checkpoint_dir=str(tmp_path / "c"), save_at=10, stop_at=40)
+    quiet = Plan(until=1000, ranks=(0, 1), step_s=0.01, checkpoint_dir=str(tmp_path / "c"))
+    first, second = job.start(plan, quiet)
+    job.finish()
+    saved = first.event("saved")
+    assert saved["tag"] == "tagged"
+    agreed = [event for event in first.events if event["event"] == "agreed"]
+    assert agreed == [event for event in second.events if event["event"] == "agreed"]
+    assert [event["kind"] for event in agreed] == ["save", "stop"]
+    assert agreed[0]["step"] == saved["step"]
+    infos = {info.step: info for info in list_steps(tmp_path / "c") if info.complete}
+    assert infos[saved["step"]].tag == "tagged"
+    assert infos[saved["step"]].metrics == {"loss": 1.5}
+    assert agreed[1]["step"] in infos
+
+
+def test_slots_grow_with_the_state(node: Node) -> None:
+    job = Job([node], 2)
+    job.start(Plan(until=120, ranks=(0, 1), step_s=0.01, row_bytes=3 << 20, grow_at=50))
+    for worker in job.finish():
+        committed = worker.event("done")["committed"]
+        assert min(committed) < 50
+        assert max(committed) == 120
+    pools = {path.name.split("-")[1] for path in node.arena.glob("slot-*")}
+    assert pools == {"1"}
+
+
+def test_too_little_memory_is_one_line_and_no_slots(node: Node) -> None:
+    node.hello(limit=1 << 20)
+    job = Job([node], 1)
+    job.start(Plan(until=5, ranks=(0,)))
+    notice = node.expect(Notice)
+    assert "do not fit into 1.0 MB of --hold-snapshot-memory" in notice.text
+    [worker] = job.finish()
+    assert worker.event("done")["committed"] == []
+
+
+def test_the_daemon_lingers_without_an_agent_then_persists_and_goes(node: Node, tmp_path: Path) -> None:
+    agent = subprocess.Popen(["sleep", "600"])
+    node.hello(agent_pid=agent.pid, linger_s=1.0)
+    job = Job([node], 2)
+    job.start(Plan(until=100000, ranks=(0, 1), step_s=0.005, checkpoint_dir=str(tmp_path / "c")))
+    complete = node.complete(30).version.step
+    agent.kill()
+    agent.wait()
+    for worker in job.workers:
+        worker.kill()
+    node.assert_gone()
+    [info] = list_steps(tmp_path / "c")
+    assert info.complete
+    assert info.step >= complete
+
+
+def test_a_new_agent_within_the_linger_time_finds_the_memory(node: Node) -> None:
+    agent = subprocess.Popen(["sleep", "600"])
+    node.hello(agent_pid=agent.pid, linger_s=2.0)
+    job = Job([node], 1)
+    job.start(Plan(until=100000, ranks=(0,), step_s=0.005))
+    node.complete(30)
+    agent.kill()
+    agent.wait()
+    job.workers[0].kill()
+    welcome = node.hello(linger_s=2.0)
+    assert welcome.newest is not None
+    later = Job([node], 1, incarnation=2, nonce="00000001")
+    [worker] = later.start(Plan(until=200, ranks=(0,), step_s=0.002))
+    later.finish()
+    assert worker.event("restored")["step"] == welcome.newest.step
+    assert node.daemon is not None
+    assert node.daemon.poll() is None
+
+
+def test_shutdown_after_a_failure_persists_the_newest_version(node: Node, tmp_path: Path) -> None:
+    job = Job([node], 2)
+    job.start(Plan(until=100000, ranks=(0, 1), step_s=0.005, checkpoint_dir=str(tmp_path / "c")))
+    complete = node.complete(30).version.step
+    job.end()
+    bye = node.ask(Shutdown(persist=True), Bye)
+    assert bye.error is None
+    assert bye.persisted is not None
+    assert bye.persisted.step >= complete
+    node.assert_gone()
+    assert [info.step for info in list_steps(tmp_path / "c") if info.complete] == [bye.persisted.step]
+
+
+def test_memory_of_a_removed_checkpoint_directory_is_not_resumed_from(node: Node, tmp_path: Path) -> None:
+    plan = Plan(until=20, ranks=(0,), checkpoint_dir=str(tmp_path / "c"))
+    job = Job([node], 1)
+    job.start(plan)
+    job.finish()
+    shutil.rmtree(tmp_path / "c")
+    [worker] = job.start(plan)
+    job.finish()
+    assert worker.event("restored")["tier"] == "none"
+
+
+def test_garbage_on_the_sockets_is_dropped(node: Node) -> None:
+    job = Job([node], 1)
+    [worker] = job.start(Plan(until=100, ranks=(0,), step_s=0.01))
+    with zmq.Context() as context:
+        for endpoint in (node.endpoint, f"ipc://{node.sockets / 'daemon.sock'}"):
+            with context.socket(zmq.DEALER) as socket:
+                socket.setsockopt(zmq.LINGER, 1000)
+                socket.connect(endpoint)
+                for data in (b"", b"\x00" * 1000, b"\x81\xa4type\xa5Hello", os.urandom(100000)):
+                    socket.send(data)
+                socket.send_multipart([b"one", b"two", b"three"])
+    job.finish()
+    assert len(worker.event("done")["committed"]) > 50
+
+
+def test_a_worker_that_outlived_its_generation_stops_and_harms_nothing(node: Node) -> None:
+    job = Job([node], 1)
+    [zombie] = job.start(Plan(until=100000, ranks=(0,), step_s=0.005))
+    complete = node.complete(20).version.step
+    zombie.process.send_signal(signal.SIGSTOP)
+    [worker] = job.start(Plan(until=complete + 100, ranks=(0,), step_s=0.005))
+    node.complete(complete + 20)
+    zombie.process.send_signal(signal.SIGCONT)
+    job.finish()
+    assert worker.event("done")["step"] == complete + 100
+    assert zombie.process.wait(TIMEOUT_S) == 1
+    newest = max((found.header for found in Arena.open(node.arena).scan()), key=lambda header: header.version.step)
+    assert newest.version == job.generation.at(complete + 100)
+
+
+def test_sessions_that_differ_are_refused_on_every_rank(node: Node) -> None:
+    job = Job([node], 2)
+    job.start(Plan(until=20, ranks=(0, 1), snapshot_every=1), Plan(until=20, ranks=(0, 1), snapshot_every=2))
+    for worker in job.workers:
+        worker.process.wait(TIMEOUT_S)
+        assert worker.process.returncode == 1
+
+
+def test_an_unwritable_checkpoint_dir_is_refused(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    job = Job([node], 1)
+    [worker] = job.start(Plan(until=20, ranks=(0,), checkpoint_dir=str(tmp_path / "file" / "c")))
+    assert worker.process.wait(TIMEOUT_S) == 1

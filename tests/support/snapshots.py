@@ -140,6 +140,14 @@ class Node:
         """Wait until a version of at least `step` is complete."""
         return self.expect(Progress, where=lambda message: message.version.step >= step)
 
+    @property
+    def newest_complete(self) -> int:
+        """Step of the newest complete version that the daemon has told of so far."""
+        assert self._socket is not None
+        while self._socket.poll(0):
+            self.pushed.append(decode(self._socket.recv()))
+        return max(message.version.step for message in self.pushed if isinstance(message, Progress))
+
     def kill_daemon(self) -> None:
         assert self.daemon is not None
         self.daemon.kill()

@@ -204,6 +204,7 @@ class SnapshotClient:
         self._slots: tuple[Slot, ...] | None = None  # the thread writes, the training thread reads
         self._said: dict[str, AnyMessage] = {}  # what a successor of the daemon must hear again; under _sending
         self._opened: OpenSession | None = None
+        self._restore: Restore | None = None
         self._needed = 0
         self._taken: set[int] = set()
         self._agreed: tuple[int, Agreed | None] = (-1, None)
@@ -258,7 +259,7 @@ class SnapshotClient:
             config=config,
         )
         self._ask(self._opened)
-        restore = self._answer(None, "all ranks of the Session to open", timeout)
+        restore = self._answer("all ranks of the Session to open", timeout)
         self.reached(Phase.OPENED, restore.step)
         return restore
 
@@ -270,11 +271,13 @@ class SnapshotClient:
                 global_rank=self._environment.global_rank,
                 version=version,
                 reason=reason,
+                path=self._restore.path if self._restore else None,
             )
         )
-        return self._answer(version, "another version to restore", timeout)
+        return self._answer("another version to restore", timeout)
 
-    def _answer(self, not_this: Version | None, what: str, timeout: timedelta) -> Restore:
+    def _answer(self, what: str, timeout: timedelta) -> Restore:
+        """The next `Restore` that is another one than the last; a version may be in memory and in storage."""
         deadline = time.monotonic() + timeout.total_seconds()
         while True:
             try:
@@ -286,7 +289,8 @@ class SnapshotClient:
                 continue
             if isinstance(answer, Refused):
                 raise _ERRORS.get(answer.kind, PeerError)(answer.reason)
-            if isinstance(answer, Restore) and (not_this is None or answer.version != not_this):
+            if isinstance(answer, Restore) and not _same(answer, self._restore):
+                self._restore = answer
                 return answer
 
     def all_restored(self, timeout: timedelta) -> Restore | None:
@@ -301,7 +305,8 @@ class SnapshotClient:
             self._check_fence()
             with contextlib.suppress(queue.Empty):
                 answer = self._answers.get(timeout=0.002)
-                if isinstance(answer, Restore):
+                if isinstance(answer, Restore) and not _same(answer, self._restore):
+                    self._restore = answer
                     return answer
             if time.monotonic() >= deadline:
                 raise PeerTimeout(f"not all ranks had restored their state within {timeout.total_seconds():.0f} s")
@@ -359,7 +364,12 @@ class SnapshotClient:
 
     def publish_step(self, step: int) -> None:
         """`step` steps are finished; called once with the restored step too. Granted steps that were passed without a
-        copy are declared missed."""
+        copy are declared missed.
+
+        Raises:
+            FenceError: the generation is over; another worker may sit here.
+        """
+        self._check_seat()
         self._part.step = step
         for granted in self._page.granted_before(self._word, step):
             if granted not in self._taken:
@@ -367,11 +377,13 @@ class SnapshotClient:
 
     def beat(self) -> None:
         """A sign of life."""
-        self._part.beat()
+        if self._part.generation == self._word:
+            self._part.beat()
 
     def reached(self, phase: Phase, step: int) -> None:
         """The Session reached `phase`."""
-        self._part.reached(phase, step)
+        if self._part.generation == self._word:
+            self._part.reached(phase, step)
         message = Reached(
             generation=self._generation,
             global_rank=self._environment.global_rank,
@@ -438,6 +450,7 @@ class SnapshotClient:
                     return None
                 case Decision.ACKNOWLEDGE:
                     assert agreed is not None
+                    self._check_seat()
                     self._part.acknowledged = agreed.number
                 case Decision.PERFORM:
                     assert agreed is not None
@@ -540,6 +553,11 @@ class SnapshotClient:
                 if isinstance(self._answers.get(timeout=0.05), Ack):
                     return
 
+    def _check_seat(self) -> None:
+        """Nobody writes into the words of a worker of a newer generation."""
+        if self._part.generation != self._word:
+            raise FenceError(f"generation {self._generation} is over on this node: this worker must stop")
+
     def _check_fence(self) -> None:
         if self._page.generation != self._word:
             raise FenceError(f"generation {self._generation} is over on this node: this worker must stop")
@@ -639,6 +657,10 @@ class SnapshotClient:
         self._tell(
             SlotsMapped(generation=self._generation, global_rank=self._environment.global_rank, pool=message.pool)
         )
+
+
+def _same(one: Restore, other: Restore | None) -> bool:
+    return other is not None and (one.version, one.path) == (other.version, other.path)
 
 
 def _page(path: Path, deadline: float) -> ControlPage:

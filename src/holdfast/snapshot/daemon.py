@@ -131,7 +131,7 @@ class Daemon:
         if self.arena.state.running and now - self._repeated > _REPEAT_S:
             self._repeated = now
             self._repeat()
-        self.node.flush()
+        self.node.flush(now)
         if self._stop:
             self._stop = False
             self.ending.stop_now()

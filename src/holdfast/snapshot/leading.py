@@ -180,10 +180,10 @@ class Leading:
     def _take_failure(self, message: RestoreFailed) -> None:
         """The same report comes from every rank that saw it; only the first one changes anything."""
         chosen = self._chosen.restore if self._chosen else None
-        if chosen is None or chosen.version != message.version:
+        if chosen is None or (chosen.version, chosen.path) != (message.version, message.path):
             return
         self._say("warning", f"{message.version} cannot be restored ({message.reason}); the next candidate is taken")
-        if chosen.tier == "storage" and chosen.path is not None:
+        if chosen.path is not None:
             self._excluded_paths.add(chosen.path)
         else:
             self._excluded.add(message.version)

@@ -213,6 +213,8 @@ class RestoreFailed(Message, frozen=True, kw_only=True):
     global_rank: int
     version: Version
     reason: str
+    path: str | None = None
+    """Step directory, where the tier was storage."""
 
 
 class Reached(Message, frozen=True, kw_only=True):

@@ -11,10 +11,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
-from holdfast.checkpoint.version import Version
+from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot import ledger
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, FoundSlot, SlotState, process_start
 from holdfast.snapshot.control import Phase, generation_word
@@ -55,12 +56,15 @@ from holdfast.snapshot.room import Room
 from holdfast.snapshot.transport import Peer, Transport
 
 _log = logging.getLogger(__name__)
+_PROGRESS_S: Final = 0.02
+"""Steps may be shorter; the agent needs to know that there is progress, not each step of it."""
 
 
 @dataclass
 class Worker:
     """A worker that has opened its Session."""
 
+    generation: GenerationId
     global_rank: int
     local_rank: int
     pid: int
@@ -112,6 +116,8 @@ class Node:
         self._transport, self._to_agent, self._stop_persist = transport, to_agent, stop_persist
         self._generation: _Generation | None = None
         self._report: LedgerState | None = None
+        self._told: Version | None = None  # the newest complete version that the agent was told
+        self._told_at = 0.0
         self._paths: dict[tuple[SlotRef, int], FoundSlot] = {}
         self._room = Room(
             arena,
@@ -136,7 +142,7 @@ class Node:
 
     def start_generation(self, start: StartGeneration) -> None:
         """Fence everything older; the leader gets our inventory."""
-        self.end_generation()
+        self._leave()
         self.restore = self.complete = None
         self._enter(start)
         changes = {"start": start, "running": True, "run_id": start.run_id, "restore": None, "agreed": None}
@@ -160,6 +166,15 @@ class Node:
 
     def end_generation(self) -> None:
         """All workers are dead: what they published last is noted, their slots have no writer."""
+        if self._generation is None or not self.arena.state.running:
+            return
+        self._leave()
+        for global_rank in self._generation.local_ranks:
+            self._forget_pidfd(self._generation.workers.get(global_rank))
+            self._writer_died(self._generation.start.generation, global_rank)
+
+    def _leave(self) -> None:
+        """The generation counts no more. Workers that live nevertheless stay watched: they may still write."""
         generation = self._generation
         if generation is None or not self.arena.state.running:
             return
@@ -167,8 +182,6 @@ class Node:
         steps = [self.page.rank(local).step for local in range(len(generation.local_ranks)) if self._sits(local)]
         newest = max(steps, default=-1)
         self._save(running=False, newest_step=newest if newest >= 0 else self.arena.state.newest_step)
-        for global_rank in generation.local_ranks:
-            self._writer_died(global_rank)
         self.page.end_generation()
         for local in range(len(generation.local_ranks)):
             self.page.rank(local).clear()
@@ -216,7 +229,7 @@ class Node:
             self._feed(ledger.RankStepped(generation=generation, global_rank=global_rank, step=part.step))
         self._feed(ledger.RankAcknowledged(generation=generation, global_rank=global_rank, number=part.acknowledged))
         if process_start(part.pid) is None:
-            self._writer_died(global_rank)
+            self._writer_died(generation, global_rank)
 
     def _sits(self, local: int) -> bool:
         """Whether a worker of this generation has taken the seat."""
@@ -329,12 +342,12 @@ class Node:
     def _admit(self, generation: _Generation, peer: Peer, message: OpenSession) -> None:
         known = generation.workers.get(message.global_rank)
         self._forget_pidfd(known)
-        worker = Worker(message.global_rank, message.local_rank, message.pid, peer, message.config)
+        worker = Worker(message.generation, message.global_rank, message.local_rank, message.pid, peer, message.config)
         generation.workers[message.global_rank] = worker
         try:
             worker.pidfd = os.pidfd_open(message.pid)
         except ProcessLookupError:
-            self._writer_died(message.global_rank)
+            self._writer_died(message.generation, message.global_rank)
         else:
             self._transport.watch(worker.pidfd, lambda: self._worker_exited(worker))
         self.poll_page()
@@ -351,12 +364,10 @@ class Node:
         self._forget_pidfd(worker)
         _log.info("rank %d (pid %d) is gone", worker.global_rank, worker.pid)
         self.poll_page()
-        self._writer_died(worker.global_rank)
+        self._writer_died(worker.generation, worker.global_rank)
 
-    def _writer_died(self, global_rank: int) -> None:
-        assert self._generation is not None
-        self._forget_pidfd(self._generation.workers.get(global_rank))
-        self._feed(ledger.WriterDied(generation=self._generation.start.generation, global_rank=global_rank))
+    def _writer_died(self, generation: GenerationId, global_rank: int) -> None:
+        self._feed(ledger.WriterDied(generation=generation, global_rank=global_rank))
 
     def _forget_pidfd(self, worker: Worker | None) -> None:
         if worker is not None and worker.pidfd is not None:
@@ -500,8 +511,13 @@ class Node:
 
     # --- what the ledger says
 
-    def flush(self) -> None:
-        """Send the newest report: at most one per turn of the event loop."""
+    def flush(self, now: float) -> None:
+        """Send the newest report, at most one per turn of the event loop, and the newest progress, at most one per
+        `_PROGRESS_S`; `now`: `time.monotonic()`."""
+        if self.complete is not self._told and now - self._told_at >= _PROGRESS_S:
+            self._told, self._told_at = self.complete, now
+            if self.complete is not None:
+                self._to_agent(Progress(version=self.complete))
         if self._report is not None and self._generation is not None:
             report, self._report = self._report, None
             self._transport.send_node(self._generation.start.leader, NodeReport(state=report))
@@ -543,7 +559,6 @@ class Node:
                 self._stop_persist(version)
             case ledger.Completed(version=version):
                 self.complete = version
-                self._to_agent(Progress(version=version))
 
     def _save(self, **changes: object) -> None:
         self.arena.save_state(msgspec.structs.replace(self.arena.state, **changes))
