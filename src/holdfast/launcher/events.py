@@ -98,10 +98,10 @@ class Recovery(Event, frozen=True, kw_only=True, tag="recovery", omit_defaults=T
 
     cause: str
     restart_count: int
-    tier: str = ""
-    step: int = 0
-    steps_lost: int = 0
-    phases: dict[str, float] = {}
+    tier: str
+    step: int
+    steps_lost: int
+    phases: dict[str, float]
 
 
 class DaemonChanged(Event, frozen=True, kw_only=True, tag="daemon", omit_defaults=True):
