@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+import torch
+
 from holdfast.checkpoint.image import ImageLayout
 from holdfast.checkpoint.objects import encode_objects
 from holdfast.checkpoint.version import Version
+from holdfast.errors import StateError
 from holdfast.faults import Injector, RehearsedFault
 from holdfast.runtime.capture import OwnedPiece, TensorEntry, Timing, TrainingState
 from holdfast.snapshot.arena import Slot
-from holdfast.snapshot.copier import Copier, CopyPlan, Source, Ticket
+from holdfast.snapshot.copier import Copier, CopyPlan, Fill, Source, Ticket
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class Snapshotter:
             world_size=self._world_size,
             on_clean=self._on_done,
             at=lambda when, step, image: self._injector.at(when, step, buffer=image),
+            fill=_fill(self._entries or self._state.entries()),
         )
         if self._plan is not None and self._plan.layout.size_bytes <= self._copier.capacity_bytes:
             self._copier.prepare(self._plan)
@@ -174,6 +178,22 @@ class Snapshotter:
             )
             for piece in owned
         ]
+
+
+def _fill(entries: Sequence[TensorEntry]) -> Fill | None:
+    """What copies the tensors of this rank's accelerator; None where all are in host memory.
+
+    Raises:
+        StateError: tensors on several accelerators, or on one that is no CUDA device.
+    """
+    devices = {entry.tensor.device for entry in entries} - {torch.device("cpu")}
+    if not devices:
+        return None
+    if len(devices) > 1 or next(iter(devices)).type != "cuda":
+        raise StateError(f"the state of one rank lies on {', '.join(map(str, devices))}: one CUDA device is supported")
+    from holdfast.snapshot.cuda import CudaDevice, CudaFill
+
+    return CudaFill(CudaDevice(next(iter(devices)).index))
 
 
 def _same(layout: ImageLayout, pieces: Sequence[object]) -> bool:

@@ -46,19 +46,27 @@ log = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
 
 
-class Fill(Protocol):
-    """Copies the pieces of an accelerator; see `holdfast.snapshot.cuda`. This is the whole surface."""
-
-    def start(self, plan: CopyPlan, image: torch.Tensor) -> None:
-        """Training thread, at the boundary: order the copies behind the work queued so far; never waits for it."""
-        ...
+class Transfer(Protocol):
+    """The accelerator copies of one version (`holdfast.snapshot.cuda`)."""
 
     def before_update(self) -> None:
-        """Training thread: make the next update wait for the copies, on the device where that is possible."""
+        """Training thread: make the next update wait for the copies, on the device."""
         ...
 
     def finish(self) -> None:
         """Copying thread: return when all bytes are in the image."""
+        ...
+
+
+class Fill(Protocol):
+    """Copies the pieces of an accelerator (`holdfast.snapshot.cuda.CudaFill`)."""
+
+    def start(self, plan: CopyPlan, image: torch.Tensor) -> Transfer:
+        """Training thread, at the boundary: order the copies behind the work queued so far; never wait for it."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the images; nothing is being copied any more."""
         ...
 
 
@@ -71,6 +79,8 @@ class Ticket:
     plan: CopyPlan
     objects_bytes: int
     mutations: list[int]
+    transfer: Transfer | None = None
+    """Copies from an accelerator; `copied` speaks of host memory only."""
     skip: frozenset[int] = frozenset()
     """Blocks whose checksums stand already: they hold frozen bytes only."""
     torn: tuple[str, ...] = ()
@@ -86,7 +96,7 @@ class Ticket:
     _done: threading.Event = field(default_factory=threading.Event)
 
     def copied(self) -> bool:
-        """Whether training may change the state: nothing of it is read any more."""
+        """Whether nothing in host memory is read any more: training may change it."""
         return self._copied.is_set()
 
     def done(self) -> bool:
@@ -231,12 +241,13 @@ class Copier:
         book.slot.begin(version, self._global_rank, self._world_size)
         _put_objects(book, plan, objects)
         skip = self._copy_frozen(book, plan)
-        ticket = Ticket(version, slot, plan, len(objects), plan.mutations(), skip)
+        transfer = None
         if plan.device:
             assert self._fill is not None, "accelerator tensors need a fill"
-            self._fill.start(plan, book.image)
+            transfer = self._fill.start(plan, book.image)
+        ticket = Ticket(version, slot, plan, len(objects), plan.mutations(), transfer, skip)
         self._copy_now(book, plan, inline=inline)
-        if inline and not plan.device:
+        if inline:
             ticket.copied_s = time.perf_counter() - ticket.begun
             ticket._copied.set()
         self._last = ticket
@@ -255,12 +266,10 @@ class Copier:
             Seconds that the training thread was blocked.
         """
         ticket = self._last
-        if ticket is None or ticket.copied():
+        if ticket is None or ticket.done():
             return 0.0
-        if ticket.plan.device and self._fill is not None:
-            self._fill.before_update()
-            if not (ticket.plan.overlap_views or ticket.plan.overlap_bulk):
-                return 0.0
+        if ticket.transfer is not None:
+            ticket.transfer.before_update()
         return self._wait_copied()
 
     def _wait_copied(self) -> float:
@@ -286,6 +295,8 @@ class Copier:
             if self._thread.is_alive():
                 log.error("the copying thread did not end within %.0f s", timeout_s)
                 return
+        if self._fill is not None:
+            self._fill.close()
         for book in self._books:
             book.release()
         self._books = []
@@ -339,14 +350,13 @@ class Copier:
         if not ticket.copied():
             _copy_views(book, plan, plan.overlap_views)
             hashed = self._copy_bulk(ticket, book)
-            if plan.device:
-                assert self._fill is not None
-                self._fill.finish()
             ticket.torn = plan.mutated(ticket.mutations)
             ticket.copied_s = time.perf_counter() - ticket.begun
             ticket._copied.set()
         elif self._at is not None:
             self._at("copy", ticket.version.step, None)
+        if ticket.transfer is not None:
+            ticket.transfer.finish()
         if ticket.torn:
             self._end(ticket)
             return

@@ -14,7 +14,7 @@ and each lane by the time at which its bytes may be read: at the session boundar
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,8 @@ from holdfast.checkpoint.image import ImageLayout
 
 PARALLEL_GRAIN = 32768
 """Elements from which on torch splits a copy over its thread pool; the copying thread must not start one of its own."""
+INLINE_BYTES = 16 << 20
+"""Host tensors of a state on an accelerator are copied at the boundary where they are not more than this."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,9 @@ class CopyPlan:
         self.layout = layout
         self.sources = tuple(source for source in sources if source.tensor.numel())
         host = [source for source in self.sources if source.tensor.device.type == "cpu"]
+        if len(host) < len(self.sources) and sum(source.size_bytes for source in host) < INLINE_BYTES:
+            # Counters of optimizers and the like: waiting for a thread would cost more than copying them.
+            host = [replace(source, overlap=False) for source in host]
         self.device = tuple(source for source in self.sources if source.tensor.device.type != "cpu")
         bulk = [source for source in host if _is_bulk(source.tensor)]
         self.views = tuple(source for source in host if not _is_bulk(source.tensor))
