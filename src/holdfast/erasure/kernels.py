@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,25 +112,37 @@ def default_kernel() -> Kernel:
 
 
 def check(kernel: Kernel) -> None:
-    """Compare a kernel with the reference on short blocks, lengths around vector widths, and unaligned addresses.
+    """Compare a kernel with the reference on short blocks: lengths around vector widths, aligned and unaligned.
 
     Raises:
         ArithmeticError: it computes something else. It must not be used: its parity would be silent corruption.
     """
     random = np.random.default_rng(0x11D)
-    for rows, columns in ((1, 1), (1, 5), (2, 4), (3, 2), (7, 13)):
-        matrix = random.integers(0, 256, (rows, columns), dtype=np.uint8)
+    matrices = [random.integers(0, 256, shape, dtype=np.uint8) for shape in ((1, 1), (1, 5), (2, 4), (3, 2), (7, 13))]
+    matrices += [np.ones((1, 1), np.uint8), np.ones((1, 4), np.uint8)]
+    for matrix in matrices:
         operator = kernel.bind(matrix)
-        for length in (1, 15, 33, 64, 333):
-            blocks = random.integers(0, 256, (columns, length + 1), dtype=np.uint8)[:, 1:]
-            expected = matmul(matrix, blocks)
-            outputs = np.zeros((rows, length), dtype=np.uint8)
-            operator.multiply(list(blocks), list(outputs))
-            added = np.zeros((rows, length), dtype=np.uint8)
-            for column, block in enumerate(blocks):
-                operator.add(column, block, list(added))
-            if not (np.array_equal(outputs, expected) and np.array_equal(added, expected)):
+        for length, shift in itertools.product((1, 15, 33, 64, 333), (0, 1)):
+            blocks = list(random.integers(0, 256, (matrix.shape[1], length), dtype=np.uint8))
+            sources = _blocks_at(shift, len(blocks), length)
+            for source, block in zip(sources, blocks, strict=True):
+                source[:] = block
+            multiplied, added = (_blocks_at(shift, len(matrix), length) for _ in range(2))
+            operator.multiply(sources, multiplied)
+            for column, source in enumerate(sources):
+                operator.add(column, source, added)
+            expected = matmul(matrix, np.stack(blocks))
+            if not (np.array_equal(multiplied, expected) and np.array_equal(added, expected)):
+                rows, columns = matrix.shape
                 raise ArithmeticError(f"{kernel.name} fails its self-check ({rows} x {columns}, {length} bytes)")
+
+
+def _blocks_at(shift: int, count: int, length: int) -> list[ByteArray]:
+    """Zeroed blocks that begin `shift` bytes after cache lines."""
+    stride = -(-(length + shift) // 64) * 64
+    memory = np.zeros(count * stride + 64, dtype=np.uint8)
+    start = -memory.ctypes.data % 64 + shift
+    return [memory[start + row * stride : start + row * stride + length] for row in range(count)]
 
 
 def _candidates() -> Iterator[str]:

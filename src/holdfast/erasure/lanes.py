@@ -7,7 +7,7 @@ Horner's rule over the bits,
 
 which doubles outputs, of which there are few, and only XORs sources. Doubling eight bytes in a uint64 (Anvin, "The
 mathematics of RAID-6", section 4) masks the top bits off, shifts, and adds 0x1d to the bytes that overflowed. Table
-look-ups in numpy are ten times slower, because they convert every byte to an index.
+look-ups in numpy are several times slower, because they convert every byte to an index.
 """
 
 from __future__ import annotations

@@ -254,7 +254,7 @@ def test_output_that_overlaps_a_source_or_another_output_is_refused() -> None:
     memory = np.zeros(100, np.uint8)
     code = ReedSolomon(2, 2)
     with pytest.raises(UsageError, match="overlaps"):
-        code.encode([memory[:20], memory[40:60]], [memory[60:80], memory[59:79]])
+        code.encode([memory[:20], memory[40:60]], [memory[60:80], memory[79:99]])
     with pytest.raises(UsageError, match="overlaps"):
         code.encode([memory[:20], memory[40:60]], [memory[59:79], memory[80:]])
     with pytest.raises(UsageError, match="overlaps"):

@@ -31,6 +31,14 @@ def test_xor_of_tensors_equals_the_oracles_first_parity(device: str, length: int
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_short_first_source_counts_as_followed_by_zeros(device: str) -> None:
+    sources = [random_bytes(length, length, device) for length in (10, 30, 20)]
+    parity = torch.full((35,), 0x5A, dtype=torch.uint8, device=device)
+    xor_encode(sources, parity)
+    assert as_bytes(parity) == parity_of([as_bytes(source) for source in sources], 1)[0] + bytes(5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_tensors_of_every_dtype_are_bytes(device: str, dtype: torch.dtype) -> None:
     sources = [(random_bytes(64, seed, device) & 1).view(dtype) for seed in (1, 2)]
