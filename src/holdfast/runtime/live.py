@@ -17,7 +17,7 @@ from datetime import timedelta
 
 from holdfast.checkpoint.saving import Ranks
 from holdfast.environment import WorkerEnvironment
-from holdfast.errors import CorruptError, PeerError, StorageError
+from holdfast.errors import CorruptError, PeerError, PeerTimeout, StorageError
 from holdfast.faults import When
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.init_from import init_weights
@@ -34,12 +34,13 @@ from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMe
 log = logging.getLogger(__name__)
 
 _OPEN_TIMEOUT = timedelta(minutes=30)
-_GRANT_TIMEOUT = timedelta(minutes=10)
+_GRANT_TIMEOUT = timedelta(minutes=2)
 _PERSIST_TIMEOUT = timedelta(hours=2)
 _SLOTS_TIMEOUT_S = 600.0
 _SETTLE_AFTER_STEPS = 20
 """Where persist_every names no steps: how many after the start the ranks settle whether memory is there."""
 _POLL_S = 0.01
+_FINAL_POLL = timedelta(milliseconds=20)
 
 _sessions = itertools.count()
 _SEVERITY = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -364,34 +365,48 @@ class LiveMode(Mode):
             return
         if not self._wait_for_slots():
             return
+        self._client.final(step, persist)
         self._final_version(step, persist=persist)
-        if persist:
-            self._tell_final(step)
         self._listen()
 
     def _final_version(self, step: int, *, persist: bool) -> None:
+        """Copy the final step wherever it is granted (again, where another rank missed it) until it is safe."""
         version = self._environment.generation.at(step)
-        self._client.final(step, persist)
-        ticket = self._shots.last
-        if ticket is None or ticket.version != version or (ticket.wait(_SLOTS_TIMEOUT_S) and not ticket.clean):
-            slots = self._client.slots()
-            assert slots, "slots were there a moment ago"
-            self._use(slots)
-            slot = self._client.wait_grant(step, _GRANT_TIMEOUT)
-            if slot is None:
-                log.warning("the final step %d was not granted: it is no version in memory", step)
+        limit = _PERSIST_TIMEOUT if persist else _GRANT_TIMEOUT
+        deadline = time.monotonic() + limit.total_seconds()
+        while time.monotonic() < deadline:
+            if self._copy_final(step) and not persist:
                 return
-            ticket = self._shots.take(version, slot, inline=True)
-        if ticket is not None:
-            ticket.wait(_SLOTS_TIMEOUT_S)
-        self._shots.check()
+            try:
+                message = self._client.wait_persisted(version, _FINAL_POLL)
+            except PeerTimeout:
+                continue
+            self._listen()
+            if self._stored_step is None or self._stored_step < step:
+                self._tell(message)
+            return
+        if persist:
+            raise PeerTimeout(f"the final step {step} was not in storage within {limit}")
+        log.warning("the final step %d is no version in memory: it was not granted within %s", step, limit)
 
-    def _tell_final(self, step: int) -> None:
-        version = self._environment.generation.at(step)
-        message = self._client.wait_persisted(version, _PERSIST_TIMEOUT)
-        self._listen()
-        if self._stored_step is None or self._stored_step < step:
-            self._tell(message)
+    def _copy_final(self, step: int) -> bool:
+        """Copy `step` where it is granted and not there yet, inline: nothing overlaps. Whether its slot is clean."""
+        slot, version = self._client.grant(step), self._environment.generation.at(step)
+        ticket = self._shots.last
+        if ticket is not None and ticket.version == version and slot in (None, ticket.slot):
+            ticket.wait(_FINAL_POLL.total_seconds())
+            if not ticket.done() or ticket.clean:
+                return ticket.clean
+            self._shots.check()
+        slots = self._client.slots()
+        if slot is None or not slots:
+            return False
+        self._use(slots)
+        ticket = self._shots.take(version, slot, inline=True)
+        if ticket is None:  # it has grown since the last boundary
+            self._client.missed(version)
+            self._ask_for_slots()
+        return False
 
 
 def _restored(restore: Restore, step: int, generation: int) -> Restored:
