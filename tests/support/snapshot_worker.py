@@ -5,6 +5,7 @@ Its plan is JSON in argv[1] (`Plan`); what happens to it is printed, one JSON ob
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -116,6 +117,7 @@ def restore(client: SnapshotClient, plan: Plan, rank: int, answer: Restore) -> R
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)
     plan = msgspec.json.decode(sys.argv[1], type=Plan)
     environment = worker_environment()
     assert environment is not None

@@ -262,6 +262,8 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """The generation that runs now or ran last."""
     running: bool = False
     """No EndGeneration came yet."""
+    endpoint: str = ""
+    """tcp:// endpoint of the daemon; a successor takes it over, the other nodes know no other."""
     linger_s: float = 600.0
     agent_pid: int = 0
     memory_limit_bytes: int | None = None

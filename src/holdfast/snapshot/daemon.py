@@ -90,7 +90,8 @@ class Daemon:
         self.arena = Arena.open(arena_dir)
         self.arena.control.new_epoch()
         self.lanes = Lanes()
-        self.transport = Transport(socket_dir, address)
+        self.transport = Transport(socket_dir, address, self.arena.state.endpoint)
+        self.arena.save_state(msgspec.structs.replace(self.arena.state, endpoint=self.transport.endpoint))
         self.transport.watch(self.lanes.wakeup, self.lanes.deliver)
         self.node = Node(
             self.arena, self.transport, self.lanes, to_agent=self.to_agent, stop_persist=self._stop_persist

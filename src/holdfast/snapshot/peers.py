@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Container
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
@@ -56,17 +58,25 @@ class PeerSource:
             PeerTimeout: the daemon did not answer.
         """
         data = bytearray(length)
-        starts = list(range(0, length, RANGE_BYTES))
-        first = self._request + 1
-        asked = 0
-        for done, start in enumerate(starts):
-            while asked < len(starts) and asked < done + _WINDOW:
-                self._ask(offset + starts[asked], min(RANGE_BYTES, length - starts[asked]))
-                asked += 1
-            data[start : start + RANGE_BYTES] = self._answer(first + done, min(RANGE_BYTES, length - start))
-        return memoryview(data)
+        starts = iter(range(0, length, RANGE_BYTES))
+        asked: dict[int, int] = {}  # request -> start in `data`; answers come in any order
+        while True:
+            for start in itertools.islice(starts, _WINDOW - len(asked)):
+                asked[self._ask(offset + start, min(RANGE_BYTES, length - start))] = start
+            if not asked:
+                return memoryview(data)
+            answer = self._answer(asked)
+            start = asked.pop(answer.request)
+            expected = min(RANGE_BYTES, length - start)
+            if answer.error is not None:
+                raise PeerError(f"{self._endpoint} cannot serve {self._path} of {self._version}: {answer.error}")
+            if len(answer.data) != expected:
+                raise PeerError(
+                    f"{self._endpoint} sent {len(answer.data)} bytes of {self._path}, asked were {expected}"
+                )
+            data[start : start + expected] = answer.data
 
-    def _ask(self, offset: int, length: int) -> None:
+    def _ask(self, offset: int, length: int) -> int:
         self._request += 1
         message = ReadRange(
             request=self._request,
@@ -76,23 +86,18 @@ class PeerSource:
             length=length,
         )
         self._socket.send(encode(message))
+        return self._request
 
-    def _answer(self, request: int, length: int) -> bytes:
+    def _answer(self, asked: Container[int]) -> RangeData:
+        """The next answer to one of `asked`; those to reads that were given up are passed over."""
         deadline = time.monotonic() + self._timeout_s
         while True:
             left_s = deadline - time.monotonic()
             if left_s <= 0 or not self._socket.poll(max(1, round(left_s * 1000))):
-                raise PeerTimeout(
-                    f"{self._endpoint} did not send a part of {self._path} within {self._timeout_s:.0f} s"
-                )
+                raise PeerTimeout(f"{self._endpoint} sent no part of {self._path} within {self._timeout_s:.0f} s")
             message = decode(self._socket.recv())
-            if not isinstance(message, RangeData) or message.request < request:
-                continue  # the answer to a read that was given up
-            if message.error is not None:
-                raise PeerError(f"{self._endpoint} cannot serve {self._path} of {self._version}: {message.error}")
-            if len(message.data) != length:
-                raise PeerError(f"{self._endpoint} sent {len(message.data)} bytes of {self._path}, asked were {length}")
-            return message.data
+            if isinstance(message, RangeData) and message.request in asked:
+                return message
 
     def close(self) -> None:
         """Close the connection."""

@@ -41,9 +41,10 @@ class Transport:
     Args:
         socket_dir: directory (0700) of the ipc socket.
         address: host name or address at which other nodes reach this one; the tcp socket listens there.
+        endpoint: what a predecessor listened at, "" where there was none; taken over if it can be.
     """
 
-    def __init__(self, socket_dir: Path, address: str) -> None:
+    def __init__(self, socket_dir: Path, address: str, endpoint: str = "") -> None:
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._callbacks: dict[int, Callable[[], None]] = {}
@@ -57,8 +58,7 @@ class Transport:
         """Messages that a peer's full or missing queue refused."""
         self.ipc_path = socket_dir / "daemon.sock"
         self._routers["node"].bind(f"ipc://{self.ipc_path}")
-        port = self._routers["net"].bind_to_random_port(f"tcp://{address}")
-        self.endpoint = f"tcp://{address}:{port}"
+        self.endpoint = self._bind(address, endpoint)
 
     def _router(self) -> zmq.Socket[bytes]:
         router = self._context.socket(zmq.ROUTER)
@@ -68,6 +68,16 @@ class Transport:
         router.setsockopt(zmq.SNDHWM, 0)
         self._poller.register(router, zmq.POLLIN)
         return router
+
+    def _bind(self, address: str, endpoint: str) -> str:
+        if endpoint.startswith(f"tcp://{address}:"):
+            try:
+                self._routers["net"].bind(endpoint)
+            except zmq.ZMQError as error:
+                _log.warning("%s cannot be taken over (%s): other nodes must be told the new endpoint", endpoint, error)
+            else:
+                return endpoint
+        return f"tcp://{address}:{self._routers['net'].bind_to_random_port(f'tcp://{address}')}"
 
     def watch(self, descriptor: int, callback: Callable[[], None]) -> None:
         """Call `callback` whenever `descriptor` is readable."""
