@@ -23,7 +23,7 @@ from types import TracebackType
 import msgspec
 
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import UsageError
+from holdfast.errors import PeerError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _MAX_SOCKET_PATH = 100
@@ -114,7 +114,7 @@ class Seat:
         """Take a seat.
 
         Raises:
-            UsageError: another run holds one, or all are taken.
+            PeerError: another run holds one, or all are taken.
         """
         for number in range(self._num_seats):
             held_by = self._try(number)
@@ -123,11 +123,11 @@ class Seat:
                 self._settle_in()
                 return self
             if not self._tenant.is_neighbour(held_by):
-                raise UsageError(
+                raise PeerError(
                     f"job {self.key} already runs on this host as process {held_by.pid}: "
                     "wait for it, or give this one another name with --hold-job"
                 )
-        raise UsageError(
+        raise PeerError(
             f"all {self._num_seats} seats of job {self.key} on this host are taken: see --nnodes, --hold-job"
         )
 
