@@ -107,6 +107,9 @@ class Session:
         self._should_stop = False
         self._updated = False
         """Whether an optimizer has stepped since the last boundary: tells what a ``break`` left behind."""
+        self._left_at: int | None = None
+        """Completed steps where a body with an update was left early: by ``break``, or by an exception, which does not
+        count it. A generator cannot tell the two apart; `__exit__` can."""
         self._looping = False
 
     # --- the context
@@ -143,6 +146,9 @@ class Session:
         """
         mode, self._mode = self._mode, None
         Session._active = None
+        if kind is None:
+            self._step = self.step
+        self._left_at = None
         try:
             with self._cleanup:
                 if mode is not None and kind is None:
@@ -186,7 +192,7 @@ class Session:
     @property
     def step(self) -> int:
         """Completed steps of the live state; also the number in ``step-00000500``."""
-        return self._step
+        return self._step if self._left_at is None else self._left_at
 
     @property
     def restored(self) -> Restored | None:
@@ -305,6 +311,7 @@ class Session:
     def _live(self) -> tuple[Mode, Context]:
         if self._mode is None or self._context is None:
             raise UsageError("the Session is not open: use it inside `with holdfast.Session(...) as session:`")
+        self._step, self._left_at = self.step, None
         return self._mode, self._context
 
     def _end_step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -318,7 +325,7 @@ class Session:
     def _left_by_break(self, step: int) -> None:
         """A body that has updated the state is a completed step, though it did not reach its end."""
         if self._mode is not None and self._step == step and self._updated:
-            self._step = step + 1
+            self._left_at = step + 1
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's hook signature
         """Runs before each step of any optimizer: even one we were not given may change what is being copied."""

@@ -125,6 +125,22 @@ def test_break_counts_the_body_where_it_has_updated_the_state(mode: ListeningMod
     assert ("boundary", 2, {}) not in mode.heard
 
 
+def test_body_that_ends_in_an_exception_is_no_completed_step(mode: ListeningMode) -> None:
+    session, model, optimizer = make_session()
+
+    def run() -> None:
+        with session:
+            for step in session.steps(until=10):
+                update(model, optimizer)
+                if step == 1:
+                    raise RuntimeError("the user's")
+
+    with pytest.raises(RuntimeError):
+        run()
+    assert mode.heard[-1] == ("close", 1, True)
+    assert session.step == 1
+
+
 def test_exception_goes_up_unchanged_even_where_closing_fails(mode: ListeningMode) -> None:
     session, _, _ = make_session()
     mode.close = None  # type: ignore[assignment]  # whatever goes wrong in it

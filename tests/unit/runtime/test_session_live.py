@@ -1,0 +1,256 @@
+"""What `LiveMode` does at a boundary and at the end, against a daemon that only this test plays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast.runtime.live as live
+from holdfast.checkpoint.commit import list_steps
+from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.environment import WorkerEnvironment
+from holdfast.errors import PeerTimeout, StorageError
+from holdfast.runtime.mode import Context, Mode
+from holdfast.runtime.results import Persisted
+from holdfast.runtime.session import Session
+from holdfast.snapshot.arena import Slot, SlotState
+from holdfast.snapshot.client import AgreedAt
+from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore, SessionConfig
+
+GENERATION = GenerationId(incarnation=1, nonce="0123abcd", generation=4)
+
+
+class PlayedDaemon:
+    """The surface of `SnapshotClient`, with the daemon's answers as plain attributes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.granted: dict[int, int] = {}
+        self.agreements: dict[int, AgreedAt] = {}
+        self.events: list[PersistedMessage | PersistFailedMessage | Notice] = []
+        self.ready: tuple[Slot, ...] | None = None
+        self.config: SessionConfig | None = None
+        self.heard: list[tuple[Any, ...]] = []
+        self.clean: list[int] = []
+        self.refused: list[int] = []
+        self.storage_error: str | None = None
+        self.on_final: Callable[[int], None] = lambda step: self.granted.setdefault(step, 0)
+
+    def make_slots(self, size_bytes: int, count: int = 3) -> None:
+        slots = []
+        for index in range(count):
+            path = self.directory / f"slot-{size_bytes}-0-{index}"
+            path.write_bytes(bytes(4096 + size_bytes))
+            slots.append(Slot.open(path))
+        self.ready = tuple(slots)
+
+    # the client's surface
+
+    def open(self, config: SessionConfig, *, timeout: timedelta) -> Restore:
+        self.config = config
+        return Restore(tier="none")
+
+    def all_restored(self, timeout: timedelta) -> Restore | None:
+        return None
+
+    def need_slots(self, size_bytes: int, until: int | None) -> None:
+        self.heard.append(("need", size_bytes, until))
+
+    def slots(self) -> tuple[Slot, ...] | None:
+        return self.ready
+
+    def publish_step(self, step: int) -> None:
+        self.heard.append(("step", step))
+
+    def beat(self) -> None:
+        pass
+
+    def reached(self, phase: Any, step: int) -> None:
+        self.heard.append((phase.name, step))
+
+    def grant(self, step: int) -> int | None:
+        return self.granted.get(step)
+
+    def wait_grant(self, step: int, timeout: timedelta) -> int | None:
+        return self.granted.setdefault(step, 1)
+
+    def committed(self, version: Version, slot: int, wait_s: float, step_s: float) -> None:
+        self.clean.append(version.step)
+
+    def missed(self, version: Version) -> None:
+        self.refused.append(version.step)
+
+    def agreed(self, step: int) -> AgreedAt | None:
+        return self.agreements.get(step)
+
+    def request_end(self, persist: bool) -> None:
+        self.heard.append(("end", persist))
+
+    def final(self, step: int, persist: bool) -> None:
+        self.heard.append(("final", step, persist))
+        self.on_final(step)
+
+    def wait_persisted(self, version: Version, timeout: timedelta) -> PersistedMessage:
+        if self.storage_error is not None:
+            raise StorageError(self.storage_error)
+        if version.step not in self.clean:
+            raise PeerTimeout("not yet")
+        return PersistedMessage(version=version, path=f"/storage/step-{version.step:08d}", seconds=0.1)
+
+    def poll(self) -> list[PersistedMessage | PersistFailedMessage | Notice]:
+        events, self.events = self.events, []
+        return events
+
+    def close(self, step: int, outcome: str) -> None:
+        self.heard.append(("close", step, outcome))
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PlayedDaemon]:
+    played = PlayedDaemon(tmp_path)
+    environment = WorkerEnvironment(
+        daemon="ipc://nowhere",
+        arena=tmp_path,
+        run_dir=tmp_path,
+        run_id="run",
+        generation=GENERATION,
+        global_rank=0,
+        local_rank=0,
+        node_rank=0,
+        world_size=1,
+        local_world_size=1,
+    )
+
+    class Client:
+        @staticmethod
+        def connect(environment: WorkerEnvironment, *, timeout: timedelta) -> PlayedDaemon:
+            return played
+
+    def choose(context: Context, found: object) -> Mode:
+        return live.LiveMode(context, environment)
+
+    monkeypatch.setattr(live, "SnapshotClient", Client)
+    monkeypatch.setattr("holdfast.runtime.session._mode", choose)
+    yield played
+    for slot in played.ready or ():
+        slot.close()
+
+
+class Job:
+    def __init__(self, **arguments: Any) -> None:
+        torch.manual_seed(1)
+        self.model = torch.nn.Linear(4, 3)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.session = Session(model=self.model, optimizer=self.optimizer, snapshot_every=1, **arguments)
+
+    def body(self) -> None:
+        self.model(torch.ones(2, 4)).sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def run(self, until: int, *, fail_at: int | None = None) -> None:
+        with self.session as session:
+            for step in session.steps(until):
+                self.body()
+                if step == fail_at:
+                    raise RuntimeError("enough")
+
+
+def test_room_is_asked_for_after_the_first_step_and_granted_steps_are_copied(daemon: PlayedDaemon) -> None:
+    daemon.granted = {2: 0, 4: 1}
+    job = Job()
+    with job.session as session:
+        for step in session.steps(5):
+            assert ("need" in [heard[0] for heard in daemon.heard]) == (step > 0)
+            job.body()
+            if step == 0:
+                daemon.make_slots(1 << 20)
+    assert daemon.clean == [2, 4, 5]
+    assert [heard for heard in daemon.heard if heard[0] == "step"] == [("step", step) for step in range(6)]
+    assert daemon.heard[-2:] == [("final", 5, False), ("close", 5, "done")]
+    assert daemon.ready is not None
+    assert [slot.read_header().state for slot in daemon.ready[:2]] == [SlotState.CLEAN] * 2
+
+
+def test_state_that_outgrew_its_slots_misses_and_asks_for_more(daemon: PlayedDaemon) -> None:
+    daemon.granted = {1: 0, 2: 1}
+    daemon.make_slots(100)
+    job = Job()
+    with pytest.raises(RuntimeError, match="enough"):
+        job.run(9, fail_at=2)
+    assert daemon.refused == [1, 2]
+    sizes = [heard[1] for heard in daemon.heard if heard[0] == "need"]
+    assert all(size > 100 for size in sizes)
+    assert len(sizes) == 3
+    assert daemon.heard[-1] == ("close", 2, "failed")
+
+
+def test_agreed_stop_makes_its_step_a_version_and_ends_there(daemon: PlayedDaemon, tmp_path: Path) -> None:
+    daemon.make_slots(1 << 20)
+    daemon.agreements = {3: AgreedAt("stop", 3, None, False)}
+    job = Job(checkpoint_dir=tmp_path / "checkpoints")
+    with job.session as session:
+        for _ in session.steps(100):
+            job.body()
+    assert session.step == 3
+    assert daemon.clean == [3]
+    assert ("final", 3, False) in daemon.heard
+
+
+def test_final_step_is_copied_again_where_it_is_granted_anew(daemon: PlayedDaemon, tmp_path: Path) -> None:
+    daemon.make_slots(1 << 20)
+    daemon.granted = {2: 0}
+    daemon.on_final = lambda step: daemon.granted.update({step: 2})
+    job = Job(checkpoint_dir=tmp_path / "checkpoints")
+    told: list[Persisted] = []
+    with job.session as session:
+        session.on_persisted(told.append)
+        for _ in session.steps(2):
+            job.body()
+    assert [(persisted.step, persisted.path.name) for persisted in told] == [(2, "step-00000002")]
+    assert daemon.ready is not None
+    assert daemon.heard[-1] == ("close", 2, "done")
+
+
+def test_final_step_that_cannot_be_written_is_an_error(daemon: PlayedDaemon, tmp_path: Path) -> None:
+    daemon.make_slots(1 << 20)
+    daemon.storage_error = "no space left"
+    job = Job(checkpoint_dir=tmp_path / "checkpoints")
+    with pytest.raises(StorageError, match="no space left"):
+        job.run(2)
+    assert daemon.heard[-1] == ("close", 2, "failed")
+
+
+def test_without_slots_the_ranks_write_to_storage_themselves(daemon: PlayedDaemon, tmp_path: Path) -> None:
+    daemon.ready = ()
+    job = Job(checkpoint_dir=tmp_path / "checkpoints", persist_every=2)
+    with job.session as session:
+        for _ in session.steps(5):
+            job.body()
+    steps = [info for info in list_steps(tmp_path / "checkpoints") if info.complete]
+    assert [info.step for info in steps] == [2, 4, 5]
+    assert {info.version.generation for info in steps if info.version is not None} == {GENERATION}
+
+
+def test_news_of_the_daemon_reach_callbacks_and_log(daemon: PlayedDaemon, caplog: pytest.LogCaptureFixture) -> None:
+    version = GENERATION.at(1)
+    daemon.events = [
+        Notice(severity="warning", text="two slots only"),
+        PersistedMessage(version=version, path="/storage/step-00000001", seconds=1.0, tag="best"),
+        PersistFailedMessage(version=version, reason="disk full"),
+    ]
+    daemon.ready = ()
+    told: list[Persisted] = []
+    job = Job()
+    with job.session as session:
+        session.on_persisted(told.append)
+        for _ in session.steps(1):
+            job.body()
+    assert [(persisted.step, persisted.tag) for persisted in told] == [(1, "best")]
+    assert "two slots only" in caplog.text
+    assert "disk full" in caplog.text
