@@ -8,6 +8,7 @@ relies on alone. Every write is durable before the next one starts, and the root
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ from holdfast.checkpoint.steps import (
     read_step_info,
     step_dir_name,
 )
-from holdfast.checkpoint.storage import PosixStorage, Storage
+from holdfast.checkpoint.storage import TEMPORARY_PREFIX, PosixStorage, Storage
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CheckpointError, CorruptError, StorageError
@@ -66,6 +67,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "index.json.zst"
+INDEX_COPY = re.compile(r"index-i\d{2,18}-[0-9a-f]{8}-g\d{4,18}\.json\.zst", re.ASCII)
 
 
 def write_image(
@@ -262,7 +264,19 @@ def commit_step(
     for name in names:
         storage.write(directory / name, [data])
     storage.write(directory / ROOT_NAME, [root_data], exclusive=True)
+    _sweep(storage, directory, {image.name for image in index.images} | set(names))
     return read_step_info(directory, storage=storage)
+
+
+def _sweep(storage: Storage, directory: Path, used: set[str]) -> None:
+    """Remove what earlier, interrupted saves of this step left: they cannot be committed any more."""
+    try:
+        for entry in storage.list(directory):
+            left = IMAGE_NAME.fullmatch(entry.name) or INDEX_COPY.fullmatch(entry.name)
+            if entry.name not in used and (left or entry.name.startswith(TEMPORARY_PREFIX)):
+                storage.remove(directory / entry.name)
+    except StorageError as error:
+        logger.warning("%s: what an interrupted save left could not be removed: %s", directory, error)
 
 
 def open_checkpoint(path: str | Path, *, storage: Storage | None = None) -> Catalog:

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import msgspec
 
+from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.checkpoint.steps import StepInfo, list_steps
 from holdfast.checkpoint.storage import PosixStorage, Storage
 from holdfast.errors import UsageError
 
 logger = logging.getLogger(__name__)
+
+LEFT_OVER_S = 600.0
+"""Seconds without a change after which an incomplete step directory counts as left over."""
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -98,22 +102,41 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
         return sorted(known, key=lambda info: (sign * info.metrics[metric], -info.step))[: self.best]
 
     def apply(self, checkpoint_dir: str | Path, *, storage: Storage | None = None) -> list[StepInfo]:
-        """Delete what is not kept, oldest first.
+        """Delete what is not kept, oldest first, and what interrupted saves left long ago.
 
         Called by one process, after a commit.
 
         Returns:
-            The deleted ones.
+            The deleted checkpoints.
 
         Raises:
             StorageError: the directory cannot be listed, or one cannot be removed.
         """
         storage = storage or PosixStorage()
-        _, delete = self.choose(list_steps(checkpoint_dir, storage=storage))
+        steps = list_steps(checkpoint_dir, storage=storage)
+        keep, delete = self.choose(steps)
         for info in delete:
             storage.remove(info.path)
             logger.info("%s removed: not kept by %s", info.path, self.encode())
+        for info in _left_over(storage, steps, keep):
+            storage.remove(info.path)
+            logger.info("%s removed: an interrupted save left it", info.path)
         return delete
+
+
+def _left_over(storage: Storage, steps: Sequence[StepInfo], keep: Sequence[StepInfo]) -> list[StepInfo]:
+    """What interrupted saves left: without a root (a damaged one may still be repaired), of a step before the newest
+    checkpoint, and long untouched when that was made."""
+    if not keep:
+        return []
+    return [
+        info
+        for info in steps
+        if not info.complete
+        and info.step < keep[-1].step
+        and info.time < keep[-1].time - LEFT_OVER_S
+        and all(entry.name != ROOT_NAME for entry in storage.list(info.path))
+    ]
 
 
 def _spaced(steps: list[StepInfo], seconds: float) -> list[StepInfo]:

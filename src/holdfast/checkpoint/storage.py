@@ -58,7 +58,8 @@ class Storage(Protocol):
         ...
 
     def remove(self, path: str | Path) -> None:
-        """Remove a folder with all in it, its root first: what is left is no checkpoint. Called by retention."""
+        """Remove an object, or a folder with all in it, its root first: what is left is no checkpoint. Called by
+        retention, and for what interrupted saves left."""
         ...
 
 
@@ -132,10 +133,13 @@ class PosixStorage:
         """See `Storage.remove`."""
         path = Path(path)
         try:
-            with suppress(FileNotFoundError):
-                os.unlink(path / "root")
-                _sync_folder(path)
-            shutil.rmtree(path)
+            if path.is_dir():
+                with suppress(FileNotFoundError):
+                    os.unlink(path / "root")
+                    _sync_folder(path)
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
             _sync_folder(path.parent)
         except OSError as error:
             _refuse("removed", path, error)

@@ -20,6 +20,8 @@ from holdfast.checkpoint.boxes import Box, whole
 from holdfast.errors import CorruptError, MismatchError
 
 MAX_CELLS = 100_000_000
+_FEW = 16
+"""Fewer boxes than this are looked through one by one."""
 
 
 class EvenImages(msgspec.Struct, frozen=True):
@@ -109,15 +111,17 @@ class Placement:
             used = tiling.images
             if len(tiling.boxes) != len(used) or not all(_fits(box, shape) for box in tiling.boxes):
                 raise CorruptError(f"tiles do not fit the shape {shape}")
+            self._rows = _Rows(tiling.boxes)
         if any(not 0 <= image < num_images for image in used):
             raise CorruptError(f"tiles name images beyond the {num_images} of the checkpoint")
 
     def overlapping(self, box: Box) -> Iterator[tuple[Box, int]]:
         """The tiles that hold a part of `box`: (tile, image), preferred ones first."""
         if isinstance(self._tiling, Tiles):
-            for tile, image in zip(self._tiling.boxes, self._tiling.images, strict=True):
+            for number in self._rows.near(box):
+                tile = self._tiling.boxes[number]
                 if tile.intersection(box) is not None:
-                    yield tile, image
+                    yield tile, self._tiling.images[number]
             return
         if box.is_empty or 0 in self._shape:
             return
@@ -158,6 +162,29 @@ class Placement:
             raise MismatchError(f"no image holds {name}{missing[0]}")
         if sum(box.volume for box in self._tiling.boxes) != prod(self._shape):
             raise MismatchError(f"regions of {name} lie in more than one image")
+
+
+class _Rows:
+    """Finds boxes by their extent along the first dimension, so that a lookup does not go through all of them."""
+
+    def __init__(self, boxes: Sequence[Box]) -> None:
+        self._count = len(boxes)
+        self._at: dict[int, list[int]] = {}
+        self._longest = 0
+        if len(boxes) < _FEW or not boxes[0].lengths:
+            return
+        for number, box in enumerate(boxes):
+            self._at.setdefault(box.offsets[0], []).append(number)
+            self._longest = max(self._longest, box.lengths[0])
+        self._starts = sorted(self._at)
+
+    def near(self, box: Box) -> Sequence[int]:
+        """Numbers, ascending, of boxes that may hold a part of `box`; all that do are among them."""
+        if not self._at:
+            return range(self._count)
+        first = bisect_right(self._starts, box.offsets[0] - self._longest)
+        last = bisect_left(self._starts, box.offsets[0] + box.lengths[0])
+        return sorted(number for start in self._starts[first:last] for number in self._at[start])
 
 
 def _fits(box: Box, shape: tuple[int, ...]) -> bool:

@@ -284,6 +284,16 @@ def test_a_tiling_with_a_hole_or_an_overlap_is_noticed() -> None:
         overlap.check_once("w")
 
 
+def test_many_boxes_are_looked_up_like_few() -> None:
+    boxes = [Box((i, j), (3 if i < 60 else 4, 2)) for i in range(0, 63, 3) for j in (0, 2, 4)]
+    irregular = [*boxes[:-1], Box((60, 4), (2, 2)), Box((62, 4), (2, 2))]
+    placement = Placement((64, 6), tiling((64, 6), irregular[::-1], list(range(len(irregular)))), len(irregular))
+    placement.check_once("t")
+    for box in (whole((64, 6)), Box((2, 1), (2, 2)), Box((63, 5), (1, 1)), Box((10, 0), (0, 6)), Box((59, 0), (5, 6))):
+        expected = [(b, i) for i, b in enumerate(irregular[::-1]) if b.intersection(box)]
+        assert list(placement.overlapping(box)) == expected
+
+
 def test_strides_are_those_of_c_order() -> None:
     assert strides_of((2, 3, 4), 8) == (96, 32, 8)
     assert strides_of((), 8) == ()

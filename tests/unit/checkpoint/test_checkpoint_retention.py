@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,23 @@ def test_apply_removes_the_folders_root_first(tmp_path: Path) -> None:
     deleted = Retention(last=1).apply(tmp_path)
     assert [info.step for info in deleted] == [1, 2]
     assert [info.step for info in list_steps(tmp_path)] == [3, 4]
+
+
+def test_what_interrupted_saves_left_is_removed_but_never_what_may_still_be_written_or_repaired(tmp_path: Path) -> None:
+    from test_checkpoint_commit import _save
+
+    from holdfast.checkpoint.commit import list_steps, step_dir_name
+    from holdfast.checkpoint.version import GenerationId
+
+    generation = GenerationId(incarnation=1, nonce="7f3a9c02", generation=4)
+    for step in (5, 6, 7, 9):
+        (tmp_path / step_dir_name(step)).mkdir()
+        (tmp_path / step_dir_name(step) / "part").write_text("x")
+    (tmp_path / step_dir_name(6) / "root").write_text("damaged")
+    for step in (5, 6, 9):
+        os.utime(tmp_path / step_dir_name(step), (1e9, 1e9))
+    Retention(last=1).apply(tmp_path)
+    assert [info.step for info in list_steps(tmp_path)] == [5, 6, 7, 9]
+    _save(tmp_path / step_dir_name(8), generation.at(8))
+    Retention(last=1).apply(tmp_path)
+    assert [info.step for info in list_steps(tmp_path)] == [6, 7, 8, 9]
