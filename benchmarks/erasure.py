@@ -240,7 +240,7 @@ def _is_encode(case: Case, code: str) -> bool:
 def print_table(rates: Sequence[Rate]) -> None:
     columns = ("memcpy", *IMPLEMENTATIONS)
     cells = {(rate.code, rate.operation, rate.implementation): rate.gb_s for rate in rates}
-    print("GB/s of data, one core: median [95 % interval]")
+    print("MB/s of data, one core: median [95 % interval]")
     print(f"{'code':5} {'operation':11}" + "".join(f"{column:>21}" for column in columns))
     for code, operation in dict.fromkeys((rate.code, rate.operation) for rate in rates):
         row = (cells.get((code, operation, column)) for column in columns)
@@ -250,8 +250,10 @@ def print_table(rates: Sequence[Rate]) -> None:
 def _cell(value: Estimate | None) -> str:
     if value is None:
         return "-"
-    digits = 1 if value.median >= 1 else 2 if value.median >= 0.1 else 5
-    return f"{value.median:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    mb_s = [1000 * part for part in (value.median, value.low, value.high)]
+    digits = 0 if mb_s[0] >= 100 else 1 if mb_s[0] >= 1 else 3
+    median, low, high = (f"{part:.{digits}f}" for part in mb_s)
+    return f"{median} [{low}, {high}]"
 
 
 def print_bars(bars: Sequence[dict[str, Any]]) -> None:
