@@ -66,7 +66,10 @@ class TrainingState:
         self._aliases: dict[str, str] = {}
         self._fqns: dict[int, str] = {}
         self._name_models()
-        self._parts = [OptimizerPart(prefix, group, self._fqns) for prefix, group in _normal_optimizers(optimizer)]
+        self._parts = [
+            OptimizerPart(prefix, group, self._fqns, num_ranks=len(ranks))
+            for prefix, group in _normal_optimizers(optimizer)
+        ]
         self._extra = [_lifted_extra(key, value) for key, value in (extra or {}).items()]
         self._extra_states = self._lifted_extra_states()
         self._book = EntryBook(ranks, global_rank)

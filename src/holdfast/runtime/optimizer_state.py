@@ -77,13 +77,17 @@ class OptimizerPart:
         prefix: "optimizer" or "optimizer.<key>".
         optimizers: at least one.
         fqns: id(parameter) -> FQN, for every parameter of every model.
+        num_ranks: of the session.
 
     Raises:
         StateError: a parameter that no model owns, or one that two of `optimizers` own.
     """
 
-    def __init__(self, prefix: str, optimizers: tuple[Optimizer, ...], fqns: Mapping[int, str]) -> None:
+    def __init__(
+        self, prefix: str, optimizers: tuple[Optimizer, ...], fqns: Mapping[int, str], *, num_ranks: int = 1
+    ) -> None:
         self.prefix = prefix
+        self._num_ranks = num_ranks
         self.optimizers = optimizers
         self.params: list[list[str]] = []
         self._set_names(fqns)
@@ -250,7 +254,10 @@ class OptimizerPart:
         return {
             f"{self.prefix}.params": self._params_record,
             groups_name: ObjectRecord(data=encode(self._groups_tree, path=groups_name)),
-            state_name: ObjectRecord(data=encode(self._leftovers.as_tree(), path=state_name)),
+            # per rank: LBFGS keeps the last loss, which differs between ranks
+            state_name: ObjectRecord(
+                data=encode(self._leftovers.as_tree(), path=state_name), per_rank=self._num_ranks > 1
+            ),
         }
 
     def _walk_parameters(self) -> Iterator[torch.Tensor]:
