@@ -1,4 +1,4 @@
-"""What training waits for one version: holdfast's copier against memcpy and against checkpoint libraries.
+"""What training waits for one version: holdfast against memcpy and against checkpoint libraries.
 
     python benchmarks/stall.py            # 1 GB of state over 2 ranks, and 20,000 small tensors
     python benchmarks/stall.py --quick    # the same in small, to see that it works: its bars are not judged
@@ -11,14 +11,15 @@ The subjects:
 
     memcpy              the same bytes, tensor by tensor, into memory that is already there
     inline              holdfast, everything copied before training goes on
-    overlapped          holdfast, as a Session copies: begin at the boundary, then forward and backward (a fixed amount
-                        of matrix products), then what the update still has to wait for
+    overlapped          holdfast, as a Session copies: at the boundary it captures and begins, then come forward and
+                        backward (a fixed amount of matrix products), then what the update still has to wait for
     dcp.save            torch.distributed.checkpoint.save, to files
     dcp.async_save      its blocking part, with one stager kept over all rounds (warm)
     torchsnapshot       the blocking part of Snapshot.async_take
     torch_checkpointing the blocking part of CheckpointManager.save, and what the update still has to wait for
 
-Every version has to become clean, and none may be skipped; that is checked in each round.
+The state is that of AdamW over parameters sharded by DTensor. Every version has to become clean, and none may be
+skipped; that is checked in each round.
 """
 
 from __future__ import annotations
@@ -43,15 +44,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from measure import Bar, Estimate, as_json, estimate, machine, ratios, table
-from torch import Tensor
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
 
-from holdfast.checkpoint.boxes import whole
-from holdfast.checkpoint.image import ImageLayout, Piece
 from holdfast.checkpoint.version import GenerationId, new_nonce
+from holdfast.faults import Injector
+from holdfast.runtime.capture import TrainingState
+from holdfast.runtime.snapshotter import Snapshotter
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Slot
-from holdfast.snapshot.copier import Copier, CopyPlan, Source, Ticket
+from holdfast.snapshot.copier import Ticket
 
 RANKS = 2
 SLOTS = 3
@@ -70,36 +73,42 @@ class Options:
     results: str
     """File for what was measured."""
     rounds: int
-    tensors: int
+    parameters: int
     elements: int
+    """Of each parameter, on one rank."""
     compute_s: float
 
 
-class HoldfastCopier:
-    """A copier with slots in shared memory, as a worker has it, for a given list of tensors."""
+class Holdfast:
+    """What a Session does at a boundary (capture, objects, plan, copy), with slots in shared memory of our own."""
 
-    def __init__(self, tensors: dict[str, Tensor], rank: int) -> None:
-        pieces = [Piece(name, "float32", tuple(t.shape), whole(tuple(t.shape))) for name, t in tensors.items()]
-        layout = ImageLayout.plan(pieces, objects_capacity=64 << 10)
-        self.plan = CopyPlan(
-            layout,
-            [
-                Source(piece.name, tensors[piece.name], offset, overlap=True)
-                for piece, offset in zip(layout.pieces, layout.piece_offsets, strict=True)
-            ],
+    def __init__(self, model: nn.Module, optimizer: Optimizer, rank: int) -> None:
+        state = TrainingState(model=model, optimizer=optimizer, extra={}, ranks=tuple(range(RANKS)), global_rank=rank)
+        self._shots = Snapshotter(
+            state,
+            node_of=lambda rank: 0,
+            global_rank=rank,
+            world_size=RANKS,
+            injector=Injector((), None, rank=rank),
+            on_done=lambda ticket: None,
         )
-        self._paths = [Path(f"/dev/shm/holdfast-bench-{os.getpid()}-{index}") for index in range(SLOTS)]
-        self._slots = [_make_slot(path, layout.size_bytes) for path in self._paths]
-        self.copier = Copier(self._slots, global_rank=rank, world_size=RANKS, on_clean=lambda ticket: None)
-        self.copier.prepare(self.plan)
+        self.size_bytes = self._shots.size_bytes(0)
+        self._paths = [Path(f"/dev/shm/holdfast-bench-{os.getpid()}-{id(self)}-{index}") for index in range(SLOTS)]
+        self._slots = tuple(_make_slot(path, self.size_bytes) for path in self._paths)
+        self._shots.use(self._slots)
         self._generation = GenerationId(incarnation=1, nonce=new_nonce(), generation=1)
         self._step = 0
 
-    def begin(self, *, inline: bool) -> Ticket:
+    def take(self, *, inline: bool) -> Ticket:
         """Start the next version in the next slot."""
         self._step += 1
-        slot = self._step % SLOTS
-        return self.copier.begin(self._generation.at(self._step), slot, self.plan, b"objects", inline=inline)
+        ticket = self._shots.take(self._generation.at(self._step), self._step % SLOTS, inline=inline)
+        assert ticket is not None, "the slots are too small"
+        return ticket
+
+    def before_update(self) -> None:
+        """What an optimizer's update waits for."""
+        self._shots.before_update()
 
     def finish(self, ticket: Ticket) -> None:
         """Wait until the version is clean; it has to be."""
@@ -107,7 +116,8 @@ class HoldfastCopier:
             raise RuntimeError(f"version {ticket.version} is not clean: torn {ticket.torn}, error {ticket.error}")
 
     def close(self) -> None:
-        self.copier.close()
+        """Remove the slots."""
+        self._shots.close()
         for slot, path in zip(self._slots, self._paths, strict=True):
             slot.close()
             path.unlink()
@@ -160,12 +170,24 @@ class Large:
     def __init__(self, options: Options, rank: int) -> None:
         self._options, self._rank = options, rank
         mesh = init_device_mesh("cpu", (RANKS,))
-        self._local = {f"layer{i:03d}.weight": torch.randn(options.elements) for i in range(options.tensors)}
+        model = nn.Module()
+        for index in range(options.parameters):
+            local = torch.randn(options.elements)
+            sharded = nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)], run_check=False))
+            sharded.grad = DTensor.from_local(torch.zeros(options.elements), mesh, [Shard(0)], run_check=False)
+            model.register_parameter(f"weight{index:03d}", sharded)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer.step()  # makes its state: three tensors of the parameter's size, with the parameter itself
+        optimizer.zero_grad()
         self._sharded = {
-            name: DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False) for name, tensor in self._local.items()
+            f"{name}.{key}": tensor.detach()
+            for name, parameter in model.named_parameters()
+            for key, tensor in [("weight", parameter), *optimizer.state[parameter].items()]
+            if isinstance(tensor, DTensor)
         }
+        self._local = {name: tensor.to_local() for name, tensor in self._sharded.items()}
         self._target = torch.zeros(sum(t.numel() for t in self._local.values()))
-        self._holdfast = HoldfastCopier(self._local, rank)
+        self._holdfast = Holdfast(model, optimizer, rank)
         self._compute = Compute(options.compute_s)
         self._rivals = contextlib.ExitStack()
         self.skipped: dict[str, str] = {}
@@ -212,17 +234,19 @@ class Large:
 
     def _inline(self, round_: int) -> Sample:
         began, cpu = time.perf_counter(), time.process_time()
-        ticket = self._holdfast.begin(inline=True)
+        ticket = self._holdfast.take(inline=True)
         stall = time.perf_counter() - began
         self._holdfast.finish(ticket)
         return Sample(stall, time.process_time() - cpu)
 
     def _overlapped(self, round_: int) -> Sample:
         began = time.perf_counter()
-        ticket = self._holdfast.begin(inline=False)
+        ticket = self._holdfast.take(inline=False)
         stall = time.perf_counter() - began
         self._compute()
-        stall += self._holdfast.copier.wait_before_update()
+        update = time.perf_counter()
+        self._holdfast.before_update()
+        stall += time.perf_counter() - update
         step = time.perf_counter() - began
         self._holdfast.finish(ticket)
         return Sample(stall, step_s=step)
@@ -305,8 +329,9 @@ class Small:
     """The subjects over many small tensors."""
 
     def __init__(self, options: Options, rank: int) -> None:
-        tensors = {f"expert{i:05d}.bias": torch.randn(SMALL_ELEMENTS) for i in range(SMALL_TENSORS)}
-        self._holdfast = HoldfastCopier(tensors, rank)
+        model = nn.ParameterList(torch.randn(SMALL_ELEMENTS) for _ in range(SMALL_TENSORS))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        self._holdfast = Holdfast(model, optimizer, rank)
         self._compute = Compute(options.compute_s / 4)
 
     def subjects(self) -> dict[str, Subject]:
@@ -317,17 +342,19 @@ class Small:
 
     def _inline(self, round_: int) -> Sample:
         began = time.perf_counter()
-        ticket = self._holdfast.begin(inline=True)
+        ticket = self._holdfast.take(inline=True)
         stall = time.perf_counter() - began
         self._holdfast.finish(ticket)
         return Sample(stall)
 
     def _overlapped(self, round_: int) -> Sample:
         began = time.perf_counter()
-        ticket = self._holdfast.begin(inline=False)
+        ticket = self._holdfast.take(inline=False)
         stall = time.perf_counter() - began
         self._compute()
-        stall += self._holdfast.copier.wait_before_update()
+        update = time.perf_counter()
+        self._holdfast.before_update()
+        stall += time.perf_counter() - update
         self._holdfast.finish(ticket)
         return Sample(stall)
 
@@ -440,14 +467,14 @@ def main() -> int:
     parser.add_argument("--folder", help="where rivals write; default: a temporary directory")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     args = parser.parse_args()
-    tensors, elements = (8, 1 << 20) if args.quick else (64, 2 << 20)
+    parameters, elements = (3, 1 << 20) if args.quick else (20, 2 << 20)
     with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir=args.folder) as folder:
         options = Options(
             store=f"{folder}/store",
             folder=f"{folder}/rivals",
             results=f"{folder}/results.json",
             rounds=3 if args.quick else args.rounds,
-            tensors=tensors,
+            parameters=parameters,
             elements=elements,
             compute_s=0.2 if args.quick else 1.0,
         )
@@ -464,7 +491,7 @@ def main() -> int:
         print(as_json({"stall": results, "skipped": skipped}, bars))
     else:
         print(f"machine: {machine()}\n")
-        print(report(results, skipped, 4 * tensors * elements / 1e6))
+        print(report(results, skipped, 12 * parameters * elements / 1e6))
         print("\n".join(map(str, bars)))
         if args.json:
             Path(args.json).write_text(as_json({"stall": results, "skipped": skipped}, bars))
