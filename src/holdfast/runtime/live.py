@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 from holdfast.checkpoint.saving import Ranks
 from holdfast.environment import WorkerEnvironment
@@ -22,7 +23,7 @@ from holdfast.faults import When
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
-from holdfast.runtime.results import EndedSave, Persisted, Restored, SaveHandle
+from holdfast.runtime.results import Persisted, Restored, SaveHandle
 from holdfast.runtime.say import plural, say, size
 from holdfast.runtime.snapshotter import Snapshotter
 from holdfast.runtime.storage_tier import StorageTier
@@ -39,6 +40,8 @@ _PERSIST_TIMEOUT = timedelta(hours=2)
 _SLOTS_TIMEOUT_S = 600.0
 _SETTLE_AFTER_STEPS = 20
 """Where persist_every names no steps: how many after the start the ranks settle whether memory is there."""
+_FAILED_COPY_S = 10.0
+"""How long the script's own exception waits for a copy that runs: it may make a newer version whole."""
 _POLL_S = 0.01
 _FINAL_POLL = timedelta(milliseconds=20)
 
@@ -47,8 +50,6 @@ _SEVERITY = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.
 
 
 def _persisted(message: PersistedMessage) -> Persisted:
-    from pathlib import Path
-
     return Persisted(step=message.version.step, path=Path(message.path), tag=message.tag, seconds=message.seconds)
 
 
@@ -148,13 +149,15 @@ class LiveMode(Mode):
         if self._storage is None:
             self._copy(step, must=agreed is not None)
             self._settle_where_due(previous, step)
-        if self._storage is not None and (agreed is not None or self._due_in_storage(previous, step)):
-            self._save_ourselves(step, agreed.tag if agreed is not None else None, metrics)
+        if self._storage is not None:
+            self._storage.boundary(previous, step, metrics)
         self._wait_s += time.monotonic() - begun
         return (agreed is not None and agreed.kind == "stop") or self._stopping
 
     def save(self, tag: str | None, metrics: Mapping[str, float]) -> SaveHandle:
-        """At an agreed step."""
+        """At an agreed step; at the next boundary where the ranks write to storage themselves."""
+        if self._storage is not None:
+            return self._storage.request(self._step + 1, tag, metrics)
         return SaveHandle(_ClientSave(self._client.request_save(tag, dict(metrics))))
 
     def stop(self, *, persist: bool) -> None:
@@ -177,7 +180,7 @@ class LiveMode(Mode):
                 self._finish(step)
                 outcome = "done"
         finally:
-            self._shots.close()
+            self._shots.close(_FAILED_COPY_S if failed else _SLOTS_TIMEOUT_S)
             self._client.close(step, outcome)
 
     # --- opening
@@ -316,7 +319,7 @@ class LiveMode(Mode):
             return
         assert self._context.options.checkpoint_dir is not None
         generation = self._environment.generation
-        self._storage = StorageTier(self._context, self._ranks, generation)
+        self._storage = StorageTier(self._context, self._ranks, generation, self._huddle)
         # Why there is no memory (bytes and limit) is the daemon's notice, which `_listen` passes on.
         log.info("no memory tier for %s: the ranks write to storage themselves", size(self._asked_bytes))
 
@@ -328,28 +331,6 @@ class LiveMode(Mode):
         while (slots := self._client.slots()) is None and time.monotonic() < deadline:
             time.sleep(_POLL_S)
         return bool(slots)
-
-    def _due_in_storage(self, previous: int, step: int) -> bool:
-        every = self._context.options.persist_every_steps
-        if every is not None:
-            return step // every > previous // every
-        limit = self._context.options.persist_every_s
-        if limit is None:
-            return False
-        last = self._last_storage_save
-        return self._huddle.from_first(lambda: "y" if time.monotonic() - last >= limit else "n") == "y"
-
-    _last_storage_save = time.monotonic()
-
-    def _save_ourselves(self, step: int, tag: str | None, metrics: Mapping[str, float]) -> EndedSave:
-        """A checkpoint that fails in the middle of training is a warning: the older ones are there."""
-        assert self._storage is not None
-        self._last_storage_save = time.monotonic()
-        try:
-            return EndedSave(step, self._storage.save(step, tag=tag, metrics=metrics))
-        except StorageError as error:
-            log.warning("step %d could not be saved, training goes on: %s", step, error)
-            return EndedSave(step, str(error))
 
     # --- the end
 
@@ -410,8 +391,6 @@ class LiveMode(Mode):
 
 
 def _restored(restore: Restore, step: int, generation: int) -> Restored:
-    from pathlib import Path
-
     return Restored(
         step=step,
         tier=restore.tier,

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Mapping
-from datetime import timedelta
 from pathlib import Path
 
 from holdfast.checkpoint.commit import abandon_after, list_steps, open_checkpoint
 from holdfast.checkpoint.saving import Ranks
 from holdfast.checkpoint.version import GenerationId, new_nonce
-from holdfast.errors import CorruptError, PeerTimeout, StorageError
+from holdfast.errors import CorruptError, StorageError
 from holdfast.faults import When
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
 from holdfast.runtime.restoring import candidates, resume_path
-from holdfast.runtime.results import Persisted, Restored, SaveHandle
+from holdfast.runtime.results import Restored, SaveHandle
 from holdfast.runtime.say import plural, say
 from holdfast.runtime.storage_tier import StorageTier
 
@@ -26,32 +24,6 @@ log = logging.getLogger(__name__)
 
 _sessions = itertools.count()
 """Numbers the Sessions of this process, so that no two use the same keys; ranks open Sessions in the same order."""
-
-
-class _SaveAtBoundary:
-    """A save that happens at the next boundary."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-        self.outcome: Persisted | StorageError | None = None
-
-    def done(self) -> bool:
-        """Whether that boundary has passed."""
-        return self.outcome is not None
-
-    def result(self, timeout: timedelta) -> Persisted:
-        """What came of it; the training thread itself saves, so there is nothing to wait for."""
-        match self.outcome:
-            case Persisted():
-                return self.outcome
-            case None:
-                raise PeerTimeout(f"the save is made at the end of step {self._step}, which has not come yet")
-            case error:
-                raise error
-
-    def step(self) -> int | None:
-        """The step that is saved."""
-        return self._step
 
 
 class PlainMode(Mode):
@@ -63,8 +35,6 @@ class PlainMode(Mode):
         self._huddle = Huddle(self._ranks, f"holdfast/session/{next(_sessions)}")
         self._tier: StorageTier | None = None
         self._step = 0
-        self._last_save = time.monotonic()
-        self._saves: list[tuple[_SaveAtBoundary, str | None, Mapping[str, float]]] = []
         self._stopping = False
         self._persist_end = True
 
@@ -79,13 +49,12 @@ class PlainMode(Mode):
         restored = None
         if directory is not None:
             generation = GenerationId.parse(self._huddle.from_first(lambda: str(_generation(directory))))
-            self._tier = StorageTier(self._context, self._ranks, generation)
+            self._tier = StorageTier(self._context, self._ranks, generation, self._huddle)
             restored = self._resume(directory)
         if restored is None and options.init_from is not None:
             path = init_weights(options.init_from, self._context.state.entries())
             say(log, f"weights initialised from {path}", rank=rank)
         self._step = restored.step if restored is not None else 0
-        self._last_save = time.monotonic()
         return restored
 
     def expect(self, until: int) -> None:
@@ -94,19 +63,14 @@ class PlainMode(Mode):
     def boundary(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Save where it is due."""
         previous, self._step = self._step, step
-        saves, self._saves = self._saves, []
         if self._tier is not None:
-            for pending, tag, its_metrics in saves:
-                pending.outcome = self._try_save(step, tag, {**metrics, **its_metrics})
-            if not saves and self._due(previous, step):
-                self._try_save(step, None, metrics)
+            self._tier.boundary(previous, step, metrics)
         return self._stopping
 
     def save(self, tag: str | None, metrics: Mapping[str, float]) -> SaveHandle:
         """At the next boundary."""
-        pending = _SaveAtBoundary(self._step + 1)
-        self._saves.append((pending, tag, metrics))
-        return SaveHandle(pending)
+        assert self._tier is not None, "save() needs checkpoint_dir"
+        return self._tier.request(self._step + 1, tag, metrics)
 
     def stop(self, *, persist: bool) -> None:
         """At the next boundary; all ranks call it in the same step."""
@@ -124,25 +88,6 @@ class PlainMode(Mode):
             self._tier.save(step)
 
     # --- inside
-
-    def _try_save(self, step: int, tag: str | None, metrics: Mapping[str, float]) -> Persisted | StorageError:
-        """A checkpoint that fails in the middle of training is a warning: the older ones are there."""
-        assert self._tier is not None
-        self._last_save = time.monotonic()
-        try:
-            return self._tier.save(step, tag=tag, metrics=metrics)
-        except StorageError as error:
-            log.warning("step %d could not be saved, training goes on: %s", step, error)
-            return error
-
-    def _due(self, previous: int, step: int) -> bool:
-        options = self._context.options
-        if options.persist_every_steps is not None:
-            return step // options.persist_every_steps > previous // options.persist_every_steps
-        if options.persist_every_s is None:
-            return False
-        limit = options.persist_every_s
-        return self._huddle.from_first(lambda: "y" if time.monotonic() - self._last_save >= limit else "n") == "y"
 
     def _resume(self, directory: Path) -> Restored | None:
         """Take the best checkpoint that every rank can read."""

@@ -8,8 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
 
-from holdfast.errors import StorageError
-
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
@@ -93,25 +91,3 @@ class ListOfCallbacks:
         """Call all; what a callback raises is the user's and goes up unchanged."""
         for callback in self._callbacks:
             callback(persisted)
-
-
-class EndedSave:
-    """A save that has already ended: done, or failed with a reason."""
-
-    def __init__(self, step: int, outcome: Persisted | str) -> None:
-        self._step = step
-        self._outcome = outcome
-
-    def done(self) -> bool:
-        """Always."""
-        return True
-
-    def result(self, timeout: timedelta) -> Persisted:
-        """What came of it."""
-        if isinstance(self._outcome, str):
-            raise StorageError(self._outcome)
-        return self._outcome
-
-    def step(self) -> int | None:
-        """The step that was saved."""
-        return self._step

@@ -111,6 +111,8 @@ class Session:
         """Completed steps where a body with an update was left early: by ``break``, or by an exception, which does not
         count it. A generator cannot tell the two apart; `__exit__` can."""
         self._looping = False
+        self._rng_pending = False
+        """Whether nothing has been trained since the state was restored: iterators may have drawn numbers meanwhile."""
 
     # --- the context
 
@@ -130,9 +132,11 @@ class Session:
         try:
             self._open()
         except BaseException:
+            mode, self._mode = self._mode, None
             Session._active = None
-            self._mode = None
             self._cleanup.close()
+            if mode is not None:
+                _close_after_failure(mode, 0)
             raise
         return self
 
@@ -180,6 +184,7 @@ class Session:
         self._mode = mode
         self._restored = mode.open()
         self._step = self._restored.step if self._restored is not None else 0
+        self._rng_pending = self._restored is not None
         hook = register_optimizer_step_pre_hook(self._before_update)
         self._cleanup.callback(hook.remove)
         hooks = install_hooks(
@@ -219,7 +224,9 @@ class Session:
         if self._looping:
             raise UsageError("steps() is already running: one loop at a time")
         mode.expect(until)
-        context.state.restore_rng()
+        if self._rng_pending:
+            self._rng_pending = False
+            context.state.restore_rng()
         self._looping = True
         try:
             while self._step < until and not self._should_stop:
@@ -317,7 +324,7 @@ class Session:
     def _end_step(self, step: int, metrics: Mapping[str, float]) -> None:
         mode, context = self._live()
         self._step = step
-        self._updated = False
+        self._updated = self._rng_pending = False
         context.injector.at(When.BOUNDARY, step)
         if mode.boundary(step, metrics):
             self._should_stop = True

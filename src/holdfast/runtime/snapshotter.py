@@ -139,10 +139,10 @@ class Snapshotter:
             self._demoted |= new
             self._entries = None
 
-    def close(self) -> None:
+    def close(self, timeout_s: float = 60.0) -> None:
         """Let the running copy end, and let go of the slots."""
         if self._copier is not None:
-            self._copier.close()
+            self._copier.close(timeout_s)
             self._copier = None
             self._slots = ()
 

@@ -19,33 +19,98 @@ from holdfast.checkpoint.image import Piece
 from holdfast.checkpoint.saving import Ranks, save_pieces
 from holdfast.checkpoint.tensors import tensor_bytes
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import CheckpointError
+from holdfast.errors import CheckpointError, PeerTimeout, StorageError
+from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.mode import Context
-from holdfast.runtime.results import Persisted
+from holdfast.runtime.results import Persisted, SaveHandle
 from holdfast.runtime.say import say
 
 log = logging.getLogger(__name__)
 
 
+class _SaveAtBoundary:
+    """A save that happens at the end of the running step."""
+
+    def __init__(self, step: int, tag: str | None, metrics: Mapping[str, float]) -> None:
+        self.at, self.tag, self.metrics = step, tag, metrics
+        self.outcome: Persisted | StorageError | None = None
+
+    def done(self) -> bool:
+        """Whether that boundary has passed."""
+        return self.outcome is not None
+
+    def result(self, timeout: timedelta) -> Persisted:
+        """What came of it; the training thread itself saves, so there is nothing to wait for."""
+        match self.outcome:
+            case Persisted():
+                return self.outcome
+            case None:
+                raise PeerTimeout(f"the save is made at the end of step {self.at}, which has not come yet")
+            case error:
+                raise error
+
+    def step(self) -> int | None:
+        """The step that is saved."""
+        return self.at
+
+
 class StorageTier:
     """Writes the live state to `Options.checkpoint_dir`, all ranks together. Training thread only."""
 
-    def __init__(self, context: Context, ranks: Ranks, generation: GenerationId) -> None:
+    def __init__(self, context: Context, ranks: Ranks, generation: GenerationId, huddle: Huddle) -> None:
         """Begin.
 
         Args:
             context: of the Session; its options name a checkpoint directory.
             ranks: who saves together.
             generation: goes into names and versions; the same on all ranks.
+            huddle: agrees when a time interval has passed.
         """
         assert context.options.checkpoint_dir is not None
         self._context = context
         self._ranks = ranks
         self._generation = generation
+        self._huddle = huddle
         self._directory: Path = context.options.checkpoint_dir
         self._attempts = 0
+        self._last_save = time.monotonic()
+        self._requests: list[_SaveAtBoundary] = []
         self.saved_step: int | None = None
         """Newest step that is in storage."""
+
+    def request(self, step: int, tag: str | None, metrics: Mapping[str, float]) -> SaveHandle:
+        """Save at the end of the running step, which is `step`; every rank calls it in the same one."""
+        request = _SaveAtBoundary(step, tag, metrics)
+        self._requests.append(request)
+        return SaveHandle(request)
+
+    def boundary(self, previous: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Make the saves that were requested, or the one that is due since `previous`.
+
+        One that fails in the middle of training is a warning: older checkpoints are there.
+        """
+        requests, self._requests = self._requests, []
+        for request in requests:
+            request.outcome = self._try_save(step, request.tag, {**metrics, **request.metrics})
+        if not requests and self._is_due(previous, step):
+            self._try_save(step, None, metrics)
+
+    def _is_due(self, previous: int, step: int) -> bool:
+        options = self._context.options
+        if options.persist_every_steps is not None:
+            return step // options.persist_every_steps > previous // options.persist_every_steps
+        if options.persist_every_s is None:
+            return False
+        limit = options.persist_every_s
+        return self._huddle.from_first(lambda: "y" if time.monotonic() - self._last_save >= limit else "n") == "y"
+
+    def _try_save(self, step: int, tag: str | None, metrics: Mapping[str, float]) -> Persisted | StorageError:
+        self._last_save = time.monotonic()
+        try:
+            return self.save(step, tag=tag, metrics=metrics)
+        except StorageError as error:
+            log.warning("step %d could not be saved, training goes on: %s", step, error)
+            return error
 
     def save(self, step: int, *, tag: str | None = None, metrics: Mapping[str, float] | None = None) -> Persisted:
         """Write the state as of `step`; every rank calls it at the same boundary.

@@ -13,8 +13,24 @@ import holdfast.runtime.session as session_module
 from holdfast.errors import StorageError, UsageError
 from holdfast.runtime.init_from import InitFrom
 from holdfast.runtime.mode import Context, Mode
-from holdfast.runtime.results import EndedSave, Persisted, Restored, SaveHandle
+from holdfast.runtime.results import Persisted, Restored, SaveHandle
 from holdfast.runtime.session import Session
+
+
+class SavedAt7:
+    """A save that is in storage."""
+
+    def __init__(self, tag: str | None) -> None:
+        self.tag = tag
+
+    def done(self) -> bool:
+        return True
+
+    def result(self, timeout: timedelta) -> Persisted:
+        return Persisted(step=7, path=Path("step-00000007"), tag=self.tag)
+
+    def step(self) -> int | None:
+        return 7
 
 
 class ListeningMode(Mode):
@@ -39,7 +55,7 @@ class ListeningMode(Mode):
 
     def save(self, tag: str | None, metrics: Mapping[str, float]) -> SaveHandle:
         self.heard.append(("save", tag, dict(metrics)))
-        return SaveHandle(EndedSave(7, Persisted(step=7, path=Path("step-00000007"), tag=tag)))
+        return SaveHandle(SavedAt7(tag))
 
     def stop(self, *, persist: bool) -> None:
         self.heard.append(("stop", persist))

@@ -105,6 +105,16 @@ def test_iterators_made_after_entering_do_not_disturb_the_generators(tmp_path: P
     assert_same(job, undisturbed(9))
 
 
+def test_second_loop_goes_on_with_the_generators_of_the_first(tmp_path: Path) -> None:
+    Job().run(tmp_path, 4)
+    job = Job()
+    with job.session(tmp_path) as session:
+        for until in (6, 9):
+            for _ in session.steps(until):
+                job.body()
+    assert_same(job, undisturbed(9))
+
+
 def test_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
     Job().run(tmp_path, 4)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
