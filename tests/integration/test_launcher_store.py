@@ -1,0 +1,13 @@
+"""A restarted worker never meets the addresses of the dead attempt."""
+
+from __future__ import annotations
+
+import launcher_stale_store as script
+
+from support.jobs import BIN
+
+
+def test_one_kill_costs_one_restart_with_gloo() -> None:
+    launcher = [str(BIN / "holdfast"), "run", "--standalone", "--hold-snapshot-memory", "0"]
+    code, attempts, _ = script.measure(launcher)
+    assert (code, attempts) == (0, 2)
