@@ -81,7 +81,6 @@ def test_generations_in_a_row_each_start_from_the_newest_version(node: Node) -> 
     job.start(Plan(until=step + 20, ranks=(0, 1)))
     for worker in job.finish():
         assert worker.event("restored")["step"] >= step
-        assert worker.event("restored")["lost"] <= 3
 
 
 def test_training_goes_on_when_the_daemon_is_killed_and_its_successor_adopts_the_slots(

@@ -42,7 +42,7 @@ import xxhash
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import CorruptError, StorageError
 from holdfast.snapshot.control import ControlPage
-from holdfast.snapshot.messages import LeaderRestore, Parentage, SessionConfig, StartGeneration
+from holdfast.snapshot.messages import LeaderRestore, Parentage, PersistEnded, SessionConfig, StartGeneration
 from holdfast.snapshot.reports import Agreed, Request
 
 SLOT_HEADER_BYTES: Final = 4096
@@ -275,6 +275,8 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """What the generation of `start` started from; None until the leader has chosen."""
     requests: tuple[Request, ...] = ()
     """Open requests for agreed steps."""
+    ended: tuple[PersistEnded, ...] = ()
+    """The newest persists of this generation that ended: workers may not have heard of them."""
     agreed: Agreed | None = None
     """The agreed step that stands on the control page, with what the page has no room for."""
     newest_step: int = -1

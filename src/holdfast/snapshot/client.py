@@ -114,12 +114,15 @@ class _Outcomes:
         self._agreed: dict[str, int] = {}
         self._over: str | None = None
 
-    def put(self, message: PersistedMessage | PersistFailedMessage) -> None:
+    def put(self, message: PersistedMessage | PersistFailedMessage) -> bool:
+        """Take it; False where it is old news."""
         with self._changed:
             known = self._by_step.get(message.version.step)
-            if not isinstance(known, PersistedMessage):
-                self._by_step[message.version.step] = message
+            if isinstance(known, PersistedMessage) or known == message:
+                return False
+            self._by_step[message.version.step] = message
             self._changed.notify_all()
+            return True
 
     def agree(self, request: str, step: int) -> None:
         with self._changed:
@@ -638,8 +641,8 @@ class SnapshotClient:
                     with self._sending:
                         self._said.pop(request, None)
             case PersistedMessage() | PersistFailedMessage():
-                self._outcomes.put(message)
-                self._events.append(message)
+                if self._outcomes.put(message):
+                    self._events.append(message)
             case Notice():
                 self._events.append(message)
             case _:

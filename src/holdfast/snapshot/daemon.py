@@ -46,9 +46,7 @@ from holdfast.snapshot.messages import (
     NodeReport,
     Notice,
     OpenSession,
-    PersistedMessage,
     PersistEnded,
-    PersistFailedMessage,
     PersistOrder,
     PersistPart,
     RanksOpened,
@@ -73,6 +71,7 @@ _TICK_S: Final = 0.02
 _IDLE_TICK_S: Final = 0.2
 _REPEAT_S: Final = 0.5
 _RANGE_LANES: Final = 2
+_KEPT_PARTS: Final = 4
 _LOCK: Final = "daemon.lock"
 
 
@@ -101,6 +100,7 @@ class Daemon:
         self._agent: Peer | None = None
         self._agent_pidfd: int | None = None
         self._parts: dict[Version, Part] = {}
+        self._written: dict[tuple[Version, int], PersistPart] = {}  # the newest answers, to be given again
         self._stop = False
         self._repeated = 0.0
         self._range_lane = 0
@@ -141,7 +141,11 @@ class Daemon:
     def _repeat(self) -> None:
         """What may have been lost with a connection to the leader's daemon."""
         start = self.node.start
-        if start is not None and start.leader != start.node_rank and self.node.restore is not None:
+        if start is None or start.leader == start.node_rank:
+            return
+        if self.node.restore is None:
+            self.transport.send_node(start.leader, self.node.inventory())
+        else:
             self.node.repeat_report()
 
     def _adopt(self) -> None:
@@ -303,30 +307,38 @@ class Daemon:
     # --- persisting
 
     def _persist(self, order: PersistOrder) -> None:
-        part = Part(order.version, Path(order.directory), self.node.slots_of(order.version))
+        """Write our part. An order may come again: what is being written goes on, what is written is reported again."""
+        key = (order.version, order.attempt)
+        start = self.node.start
+        if key in self._written and start is not None:
+            self.transport.send_node(start.leader, self._written[key])
+            return
+        if order.version in self._parts and self._parts[order.version].attempt == order.attempt:
+            return
+        part = Part(order.version, order.attempt, Path(order.directory), self.node.slots_of(order.version))
         self._parts[order.version] = part
         _log.info("persisting %s into %s (%d images)", order.version, order.directory, len(part.slots))
+        self.lanes.submit("persist", lambda: write_part(part), lambda result: self._part_ended(part, result))
 
-        def done(result: tuple[bytes, ...] | Exception) -> None:
-            if self._parts.get(order.version) is part:
-                del self._parts[order.version]
-            start = self.node.start
-            if start is None:
-                return
-            error = None
-            if isinstance(result, Exception):
-                error, result = str(result), ()
-                _log.warning("%s was not persisted: %s", order.version, error)
-            answer = PersistPart(
-                version=order.version,
-                node_rank=start.node_rank,
-                attempt=order.attempt,
-                records=result,
-                error=error,
-            )
-            self.transport.send_node(start.leader, answer)
-
-        self.lanes.submit("persist", lambda: write_part(part), done)
+    def _part_ended(self, part: Part, result: tuple[bytes, ...] | Exception) -> None:
+        if self._parts.get(part.version) is part:
+            del self._parts[part.version]
+        start = self.node.start
+        if start is None:
+            return
+        if isinstance(result, Exception) and not isinstance(result, HoldfastError):
+            _log.error("%s was not persisted", part.version, exc_info=result)
+        answer = PersistPart(
+            version=part.version,
+            node_rank=start.node_rank,
+            attempt=part.attempt,
+            records=() if isinstance(result, Exception) else result,
+            error=str(result) if isinstance(result, Exception) else None,
+        )
+        self._written[part.version, part.attempt] = answer
+        while len(self._written) > _KEPT_PARTS:
+            del self._written[next(iter(self._written))]
+        self.transport.send_node(start.leader, answer)
 
     def _stop_persist(self, version: Version) -> None:
         part = self._parts.pop(version, None)
@@ -334,15 +346,7 @@ class Daemon:
             part.cancelled.set()
 
     def _persist_ended(self, message: PersistEnded) -> None:
-        if message.path is not None:
-            self.node.to_workers(
-                PersistedMessage(version=message.version, path=message.path, seconds=message.seconds, tag=message.tag)
-            )
-        else:
-            reason = message.error or "it could not be written"
-            self.node.to_workers(PersistFailedMessage(version=message.version, reason=reason))
-            text = f"step {message.version.step} is not in storage: {reason}; older checkpoints are as they were"
-            self.to_agent(Notice(severity="warning", text=text))
+        self.node.persist_ended(message)
         self.ending.leader_said(message)
 
     # --- the agent

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ _log = logging.getLogger(__name__)
 _ASK_EVERY_S: Final = 0.5
 _WARN_AFTER_S: Final = 60.0
 _PART_LIMIT_S: Final = 1800.0
+_ORDER_AGAIN_S: Final = 5.0
 
 
 @dataclass
@@ -55,6 +57,8 @@ class _Attempt:
     number: int
     begun: float
     waiting: set[int]
+    order: PersistOrder | None = None
+    ordered: float = 0.0
     records: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
 
 
@@ -94,6 +98,8 @@ class Leading:
         self._attempts: dict[Version, _Attempt] = {}
         self._worlds: dict[Version, int] = {}
         self._orders: dict[int, LeaderOrders] = {}
+        self._epochs: dict[int, int] = {}
+        self._ended: deque[PersistEnded] = deque(maxlen=4)
         self._asked = self._first_opened = 0.0
         self._repeated = 0.0
         self._persist_begun = time.monotonic()
@@ -119,12 +125,18 @@ class Leading:
         match message:
             case Inventory() if message.generation == self.start.generation:
                 self._inventories[message.node_rank] = message
+                if self._chosen is not None:  # it has not heard of the choice
+                    self._send(message.node_rank, self._chosen)
                 self._try_choose()
             case RanksOpened() if message.generation == self.start.generation:
                 self._take_openings(message)
             case RestoreFailed() if message.generation == self.start.generation:
                 self._take_failure(message)
             case NodeReport(state=state) if state.generation == self.start.generation:
+                if self._epochs.setdefault(state.node_rank, state.epoch) != state.epoch:
+                    self._epochs[state.node_rank] = state.epoch
+                    for ended in self._ended:  # its daemon was replaced, and may not have heard of them
+                        self._send(state.node_rank, ended)
                 if self.ledger is not None:
                     self._feed(leader.ReportReceived(state=state))
             case PersistPart():
@@ -327,6 +339,10 @@ class Leading:
             self._persist_begun = now
             self._feed(leader.PersistDue())
         for attempt in list(self._attempts.values()):
+            if attempt.order is not None and now - attempt.ordered > _ORDER_AGAIN_S:
+                attempt.ordered = now  # order or answer may have been lost with a connection
+                for node_rank in attempt.waiting:
+                    self._send(node_rank, attempt.order)
             if attempt.waiting and now - attempt.begun > _PART_LIMIT_S:
                 for node_rank in sorted(attempt.waiting):
                     self._part_ended(attempt, node_rank, f"nothing was heard of it for {_PART_LIMIT_S:.0f} s")
@@ -351,6 +367,7 @@ class Leading:
         )
 
         def cleared(result: object) -> None:
+            known.order, known.ordered = message, time.monotonic()
             for node_rank in order.nodes:
                 if isinstance(result, Exception):
                     self._part_ended(known, node_rank, str(result))
@@ -416,6 +433,7 @@ class Leading:
             seconds=time.monotonic() - attempt.begun if attempt else 0.0,
             tag=settled.tag,
         )
+        self._ended.append(ended)
         for node_rank in self._members:
             self._send(node_rank, ended)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot import ledger
-from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, FoundSlot, SlotState, process_start
+from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, FoundSlot, SlotState, process_start, read_header_of
 from holdfast.snapshot.control import Phase, generation_word
 from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.messages import (
@@ -36,6 +37,9 @@ from holdfast.snapshot.messages import (
     Notice,
     OpenSession,
     Parentage,
+    PersistedMessage,
+    PersistEnded,
+    PersistFailedMessage,
     Progress,
     RanksOpened,
     Reached,
@@ -56,6 +60,9 @@ from holdfast.snapshot.room import Room
 from holdfast.snapshot.transport import Peer, Transport
 
 _log = logging.getLogger(__name__)
+_WATCH_S: Final = 1.0
+_ENDED: Final = 4
+_KEPT_GENERATIONS: Final = 1000
 _PROGRESS_S: Final = 0.02
 """Steps may be shorter; the agent needs to know that there is progress, not each step of it."""
 
@@ -118,6 +125,7 @@ class Node:
         self._report: LedgerState | None = None
         self._told: Version | None = None  # the newest complete version that the agent was told
         self._told_at = 0.0
+        self._looked_at = 0.0  # when the headers of watched ranks were last read without another reason
         self._paths: dict[tuple[SlotRef, int], FoundSlot] = {}
         self._room = Room(
             arena,
@@ -145,7 +153,14 @@ class Node:
         self._leave()
         self.restore = self.complete = None
         self._enter(start)
-        changes = {"start": start, "running": True, "run_id": start.run_id, "restore": None, "agreed": None}
+        changes = {
+            "start": start,
+            "running": True,
+            "run_id": start.run_id,
+            "restore": None,
+            "agreed": None,
+            "ended": (),
+        }
         generations = (*self.arena.state.generations, start.generation)[-1000:]
         self._save(generations=generations, **changes)
         self._feed(
@@ -211,6 +226,8 @@ class Node:
         )
         if not state.running:
             return
+        if state.restore is None:  # the leader may have chosen meanwhile: it answers with its choice
+            self._transport.send_node(state.start.leader, self.inventory())
         self._room.adopt(tuple(range(len(self._generation.local_ranks))))
         if state.pool >= 0 and state.pool == pool:
             self._feed(ledger.PoolReady(pool=pool, num_slots=state.num_slots))
@@ -248,7 +265,7 @@ class Node:
         parents.append(
             Parentage(generation=start.generation, parent=message.restore.version, step=message.restore.step)
         )
-        self._save(restore=message, parents=tuple(parents)[-1000:], history=message.history)
+        self._save(restore=message, parents=tuple(parents)[-_KEPT_GENERATIONS:], history=message.history)
         self._feed(ledger.RestoreDecided(generation=start.generation, parent=parent, step=message.restore.step))
         assert self._generation is not None
         for worker in self._generation.workers.values():
@@ -351,14 +368,24 @@ class Node:
         else:
             self._transport.watch(worker.pidfd, lambda: self._worker_exited(worker))
         self.poll_page()
-        part = self.page.rank(message.local_rank)
-        if part.step >= 0 and part.phase >= Phase.RESTORED:  # it reconnects: doorbells may have been lost
-            headers = tuple(header for header in self._headers() if header.local_rank == message.local_rank)
-            self._feed(
-                ledger.RankRead(
-                    generation=message.generation, global_rank=message.global_rank, step=part.step, headers=headers
-                )
+        if self.page.rank(message.local_rank).phase >= Phase.RESTORED:  # it reconnects: doorbells may have been lost
+            self._read_rank(worker)
+        for ended in self.arena.state.ended:
+            self._transport.send(peer, _outcome(ended))
+
+    def _read_rank(self, worker: Worker) -> None:
+        """Tell the ledger what the rank has published and what its headers say, in this order."""
+        worker.step = max(worker.step, self.page.rank(worker.local_rank).step)
+        if worker.step < 0:
+            return
+        self._feed(
+            ledger.RankRead(
+                generation=worker.generation,
+                global_rank=worker.global_rank,
+                step=worker.step,
+                headers=self._rank_headers(worker.local_rank),
             )
+        )
 
     def _worker_exited(self, worker: Worker) -> None:
         self._forget_pidfd(worker)
@@ -454,6 +481,16 @@ class Node:
         former = (found for found in self.arena.scan() if found.pool != pool)
         self.arena.drop(found.path for found in former if SlotRef(found.pool, found.index) not in used)
 
+    def persist_ended(self, message: PersistEnded) -> None:
+        """Tell the workers, and note it for those that are connecting to a successor of this daemon."""
+        if message in self.arena.state.ended:
+            return
+        self._save(ended=(*self.arena.state.ended, message)[-_ENDED:])
+        self.to_workers(_outcome(message))
+        if message.error is not None:
+            text = f"step {message.version.step} is not in storage: {message.error}; older checkpoints are as they were"
+            self._to_agent(Notice(severity="warning", text=text))
+
     def to_workers(self, message: AnyMessage) -> None:
         """Send to every worker of this node that has opened and not closed."""
         if self._generation is not None:
@@ -473,17 +510,29 @@ class Node:
         generation = self._generation
         if generation is None or not self.arena.state.running:
             return
-        for local, global_rank in enumerate(generation.local_ranks):
-            worker = generation.workers.get(global_rank)
-            if worker is None or not self._sits(local):
-                continue
-            part, now = self.page.rank(local), generation.start.generation
-            if part.step > worker.step:
-                worker.step = part.step
-                self._feed(ledger.RankStepped(generation=now, global_rank=global_rank, step=worker.step))
-            if part.acknowledged > worker.acknowledged:
-                worker.acknowledged = part.acknowledged
-                self._feed(ledger.RankAcknowledged(generation=now, global_rank=global_rank, number=worker.acknowledged))
+        now = time.monotonic()
+        look_again = now - self._looked_at > _WATCH_S
+        if look_again:
+            self._looked_at = now
+        for worker in generation.workers.values():
+            part = self.page.rank(worker.local_rank)
+            step, acknowledged = part.step, part.acknowledged
+            if (step > worker.step or look_again) and part.generation == generation.word:
+                self._poll_step(worker, step)
+            if acknowledged > worker.acknowledged and part.generation == generation.word:
+                worker.acknowledged = acknowledged
+                self._feed(
+                    ledger.RankAcknowledged(
+                        generation=worker.generation, global_rank=worker.global_rank, number=acknowledged
+                    )
+                )
+
+    def _poll_step(self, worker: Worker, step: int) -> None:
+        if worker.global_rank in self.ledger.watched:
+            self._read_rank(worker)
+        elif step > worker.step:
+            worker.step = step
+            self._feed(ledger.RankStepped(generation=worker.generation, global_rank=worker.global_rank, step=step))
 
     def _headers(self) -> tuple[ledger.Header, ...]:
         """Every slot header of the arena that is not FREE."""
@@ -501,6 +550,28 @@ class Node:
                         global_rank=found.header.global_rank,
                         clean=found.header.state is SlotState.CLEAN,
                         writer_alive=process_start(found.header.pid) == found.header.pid_start,
+                    )
+                )
+        return tuple(headers)
+
+    def _rank_headers(self, local_rank: int) -> tuple[ledger.Header, ...]:
+        """The headers of a living local rank's slots in the pool in use."""
+        headers = []
+        state = self.arena.state
+        for index in range(state.num_slots):
+            try:
+                header, _ = read_header_of(self.arena.slot_path(state.pool, local_rank, index))
+            except FileNotFoundError:
+                continue
+            if header.state is not SlotState.FREE and header.version is not None:
+                headers.append(
+                    ledger.Header(
+                        slot=SlotRef(state.pool, index),
+                        local_rank=local_rank,
+                        version=header.version,
+                        global_rank=header.global_rank,
+                        clean=header.state is SlotState.CLEAN,
+                        writer_alive=True,
                     )
                 )
         return tuple(headers)
@@ -527,8 +598,13 @@ class Node:
         self._feed(ledger.LeaderConnected())
 
     def _feed(self, event: ledger.NodeEvent) -> None:
-        for instruction in self.ledger.handle(event):
+        instructions = self.ledger.handle(event)
+        for instruction in instructions:
             self._carry_out(instruction)
+        if instructions and isinstance(instructions[-1], ledger.ReadRanks) and self._generation is not None:
+            for worker in list(self._generation.workers.values()):
+                if worker.pidfd is not None:
+                    self._read_rank(worker)
 
     def _carry_out(self, instruction: ledger.NodeInstruction) -> None:
         match instruction:
@@ -542,6 +618,8 @@ class Node:
             case ledger.WithdrawGrant(slot=slot, version=version):
                 if slot.pool == self.page.pool:
                     self.page.withdraw_grant(slot.index, version.step)
+            case ledger.ReadRanks():
+                pass  # the last of its list: `_feed` does it, events are fed between lists only
             case ledger.PublishAgreed(agreed=agreed):
                 self._save(agreed=agreed)
                 self.page.publish_agreed(agreed)
@@ -562,3 +640,9 @@ class Node:
 
     def _save(self, **changes: object) -> None:
         self.arena.save_state(msgspec.structs.replace(self.arena.state, **changes))
+
+
+def _outcome(ended: PersistEnded) -> PersistedMessage | PersistFailedMessage:
+    if ended.path is None:
+        return PersistFailedMessage(version=ended.version, reason=ended.error or "it could not be written")
+    return PersistedMessage(version=ended.version, path=ended.path, seconds=ended.seconds, tag=ended.tag)

@@ -43,6 +43,7 @@ class Part:
     """What one node writes of a version."""
 
     version: Version
+    attempt: int
     directory: Path
     """The step directory."""
     slots: tuple[Path, ...]
