@@ -347,16 +347,17 @@ class LeaderLedger:
             room = self._give(step, room)
         horizon = self._horizon(newest, ranks)
         while room > 0:
-            must = self._next_must(newest, ranks)
-            step = self._next_regular(newest)
-            if must is not None and must <= step:
-                if must > horizon:
-                    return
-                room = self._give(must, room)
-            elif step > horizon or (must is not None and room < 2 and must <= horizon + _WINDOW):
+            step = self._next_step(newest, ranks, scarce=room < 2, horizon=horizon)
+            if step > horizon:
                 return
-            else:
-                room = self._give(step, room)
+            room = self._give(step, room)
+
+    def _next_step(self, newest: int, ranks: list[RankState], *, scarce: bool, horizon: int) -> int:
+        """The next step of the interval, or the next must step where that comes first or needs the last free slot."""
+        regular, must = self._next_regular(newest), self._next_must(newest, ranks)
+        if must is not None and (must <= regular or (scarce and must <= horizon + _WINDOW)):
+            return must
+        return regular
 
     def _give(self, step: int, room: int) -> int:
         self.outstanding.add(step)

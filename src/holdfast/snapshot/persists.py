@@ -29,8 +29,8 @@ ATTEMPTS_OF_MANDATORY = 3
 
 @dataclass(frozen=True, kw_only=True)
 class OrderPersist:
-    """Send PersistOrder to these nodes. May come again for a node that has reconnected: one that is writing this attempt
-    goes on, one that has written it answers again."""
+    """Send PersistOrder to these nodes. May come again for a node that has reconnected: one that is writing this
+    attempt goes on, one that has written it answers again."""
 
     version: Version
     attempt: int

@@ -229,11 +229,15 @@ class SlotTable:
     # --- generations and restarts
 
     def fence(self, local_ranks: tuple[int, ...], headers: Iterable[Header]) -> None:
-        """A generation ended: grants become strangers where their writers are not known to be gone, and what is clean
-        is read anew from the headers."""
+        """A generation ended: grants become strangers where their writers are not known to be gone or done, and what
+        is clean is read anew from the headers."""
+        headers = tuple(headers)
+        done = {(header.slot, header.local_rank, header.version) for header in headers if header.clean}
         for row in self:
             for local, global_rank in enumerate(local_ranks):
-                if row.version is not None and row.writers.get(global_rank) is Writer.MAY_WRITE:
+                if row.version is None or (row.ref, local, row.version) in done:
+                    continue
+                if row.writers.get(global_rank) is Writer.MAY_WRITE:
                     row.strangers[local] = Stranger(row.version.generation, global_rank, row.version.step)
             row.release()
             row.images = {}

@@ -1,8 +1,8 @@
 """A deterministic simulation of the snapshot tier: nodes, daemons, workers, agents, and everything that can go wrong.
 
 The machines under test are the real ones (`NodeLedger`, `LeaderLedger`, `at_boundary`, `choose`); everything around
-them is modelled, small and literal: slot files with headers, control pages that outlive daemons, one FIFO connection per
-node to the leading daemon, doorbells, processes that die between any two of their actions. A seed determines a run.
+them is modelled, small and literal: slot files with headers, control pages that outlive daemons, one FIFO connection
+per node to the leading daemon, doorbells, processes that die between any two of their actions. A seed determines a run.
 
 A run has two phases. In the first a random scheduler picks any action that is possible, faults among them. In the
 second faults end, the agents repair what is broken and every possible action is taken in turn: now the job must end
@@ -33,19 +33,22 @@ from holdfast.snapshot import agreement, chain, leader, ledger
 from holdfast.snapshot.messages import CleanImage, Inventory, Parentage
 from holdfast.snapshot.reports import Agreed, Request, SlotRef
 
+ROUNDS = 150
+"""Rounds (each possible action once) within which a job must end after the last fault; sound runs need about 60."""
+
 
 class Violation(AssertionError):
     """An invariant does not hold."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Machines:
     """The machines under test; mutants replace some."""
 
     node: type[ledger.NodeLedger] = ledger.NodeLedger
     leader: type[leader.LeaderLedger] = leader.LeaderLedger
-    at_boundary: Callable[[int, Agreed | None, int], agreement.Decision] = staticmethod(agreement.at_boundary)
-    choose: Callable[[chain.ChainQuestion], chain.Choice] = staticmethod(chain.choose)
+    at_boundary: Callable[[int, Agreed | None, int], agreement.Decision] = agreement.at_boundary
+    choose: Callable[[chain.ChainQuestion], chain.Choice] = chain.choose
 
 
 @dataclass
@@ -156,7 +159,7 @@ class Plan:
             skip=rng.choice((0.0, 0.0, 0.1, 0.3)),
             faults=rng.choice((0, 1, 1, 2, 2, 3, 4)),
             requests=rng.choice((0, 0, 1, 2)),
-            actions=rng.randint(60, 400),
+            actions=rng.randint(60, 360),
         )
 
 
@@ -210,7 +213,7 @@ class Simulation:
         self.chaos = False
         if any(not worker.alive for node in self.nodes for worker in node.workers):
             self._new_generation()
-        for _ in range(400):
+        for _ in range(ROUNDS):
             if self._ended():
                 return
             entities = self._entities()
@@ -252,10 +255,21 @@ class Simulation:
         if isinstance(entity, Worker):
             if entity.generation == self.generation and entity not in entity.node.zombies:
                 return self._worker_actions(entity) if entity.alive else []
-            return [("finish", entity)] * bool(entity.copying) + [("zombie_dies", entity)]
+            return self._zombie_actions(entity)
         actions = self._node_actions(entity) if entity.ledger is not None else [("restart", entity)]
         if not self.starting and not self.spawned:
             actions.append(("spawn",))
+        return actions
+
+    def _zombie_actions(self, zombie: Worker) -> list[tuple[object, ...]]:
+        """A process of an older generation: it may finish its copy at any time, say so, and die at last."""
+        actions: list[tuple[object, ...]] = []
+        if zombie.bells and zombie.node.ledger is not None and self.rng.random() < 0.3:
+            actions.append(("ring", zombie))
+        if zombie.copying and self.rng.random() < 0.08:
+            actions.append(("finish", zombie))
+        if self.rng.random() < 0.03:
+            actions.append(("zombie_dies", zombie))
         return actions
 
     def _node_actions(self, node: Node) -> list[tuple[object, ...]]:
@@ -270,7 +284,7 @@ class Simulation:
             actions += [("deliver_up", node)] * 2
         if node.down:
             actions += [("deliver_down", node)] * 2
-        if node.persisting:
+        if node.persisting and self._slow(0.3):
             actions.append(("write_part", node))
         if node.leading is not None and node.leading.commits:
             actions.append(("commit", node))
@@ -292,11 +306,15 @@ class Simulation:
                 actions.append(("read", worker))
         if worker.intent:
             actions.append(("begin", worker))
-        elif worker.copying:
+        elif worker.copying and self._slow(0.6):
             actions.append(("finish", worker))
         if self._can_move(worker):
             actions += [("move", worker)] * 2
         return actions
+
+    def _slow(self, chance: float) -> bool:
+        """Slow work (a copy, a write to storage) while the scheduler is random."""
+        return not self.chaos or self.rng.random() < chance
 
     def _page_changed(self, worker: Worker) -> bool:
         entered = worker.stage != "start"
@@ -352,8 +370,11 @@ class Simulation:
         dead = any(not worker.alive for node in self.nodes for worker in node.workers)
         if dead:
             actions.append(("regenerate",))
-        elif self.faults_left and self.spawned and ripe and rng.random() < 0.2:
-            actions.append(("kill_agent",))
+        elif self.faults_left and self.spawned and ripe:
+            copying = any(worker.copying for node in self.nodes for worker in node.workers)
+            actions += [("kill_agent",)] * (2 if copying else int(rng.random() < 0.3))
+        if self.spawned and self.rng.random() < 0.05:
+            actions.append(("grow", rng.choice(self.nodes)))
         if self.requests_left and self.spawned:
             actions.append(("request", rng.choice(self.nodes)))
         return actions
@@ -424,7 +445,9 @@ class Simulation:
         for node in self.nodes:
             node.newest_before = max([node.newest_before, *(worker.step for worker in node.workers)])
             for worker in node.workers:
-                if worker.alive and worker.copying and self.rng.random() < 0.3:
+                if worker.alive and worker.intent and self.rng.random() < 0.8:
+                    self._do_begin(worker)
+                if worker.alive and worker.copying and self.rng.random() < 0.8:
                     self.seen["zombie"] += 1
                     node.zombies.append(worker)
                 elif worker.alive:
@@ -550,6 +573,14 @@ class Simulation:
         self.pools += 1
         node.pool = (self.pools, self.plan.num_slots)
         self._feed(node, ledger.PoolReady(pool=self.pools, num_slots=self.plan.num_slots))
+
+    def _do_grow(self, node: Node) -> None:
+        """The state has grown: no grants until there is a new pool."""
+        if node.ledger is None or node.pool is None or not node.workers:
+            return
+        self.seen["pool grown"] += 1
+        node.pool = None
+        self._feed(node, ledger.PoolPaused())
 
     def _do_connect(self, node: Node) -> None:
         leading = self.nodes[self.leader_rank].leading
