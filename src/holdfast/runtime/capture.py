@@ -73,7 +73,7 @@ class TrainingState:
         self._extra = [_lifted_extra(key, value) for key, value in (extra or {}).items()]
         self._extra_states = self._lifted_extra_states()
         self._book = EntryBook(ranks, global_rank)
-        self._table = PieceTable(global_rank)
+        self._table = PieceTable(global_rank, {})
         self._replaced_buffers: list[Named] = []
         self._devices: tuple[torch.device, ...] = ()
         self._rng: RngState | None = None
@@ -110,9 +110,13 @@ class TrainingState:
     ) -> tuple[OwnedPiece, ...]:
         """The pieces that this rank copies, each with the view of the live tensor that holds its bytes.
 
-        The same object as before for the same `entries` (by identity). `node_of` must not change between calls.
+        The same object as before for the same `entries` (by identity) and the same nodes.
         """
-        return self._table.of(entries, node_of=node_of)
+        node = node_of.__getitem__ if isinstance(node_of, Mapping) else node_of
+        nodes = {rank: node(rank) for rank in self._ranks}
+        if nodes != self._table.nodes:
+            self._table = PieceTable(self._global_rank, nodes)
+        return self._table.of(entries)
 
     def objects(self, step: int) -> dict[str, ObjectRecord]:
         """All non-tensor state, encoded now; call it at the boundary, after `entries`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,30 +23,29 @@ class OwnedPiece:
 
 
 class PieceTable:
-    """Finds the pieces of this rank, again only where entries have changed. Used by the training thread only."""
+    """Finds the pieces of this rank, again only where entries have changed. Used by the training thread only.
 
-    def __init__(self, global_rank: int) -> None:
+    Args:
+        global_rank: this rank.
+        nodes: node rank of every global rank that may hold a tensor.
+    """
+
+    def __init__(self, global_rank: int, nodes: Mapping[int, int]) -> None:
         self._global_rank = global_rank
+        self.nodes = nodes
         self._entries: Sequence[TensorEntry] | None = None
         self._by_name: dict[str, TensorEntry] = {}
         self._owned: tuple[OwnedPiece, ...] = ()
 
-    def of(
-        self, entries: Sequence[TensorEntry], *, node_of: Callable[[int], int] | Mapping[int, int]
-    ) -> tuple[OwnedPiece, ...]:
-        """The pieces to copy, sorted as `own` sorts them; the same tuple for the same `entries` (by identity).
-
-        Args:
-            entries: of `TrainingState.entries`.
-            node_of: node rank of every global rank; must not change while this table is used.
-        """
+    def of(self, entries: Sequence[TensorEntry]) -> tuple[OwnedPiece, ...]:
+        """The pieces to copy, sorted as `own` sorts them; the same tuple for the same `entries` (by identity)."""
         if entries is self._entries:
             return self._owned
         by_name = {entry.name: entry for entry in entries if entry.boxes}
         if self._has_same_layout(by_name):
             self._owned = tuple(self._owned_piece(owned.piece, by_name, owned) for owned in self._owned)
         else:
-            pieces = own(list(map(_shard, by_name.values())), global_rank=self._global_rank, node_of=node_of)
+            pieces = own(list(map(_shard, by_name.values())), global_rank=self._global_rank, node_of=self.nodes)
             self._owned = tuple(self._owned_piece(piece, by_name, None) for piece in pieces)
         self._entries, self._by_name = entries, by_name
         return self._owned

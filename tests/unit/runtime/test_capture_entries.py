@@ -244,3 +244,14 @@ def test_every_byte_of_two_ranks_is_copied_by_one_of_them(model: nn.Module) -> N
             assert tuple(one.tensor.shape) == one.piece.box.lengths
             seen[one.piece.name] = seen.get(one.piece.name, 0) + one.piece.box.volume
     assert seen == {"model.weight": 1200, "model.bias": 30}
+
+
+def test_pieces_follow_the_nodes_that_were_given() -> None:
+    state = TrainingState(model=nn.Linear(40, 30), ranks=(0, 1), global_rank=0)
+    entries = state.entries()
+
+    def volume(node_of: dict[int, int]) -> int:
+        return sum(one.piece.box.volume for one in state.pieces(entries, node_of=node_of))
+
+    assert volume({0: 0, 1: 0}) < 1230
+    assert volume({0: 0, 1: 1}) == 1230, "alone on its node, a rank copies all that it holds"

@@ -194,7 +194,7 @@ def test_extra_state_of_modules_is_kept_with_its_tensors() -> None:
 
 
 def test_models_in_a_sequence_must_have_disjoint_names() -> None:
-    with pytest.raises(StateError, match="two tensors of the models are named weight; .* mapping"):
+    with pytest.raises(StateError, match=r"two tensors of the models are named weight; .* mapping"):
         TrainingState(model=[nn.Linear(2, 2), nn.Linear(2, 2)])
 
 
@@ -207,3 +207,13 @@ def test_keys_that_make_one_name_of_two_are_refused() -> None:
     inner = nn.ModuleDict({"b": nn.Linear(2, 2)})
     with pytest.raises(StateError, match=r"a\.b\.weight"):
         TrainingState(model={"a": inner, "a.b": nn.Linear(2, 2)})
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp1_is_refused_with_what_to_use_instead() -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = nn.Sequential(nn.Linear(2, 2), FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
+    with pytest.raises(StateError, match=r"model module 1 is a FullyShardedDataParallel \(FSDP1\).*fully_shard"):
+        TrainingState(model=model)
