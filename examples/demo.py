@@ -1,6 +1,6 @@
 """The demonstration behind `make demo`: train two workers, kill one in mid-step, resume, compare with stock torchrun.
 
-    python examples/demo.py [--parallel ddp|fsdp2] [--steps N] [--kill 'kill:rank=1,step=60,when=backward']
+    python examples/demo.py [--parallel ddp|fsdp2] [--steps N] [--kill 'kill:rank=1,step=50,when=backward']
 
 Exits with 0 where the run that was killed ended with the same bits as the run without holdfast, with 1 where not.
 """
@@ -171,8 +171,8 @@ def environment() -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--kill", default="kill:rank=1,step=60,when=backward", help="what breaks: see docs/faults.md")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--kill", default="kill:rank=1,step=50,when=backward", help="what breaks: see docs/faults.md")
     args = parser.parse_args()
     screen = Screen()
     screen.says(f"{WORKERS} workers train a small GPT on the source of Python's standard library ({args.parallel})")
