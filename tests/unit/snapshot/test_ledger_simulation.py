@@ -26,7 +26,7 @@ from holdfast.snapshot.slots import Row, SlotTable, Writer
 SCHEDULES = int(os.environ.get("HOLDFAST_SCHEDULES", "2000"))
 FIRST_SEED = int(os.environ.get("HOLDFAST_FIRST_SEED", "0"))
 CAMPAIGN = 20_000
-TRIES = 1500
+TRIES = 600
 """Schedules within which a mutant must be caught."""
 
 
