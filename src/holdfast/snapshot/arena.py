@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import functools
 import logging
 import mmap
 import os
@@ -108,6 +109,12 @@ def process_start(pid: int) -> int | None:
         return None
 
 
+@functools.cache
+def _own_start(pid: int) -> int:
+    """Start time of this process; by its pid, which differs after a fork."""
+    return process_start(pid) or 0
+
+
 class Slot:
     """One slot file, mapped. Used by the copier of the worker that it belongs to; the daemon maps it to read.
 
@@ -163,7 +170,7 @@ class Slot:
                 global_rank=global_rank,
                 world_size=world_size,
                 pid=pid,
-                pid_start=process_start(pid) or 0,
+                pid_start=_own_start(pid),
             )
         )
 
