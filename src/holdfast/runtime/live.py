@@ -132,8 +132,8 @@ class LiveMode(Mode):
 
     def boundary(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Publish, listen, agree, copy."""
-        begun = time.monotonic()
-        self._step_s, self._boundary_at = begun - self._boundary_at, begun
+        now = time.monotonic()
+        self._step_s, self._boundary_at = now - self._boundary_at, now
         self._wait_s = 0.0
         previous, self._step = self._step, step
         self._client.publish_step(step)
@@ -147,11 +147,12 @@ class LiveMode(Mode):
         if agreed is not None and agreed.kind == "stop":
             self._persist_end = agreed.persist
         if self._storage is None:
+            begun = time.monotonic()
             self._copy(step, must=agreed is not None)
+            self._wait_s += time.monotonic() - begun
             self._settle_where_due(previous, step)
         if self._storage is not None:
             self._storage.boundary(previous, step, metrics)
-        self._wait_s += time.monotonic() - begun
         return (agreed is not None and agreed.kind == "stop") or self._stopping
 
     def save(self, tag: str | None, metrics: Mapping[str, float]) -> SaveHandle:
@@ -283,7 +284,7 @@ class LiveMode(Mode):
 
     def _use(self, slots: tuple[object, ...]) -> None:
         self._shots.use(slots)  # type: ignore[arg-type]
-        if self._said_start or self._ranks.rank != 0:
+        if self._said_start:
             return
         self._said_start = True
         every = self._context.options.snapshot_every
@@ -291,7 +292,8 @@ class LiveMode(Mode):
             "as often as it is free (auto)" if every == 0 else "every step" if every == 1 else f"every {every} steps"
         )
         room = f"{plural(len(slots), 'slot')} of {size(self._asked_bytes)} on each rank"
-        say(log, f"memory tier: {room}, a version {interval}")
+        if self._environment.generation.generation <= 1:
+            say(log, f"memory tier: {room}, a version {interval}", rank=self._ranks.rank)
 
     def _on_done(self, ticket: Ticket) -> None:
         """Copying thread: ring the doorbell."""
