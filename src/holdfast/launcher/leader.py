@@ -100,7 +100,7 @@ class Note:
     """Something for the event log: what happened, in which generation."""
 
     kind: str
-    """node_joined, node_lost, forming, running, stopping, stopped."""
+    """node_joined, node_lost, forming, running, stopping, stopped, asked_to_stop."""
     text: str
     generation: int = 0
     failure: Failure | None = None
@@ -432,20 +432,31 @@ class Leader:
         return report.seen if report.leader_id == self._leader_id else 0
 
     def _heed_stop_requests(self, now: float) -> None:
-        if self._phase == Phase.END:
-            return
         requests = [node.report.stop for node in self._nodes.values() if node.report.stop is not None]
         if not requests:
             return
         urgent = any(request.urgent for request in requests)
-        signal = requests[0].signal
-        if urgent or (not self._session and self._stop_deadline is None):
-            grace = 0.0 if urgent else self._limits.grace_s
-            reason = "stopped at once, as asked twice" if urgent else "stopped by a signal"
-            self._end(Verdict(kind="stopped", reason=reason, signal=signal, grace_s=grace))
-        elif self._stop_deadline is None:
+        ending = self._phase == Phase.END
+        if urgent and not (ending and self._verdict is not None and self._verdict.grace_s == 0.0):
+            kind = self._verdict.kind if self._verdict is not None else "stopped"
+            failure = self._verdict.failure if self._verdict is not None else None
+            self._end(
+                Verdict(kind=kind, reason="stopped at once, as asked twice", failure=failure, signal=9, grace_s=0.0)
+            )
+        elif ending or self._stop_deadline is not None:
+            return
+        elif self._session:
             self._stop_deadline = now + self._limits.grace_s
-            self._note("stopping", f"asked to stop at an agreed step, within {self._limits.grace_s:g} s")
+            self._note("asked_to_stop", f"asked to stop at an agreed step, within {self._limits.grace_s:g} s")
+        else:
+            self._end(
+                Verdict(
+                    kind="stopped",
+                    reason="stopped by a signal",
+                    signal=requests[0].signal,
+                    grace_s=self._limits.grace_s,
+                )
+            )
 
     def _end(self, verdict: Verdict) -> None:
         self._verdict = verdict

@@ -89,6 +89,8 @@ class Simulation:
         self.chaos = chaos or Chaos()
         self.max_restarts = max_restarts
         self.static = node_ranks_given
+        self.stubborn = False
+        """Workers end only where they are given no grace."""
         self.now = 0.0
         self.agents: dict[int, SimAgent] = {}
         self.ended: list[SimAgent] = []
@@ -264,8 +266,8 @@ class Simulation:
                         self._send(LEADER_NODE, report)
                 case member.StartWorkers(plan, _):
                     self._start(agent, plan)
-                case member.StopWorkers():
-                    if agent.stop_at is None:
+                case member.StopWorkers(_, _, _, grace_s):
+                    if agent.stop_at is None and not (self.stubborn and grace_s != 0.0):
                         agent.stop_at = self.now + self.random.uniform(0, 1.0)
                 case member.Leave(verdict):
                     agent.left = verdict

@@ -127,6 +127,19 @@ def test_a_stop_without_a_session_ends_all_nodes_at_once() -> None:
     assert [agent.left.kind for agent in simulation.ended if agent.left] == ["stopped", "stopped"]
 
 
+def test_a_second_request_to_stop_leaves_workers_no_grace() -> None:
+    simulation = calm(2, limits=Limits(min_nodes=2, max_nodes=2, grace_s=600))
+    simulation.run(5)
+    simulation.stubborn = True
+    agent = simulation.agents[1]
+    for urgent in (False, True):
+        assert len(simulation.agents) == 2
+        request = StopRequest(signal=15, urgent=urgent)
+        simulation._do(agent, agent.member.asked_to_stop(request, simulation.now))
+        simulation.run(5)
+    assert [other.left.grace_s for other in simulation.ended if other.left] == [0.0, 0.0]
+
+
 def test_an_agent_that_restarts_before_it_was_missed_joins_as_a_new_member() -> None:
     simulation = Simulation(3, nodes=2, chaos=CALM, node_ranks_given=True).run(5)
     simulation._crash(simulation.agents[1])
