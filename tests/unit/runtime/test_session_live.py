@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from holdfast.checkpoint.commit import list_steps
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.environment import WorkerEnvironment
 from holdfast.errors import PeerTimeout, StorageError
+from holdfast.faults import Injector
 from holdfast.runtime.mode import Context, Mode
 from holdfast.runtime.results import Persisted
 from holdfast.runtime.session import Session
@@ -254,3 +256,28 @@ def test_news_of_the_daemon_reach_callbacks_and_log(daemon: PlayedDaemon, caplog
     assert [(persisted.step, persisted.tag) for persisted in told] == [(1, "best")]
     assert "two slots only" in caplog.text
     assert "disk full" in caplog.text
+
+
+def test_tensor_changed_outside_of_optimizers_is_copied_at_the_boundary_from_then_on(
+    daemon: PlayedDaemon, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed = threading.Event()
+
+    def at(self: Injector, when: str, step: int, **rest: object) -> None:
+        if when == "copy" and step == 1:
+            assert changed.wait(30)
+
+    monkeypatch.setattr(Injector, "at", at)
+    daemon.make_slots(1 << 20)
+    daemon.granted = {1: 0, 2: 1, 3: 2}
+    job = Job()
+    with job.session as session:
+        for step in session.steps(3):
+            if step == 1:
+                with torch.no_grad():
+                    job.model.bias.clamp_(-0.1, 0.1)
+                changed.set()
+            job.body()
+    assert daemon.refused == [1]
+    assert daemon.clean == [2, 3]
+    assert caplog.text.count("model.bias changed in place outside of optimizer.step()") == 1
