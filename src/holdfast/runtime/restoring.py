@@ -75,8 +75,9 @@ def restore_point(checkpoint_dir: str | os.PathLike[str] | None = None) -> Resto
     environment = worker_environment()
     memory = newest_in_memory(environment) if environment is not None else None
     newest = None
-    if checkpoint_dir is not None and Path(checkpoint_dir).is_dir():
-        newest = next(iter(candidates(list_steps(checkpoint_dir), "auto", Path(checkpoint_dir))), None)
+    checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if checkpoint_dir is not None and checkpoint_dir.is_dir():
+        newest = next(iter(candidates(list_steps(checkpoint_dir), "auto", checkpoint_dir)), None)
     generation = environment.generation.generation if environment is not None else 0
     if newest is None and memory is None:
         return None
