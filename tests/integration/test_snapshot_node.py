@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -272,3 +273,24 @@ def test_an_unwritable_checkpoint_dir_is_refused(node: Node, tmp_path: Path) -> 
     job = Job([node], 1)
     [worker] = job.start(Plan(until=20, ranks=(0,), checkpoint_dir=str(tmp_path / "file" / "c")))
     assert worker.process.wait(TIMEOUT_S) == 1
+
+
+def test_the_daemon_does_not_import_torch() -> None:
+    code = "import sys, holdfast.snapshot.daemon; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=TIMEOUT_S, check=False).returncode == 0
+
+
+def test_a_second_daemon_on_the_same_sockets_gives_up(node: Node) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "holdfast.snapshot.daemon",
+        f"--arena={node.arena}",
+        f"--socket-dir={node.sockets}",
+    ]
+    second = subprocess.run(command, timeout=TIMEOUT_S, check=False, capture_output=True, text=True)
+    assert second.returncode == 1
+    assert "another daemon" in second.stderr
+    job = Job([node], 1)
+    job.start(Plan(until=10, ranks=(0,)))
+    job.finish()
