@@ -17,7 +17,8 @@ Kinds, and the fields that each one adds (fields that have their default are lef
     run_started         run_id, command, arguments, nproc, job
     generation_started  members (hosts by node rank), world_size, restart_count, store, pids (of this node)
     worker_failed       global_rank, local_rank, pid, exit_code (negative: signal), signal (name), message, step
-    membership          text, change (node_joined, node_lost, forming, running, stopping, stopped, asked_to_stop, leader_lost)
+    membership          text, change (node_joined, node_lost, forming, running, stopping, stopped, asked_to_stop,
+                        leader_lost)
     recovery            cause, tier (memory, peers, storage, none, ""), step, steps_lost, restart_count, and `phases`:
                         seconds since the failure was detected at which the job had: stopped (no old worker left
                         anywhere), agreed (new generation named), started (all workers spawned), opened (all Sessions

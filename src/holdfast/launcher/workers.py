@@ -25,6 +25,8 @@ from holdfast.launcher.wire import Place, Plan
 
 LEFTOVER_POLL_S = 0.02
 """How often the process table is read while a worker's own children are given time to end."""
+LEFTOVER_GRACE_S = 1.0
+"""What they get between SIGTERM and SIGKILL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,7 @@ class WorkerGroup(PContext):
         self._place = place
         self._children: dict[int, Child] = {}
         self._exits: dict[int, WorkerExit] = {}
+        self._asked = False
         self._deadline: float | None = None
         self._killed = False
         self._next_look = 0.0
@@ -210,7 +213,7 @@ class WorkerGroup(PContext):
     @property
     def stopping(self) -> bool:
         """Whether the workers were asked to end."""
-        return self._deadline is not None
+        return self._asked
 
     def global_rank(self, local_rank: int) -> int:
         """Global rank of a worker of this node."""
@@ -235,7 +238,10 @@ class WorkerGroup(PContext):
 
     def begin_stop(self, number: int, grace_s: float, now: float) -> None:
         """End all workers: the signal now, SIGKILL after the grace. Called again, the earlier deadline holds."""
-        deadline = now + grace_s
+        self._asked = True
+        self._end(number, now + grace_s)
+
+    def _end(self, number: int, deadline: float) -> None:
         if self._deadline is None:
             self.signal_all(number)
             self._deadline = deadline
@@ -255,7 +261,7 @@ class WorkerGroup(PContext):
             groups = frozenset(child.pid for child in self._children.values())
             if groups_in_use(groups):
                 if self._deadline is None:
-                    self.begin_stop(signal.SIGTERM, 1.0, now)
+                    self._end(signal.SIGTERM, now + LEFTOVER_GRACE_S)
                 return False
         elif not self._killed:
             return False
