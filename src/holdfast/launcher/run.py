@@ -187,7 +187,7 @@ def _remove_empty(directory: Path) -> None:
 def _explain(ending: Ending, launch: Launch, run_dir: Path) -> None:
     """Say how the job ended; a failed worker of this node is torch's exception."""
     verdict, bye = ending.verdict, ending.bye
-    if bye is not None and bye.persisted is not None:
+    if bye is not None and bye.persisted is not None and verdict.kind == "failed":
         say(f"step {bye.persisted.step} is in storage: {bye.path}")
     if bye is not None and bye.error:
         say(f"the newest snapshot could not be written: {bye.error}")
