@@ -84,6 +84,24 @@ def test_generations_in_a_row_each_start_from_the_newest_version(node: Node) -> 
         assert worker.event("restored")["step"] >= step
 
 
+def test_slots_of_dead_workers_are_free_again_without_a_word_of_the_agent(node: Node) -> None:
+    job = Job([node], 2)
+    step = 0
+    for _ in range(4):
+        job.start(Plan(until=100000, ranks=(0, 1), step_s=0.003))
+        node.complete(step + 20)
+        job.end(tell=False)
+        step = node.newest_complete
+    for _ in range(2):
+        job.start(Plan(until=100000, ranks=(0, 1), step_s=0.003))
+        node.complete(step + 20)
+        job.end(tell=False)
+        node.kill_daemon()
+        node.start_daemon()
+        node.hello()
+        step = node.newest_complete
+
+
 def test_training_goes_on_when_the_daemon_is_killed_and_its_successor_adopts_the_slots(
     node: Node, tmp_path: Path
 ) -> None:

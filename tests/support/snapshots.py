@@ -272,11 +272,11 @@ class Job:
         ]
         return self.workers
 
-    def end(self) -> None:
-        """Kill what is left of the generation, as an agent does."""
+    def end(self, *, tell: bool = True) -> None:
+        """Kill what is left of the generation, as an agent does; `tell` the daemons that it has ended."""
         for worker in self.workers:
             worker.kill()
-        for node in self.nodes:
+        for node in self.nodes if tell else ():
             node.ask(EndGeneration(generation=self.generation), Ack)
 
     def finish(self) -> list[Worker]:

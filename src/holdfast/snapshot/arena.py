@@ -101,10 +101,11 @@ EMPTY_HEADER: Final = SlotHeader(
 
 
 def process_start(pid: int) -> int | None:
-    """Start time of process `pid` in clock ticks since boot, None where no such process is."""
+    """Start time of process `pid` in clock ticks since boot, None where no such process runs (a zombie does not)."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rsplit(b")", 1)[1].split()[19])
+            fields = file.read().rsplit(b")", 1)[1].split()
+        return None if fields[0] in b"ZX" else int(fields[19])
     except (OSError, IndexError, ValueError):
         return None
 

@@ -150,6 +150,7 @@ class Node:
 
     def start_generation(self, start: StartGeneration) -> None:
         """Fence everything older; the leader gets our inventory."""
+        former, living = self._generation, self._living()
         self._leave()
         self.restore = self.complete = None
         self._enter(start)
@@ -171,6 +172,38 @@ class Node:
                 headers=self._headers(),
             )
         )
+        if former is not None:  # grants that came after their death count them as writers
+            for global_rank in set(former.local_ranks) - living:
+                self._writer_died(former.start.generation, global_rank)
+
+    def _living(self) -> set[int]:
+        """Global ranks of the generation whose process runs; each is watched from now on."""
+        generation, living = self._generation, set()
+        for local, global_rank in enumerate(generation.local_ranks if generation else ()):
+            assert generation is not None
+            worker = generation.workers.get(global_rank)
+            if worker is not None:
+                if worker.pidfd is not None:
+                    living.add(global_rank)
+            elif self._sits(local) and process_start(self.page.rank(local).pid) is not None:
+                self._watch(generation.start.generation, global_rank, self.page.rank(local).pid)
+                living.add(global_rank)
+        return living
+
+    def _watch(self, generation: GenerationId, global_rank: int, pid: int) -> None:
+        """Wait for the end of a worker that never spoke to this daemon."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._writer_died(generation, global_rank)
+            return
+
+        def exited() -> None:
+            self._transport.unwatch(pidfd)
+            os.close(pidfd)
+            self._writer_died(generation, global_rank)
+
+        self._transport.watch(pidfd, exited)
 
     def _enter(self, start: StartGeneration) -> None:
         me = next(member for member in start.members if member.node_rank == start.node_rank)
@@ -287,7 +320,9 @@ class Node:
         return msgspec.structs.replace(restore, images=tuple(images), tier=tier)
 
     def orders(self, event: ledger.OrdersReceived) -> None:
-        """The leader's ledger has spoken."""
+        """The leader's ledger has spoken. Between generations nobody is there who could obey."""
+        if not self.arena.state.running:
+            return
         self._feed(event)
         if event.orders.running and self.start and event.orders.generation == self.start.generation:
             self.page.running = True
