@@ -162,6 +162,8 @@ class Leader:
         self._budget = budget
         self._phase: Phase | str = Phase.GATHER
         self._nodes: dict[str, _Node] = {}
+        self._asking: dict[str, float] = {}
+        """Since when agents ask for a node rank that another one holds."""
         self._joined = 0
         self._run: _Run | None = None
         self._incarnation = 0
@@ -234,15 +236,15 @@ class Leader:
             )
         for other in self._nodes.values():
             if node.rank_hint is not None and other.report.node.rank_hint == node.rank_hint:
-                if (
-                    now - other.since < 3 * self._limits.dead_after_s
-                    or other.heard + self._limits.heartbeat_s * 2 < now
-                ):
-                    return ""
-                return (
-                    f"node rank {node.rank_hint} is taken by agent {other.report.node.pid} on {other.report.node.host}"
-                )
+                return self._same_rank(node, other.report.node, now)
         return None
+
+    def _same_rank(self, node: NodeInfo, other: NodeInfo, now: float) -> str:
+        """Two agents of one rank: the older may be dead and not yet missed, so the newer asks for a while."""
+        since = self._asking.setdefault(node.node_id, now)
+        if now - since < 2 * self._limits.dead_after_s:
+            return ""
+        return f"node rank {node.rank_hint} is taken by agent {other.pid} on {other.host}"
 
     def _lost(self, node_id: str, now: float) -> None:
         node = self._nodes.pop(node_id)

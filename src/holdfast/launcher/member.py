@@ -128,8 +128,8 @@ class Member:
         return self._advance(now)
 
     def rejected(self, rejected: Rejected, now: float) -> list[Instruction]:
-        """The leader turned this node away."""
-        if self._plan is None:
+        """The leader turned this node away; it does not do that to a node with a place."""
+        if self._plan is None or self._place(self._plan) is None:
             self._leave(Verdict(kind="failed", reason=rejected.reason))
         return self._advance(now)
 
@@ -227,8 +227,11 @@ class Member:
         out, self._out = self._out, []
         return out
 
+    def _place(self, plan: Plan) -> Place | None:
+        return next((place for place in plan.places if place.node_id == self._report.node.node_id), None)
+
     def _follow(self, plan: Plan) -> None:
-        place = next((p for p in plan.places if p.node_id == self._report.node.node_id), None)
+        place = self._place(plan)
         current = self._report.generation
         match plan.phase:
             case Phase.RUN if place is not None:

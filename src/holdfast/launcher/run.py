@@ -20,7 +20,7 @@ from holdfast.launcher.agent import Agent, Ending, say
 from holdfast.launcher.arguments import HoldOptions, Launch, Meeting, hold_options, launch_from, parse, settle
 from holdfast.launcher.daemons import DaemonLink
 from holdfast.launcher.processes import Guard
-from holdfast.launcher.seats import RunRecord, Seat, Tenant, default_run_directory, job_key
+from holdfast.launcher.seats import RunRecord, Seat, Tenant, default_run_directory, job_key, private
 from holdfast.launcher.signals import SignalPipe, parse_signals
 from holdfast.launcher.timeline import describe_failure
 
@@ -55,6 +55,8 @@ def run(argv: Sequence[str]) -> int:
         if code == 0 and hold.run_dir is None and not _worth_keeping(run_dir):
             shutil.rmtree(run_dir, ignore_errors=True)
             _remove_empty(run_dir.parent)
+        elif code == 0 and hold.run_dir is None:
+            say(f"events and logs: {run_dir}")
     _explain(ending, launch, run_dir)
     return code
 
@@ -90,6 +92,7 @@ def _make_run_dir(hold: HoldOptions, before: RunRecord | None, key: str, run_id:
         run_dir = Path(before.run_dir)
     if run_dir is None:
         run_dir = default_run_directory(key, run_id)
+        private(run_dir.parent)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -52,11 +52,16 @@ def runtime_directory() -> Path:
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime and len(runtime) < _MAX_SOCKET_PATH - 70 and os.path.isdir(runtime) and os.access(runtime, os.W_OK):
-        return _private(Path(runtime, "holdfast"))
-    return _private(Path("/tmp", f"holdfast-{os.getuid()}"))
+        return private(Path(runtime, "holdfast"))
+    return private(Path("/tmp", f"holdfast-{os.getuid()}"))
 
 
-def _private(path: Path) -> Path:
+def private(path: Path) -> Path:
+    """Make the directory with mode 0700, or check that it is ours.
+
+    Raises:
+        UsageError: it belongs to somebody else.
+    """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
     found = path.lstat()

@@ -259,6 +259,10 @@ class Simulation:
                     self._do(agent, agent.leader.stored(generation, address, self.now))
                 case leader.Finished():
                     agent.finished = True
+                case leader.TurnAway(node_id, reason):
+                    for node, other in list(self.agents.items()):
+                        if other.node_id == node_id:
+                            self._send(node, Rejected(reason=reason))
                 case member.SendReport(report):
                     if agent.leader is not None:
                         self._do(agent, agent.leader.reported(report, self.now))

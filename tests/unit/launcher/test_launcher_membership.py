@@ -8,9 +8,10 @@ import pytest
 from membership_simulation import Chaos, Simulation
 
 from holdfast.launcher import leader, member
+from holdfast.launcher.budget import RestartBudget
 from holdfast.launcher.leader import Leader, Limits
 from holdfast.launcher.member import Member
-from holdfast.launcher.wire import Phase, StopRequest
+from holdfast.launcher.wire import NodeInfo, Phase, Plan, Rejected, Report, StopRequest
 
 CALM = Chaos(until_s=0.0)
 SETTLE_S = 30.0
@@ -147,6 +148,33 @@ def test_an_agent_that_restarts_before_it_was_missed_joins_as_a_new_member() -> 
     simulation.run(15)
     assert len(simulation.whole_generations()) == 1
     assert len({generation.generation for generation in simulation.started}) >= 2
+
+
+def test_a_node_rank_that_lives_is_not_given_away() -> None:
+    limits = Limits(min_nodes=2, max_nodes=2)
+    budget = RestartBudget(max_restarts=0, no_progress=3)
+    machine = Leader(leader_id="l", job="", nonce="00000000", run_id="r", limits=limits, budget=budget, now=0.0)
+    nodes = {
+        name: NodeInfo(node_id=name, job="", host=name, pid=1, role="default", num_workers=1, rank_hint=1)
+        for name in ("first", "second")
+    }
+    turned_away: dict[float, str] = {}
+    for tick in range(100):
+        for name, node in nodes.items():
+            for instruction in machine.reported(Report(node=node, sequence=tick), tick / 10):
+                if isinstance(instruction, leader.TurnAway):
+                    assert instruction.node_id == "second", name
+                    turned_away.setdefault(tick / 10, instruction.reason)
+    assert min(turned_away) >= limits.dead_after_s  # until then the first one might just not have been missed
+    assert "node rank 1 is taken" in turned_away[max(turned_away)]
+
+
+def test_a_node_that_is_turned_away_leaves_although_it_hears_the_leader() -> None:
+    node = NodeInfo(node_id="n", job="", host="h", pid=1, role="default", num_workers=1)
+    machine = Member(node=node, limits=Limits(), now=0.0)
+    machine.planned(Plan(leader_id="l", sequence=1, phase=Phase.GATHER), 0.1)
+    left = [i for i in machine.rejected(Rejected(reason="no room"), 0.2) if isinstance(i, member.Leave)]
+    assert [leave.verdict.reason for leave in left] == ["no room"]
 
 
 def test_a_second_leader_counts_on() -> None:
