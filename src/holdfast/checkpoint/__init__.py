@@ -7,14 +7,36 @@ from typing import TYPE_CHECKING
 from holdfast.checkpoint.objects import register_codec
 
 if TYPE_CHECKING:
-    from holdfast.checkpoint.api import load, save
+    from holdfast.checkpoint.api import SaveHandle, async_save, load, save
     from holdfast.checkpoint.commit import open_checkpoint
+    from holdfast.checkpoint.dcp import HoldfastReader, HoldfastWriter
     from holdfast.checkpoint.retention import Retention
     from holdfast.checkpoint.steps import list_steps
 
-__all__ = ["Retention", "list_steps", "load", "open_checkpoint", "register_codec", "save"]
+__all__ = [
+    "HoldfastReader",
+    "HoldfastWriter",
+    "Retention",
+    "SaveHandle",
+    "async_save",
+    "list_steps",
+    "load",
+    "open_checkpoint",
+    "register_codec",
+    "save",
+]
 
-_HOMES = {"load": "api", "save": "api", "open_checkpoint": "commit", "Retention": "retention", "list_steps": "steps"}
+_HOMES = {
+    "HoldfastReader": "dcp",
+    "HoldfastWriter": "dcp",
+    "Retention": "retention",
+    "SaveHandle": "api",
+    "async_save": "api",
+    "list_steps": "steps",
+    "load": "api",
+    "open_checkpoint": "commit",
+    "save": "api",
+}
 
 
 def __getattr__(name: str) -> object:

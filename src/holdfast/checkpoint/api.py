@@ -1,4 +1,4 @@
-"""`holdfast.checkpoint.save` and `load`: a state to a directory and back, without a Session.
+"""`holdfast.checkpoint.save`, `async_save` and `load`: a state to a directory and back, without a Session.
 
 The state is a nested mapping. Tensors and DTensors in it are saved as pieces: DTensors once per byte in the job, plain
 tensors once per rank-0 copy (they are taken to be equal on all ranks). Everything else goes through `objects`. Objects
@@ -7,10 +7,14 @@ with ``state_dict`` and ``load_state_dict`` are asked for and given theirs.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import sys
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,20 +27,23 @@ from holdfast.checkpoint.commit import open_checkpoint
 from holdfast.checkpoint.objects import ObjectRecord, decode, encode, join_tensors, split_tensors
 from holdfast.checkpoint.ownership import Shard, own
 from holdfast.checkpoint.pieces import Piece
-from holdfast.checkpoint.saving import Ranks, agree, save_pieces
-from holdfast.checkpoint.steps import StepInfo
+from holdfast.checkpoint.saving import Ranks, agree, refuse_save, save_pieces
+from holdfast.checkpoint.steps import StepInfo, step_of
 from holdfast.checkpoint.tensors import (
     contiguous_on_cpu,
-    dtensor_shard,
     dtype_name,
     empty_for,
+    layout_shard,
     plain_shard,
     tensor_bytes,
 )
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import MismatchError
 
-_TREE = "state"
+logger = logging.getLogger(__name__)
+
+TREE = "state"
+"""The object that holds the state, with `TensorRef` in the place of tensors."""
 _calls: Counter[tuple[str, int]] = Counter()
 """Saves of this process by (path, world size): ranks that save together agree on the count. Main thread only."""
 
@@ -61,25 +68,139 @@ def save(
         StorageError: a rank could not write, or `path` holds a checkpoint.
         PeerTimeout: a rank did not come; named.
     """
-    ranks = Ranks.of(process_group)
-    _calls[str(path), ranks.world_size] += 1
-    attempt = _calls[str(path), ranks.world_size]
+    attempt = _Attempt.begin(path, process_group, timeout)
+    return attempt.run(attempt.prepare(state, process_group))
+
+
+def async_save(
+    state: Mapping[str, Any],
+    path: str | Path,
+    *,
+    process_group: Any = None,
+    timeout: timedelta = timedelta(minutes=30),
+) -> SaveHandle:
+    """Save a state while training goes on. Every rank of the group calls it, from its main thread.
+
+    What this rank writes is copied before the call returns: the state may change right after. A thread of its own
+    writes; it uses the group's store, no collective. The interpreter does not exit before it has ended.
+
+    Args:
+        state: as `save` takes it.
+        path: as `save` takes it.
+        process_group: as `save` takes it.
+        timeout: as `save` takes it.
+
+    Returns:
+        A handle. Whatever any rank met, a state that cannot be stored included, is the error of every rank's handle.
+
+    Raises:
+        UsageError: this rank is not in the group.
+    """
+    attempt = _Attempt.begin(path, process_group, timeout)
+    prepared = attempt.prepare(state, process_group, copy=True)
+    return SaveHandle(attempt.path, lambda: attempt.run(prepared))
+
+
+class SaveHandle:
+    """A save under way. Any thread may ask it."""
+
+    def __init__(self, path: Path, run: Callable[[], StepInfo]) -> None:
+        """Starts the thread that runs `run`; called by `async_save` only."""
+        self.path = path
+        self._future: Future[StepInfo] = Future()
+        self._thread = threading.Thread(target=self._write, args=(run,), name=f"holdfast-save-{path.name}")
+        self._thread.start()
+
+    def _write(self, run: Callable[[], StepInfo]) -> None:
+        try:
+            info = run()
+        except BaseException as error:  # noqa: BLE001  # a thread's border: whoever asks the handle learns of it, and the log
+            logger.error("%s was not saved: %s", self.path, error)
+            self._future.set_exception(error)
+        else:
+            self._future.set_result(info)
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._future.done()
+
+    def result(self, timeout: timedelta | None = None) -> StepInfo:
+        """Wait for the end.
+
+        Args:
+            timeout: how long; None: as long as the save itself may take.
+
+        Raises:
+            TimeoutError: it has not ended yet; it goes on.
+            HoldfastError: what any rank met; the checkpoint does not exist.
+        """
+        return self._future.result(None if timeout is None else timeout.total_seconds())
+
+    def error(self) -> BaseException | None:
+        """What any rank met; None where it ended well or has not ended."""
+        return self._future.exception() if self._future.done() else None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What one rank writes; its tensors hold the values to be written."""
+
+    pieces: tuple[Piece, ...]
+    data: Callable[[Piece], memoryview]
+    tree: bytes
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One call of `save` or `async_save`, which other ranks make too."""
+
+    path: Path
+    ranks: Ranks
+    number: int
+    timeout: timedelta
+
+    @classmethod
+    def begin(cls, path: str | Path, process_group: Any, timeout: timedelta) -> _Attempt:
+        ranks = Ranks.of(process_group)
+        _calls[str(path), ranks.world_size] += 1
+        return cls(Path(path), ranks, _calls[str(path), ranks.world_size], timeout)
+
+    def prepare(self, state: Mapping[str, Any], process_group: Any, *, copy: bool = False) -> _Prepared | Exception:
+        """An error is returned, not raised: `run` tells the other ranks first, which would wait for this one."""
+        try:
+            return _prepare(state, self.ranks, process_group, copy)
+        except Exception as error:  # noqa: BLE001  # raised by `run`, on every rank
+            return error
+
+    def run(self, prepared: _Prepared | Exception) -> StepInfo:
+        """Meet the other ranks, write and commit."""
+        nonce = agree(self.ranks, f"{self.path}/{self.number}", lambda: secrets.token_hex(4), self.timeout)
+        version = GenerationId(incarnation=1, nonce=nonce, generation=self.number).at(step_of(self.path))
+        if isinstance(prepared, Exception):
+            refuse_save(self.path, prepared, ranks=self.ranks, version=version, attempt=self.number)
+            raise prepared
+        return save_pieces(
+            self.path,
+            ranks=self.ranks,
+            version=version,
+            pieces=prepared.pieces,
+            data=prepared.data,
+            objects={TREE: ObjectRecord(prepared.tree)},
+            attempt=self.number,
+            timeout=self.timeout,
+        )
+
+
+def _prepare(state: Mapping[str, Any], ranks: Ranks, process_group: Any, copy: bool) -> _Prepared:
     tree, tensors = split_tensors("", _state_of(state))
     local, shards = _local(tensors, ranks, process_group)
-    pieces = own(shards, global_rank=ranks.rank, node_of=lambda rank: rank)
-    nonce = agree(ranks, f"{path}/{attempt}", lambda: secrets.token_hex(4), timeout)
-    generation = GenerationId(incarnation=1, nonce=nonce, generation=attempt)
-    boxes = {shard.name: shard.boxes for shard in shards}
-    return save_pieces(
-        path,
-        ranks=ranks,
-        version=generation.at(0),
-        pieces=pieces,
-        data=lambda piece: tensor_bytes(_part(local[piece.name], boxes[piece.name], piece).contiguous()),
-        objects={_TREE: ObjectRecord(encode(tree))},
-        attempt=attempt,
-        timeout=timeout,
-    )
+    pieces = tuple(piece for piece in own(shards, global_rank=ranks.rank, node_of=lambda rank: rank) if piece.job)
+    held = {shard.name: part for shard, part in zip(shards, local, strict=True)}
+    encoded = encode(tree)
+    if not copy:
+        return _Prepared(pieces, lambda piece: tensor_bytes(held[piece.name].part(piece.box)), encoded)
+    copies = {piece: held[piece.name].copy(piece.box) for piece in pieces}
+    return _Prepared(pieces, lambda piece: tensor_bytes(copies[piece]), encoded)
 
 
 def load(state: Mapping[str, Any], path: str | Path, *, process_group: Any = None) -> dict[str, Any]:
@@ -105,10 +226,10 @@ def load(state: Mapping[str, Any], path: str | Path, *, process_group: Any = Non
     local, shards = _local(tensors, ranks, process_group)
     with open_checkpoint(path) as catalog:
         _check_same(catalog, tensors)
-        saved = decode(catalog.objects(ranks.rank)[_TREE])
-        for shard in shards:
+        saved = _saved_tree(catalog, path, ranks.rank)
+        for shard, part in zip(shards, local, strict=True):
             for box in shard.boxes:
-                _read_into(catalog, local[shard.name], shard, box)
+                _read_into(catalog, part.view(box), shard, box)
     loaded = join_tensors(saved, lambda name: tensors[name])
     return {key: _give(value, loaded[key]) if key in loaded else value for key, value in state.items()}
 
@@ -127,23 +248,58 @@ def _give(value: Any, loaded: Any) -> Any:
     return loaded
 
 
-def _local(
-    tensors: Mapping[str, torch.Tensor], ranks: Ranks, process_group: Any
-) -> tuple[dict[str, torch.Tensor], list[Shard]]:
-    """The local parts of all tensors, and what of the global ones they are."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The local part of a tensor, and the boxes of the global one that lie in it."""
+
+    tensor: torch.Tensor
+    boxes: tuple[Box, ...]
+    origins: tuple[tuple[int, ...], ...]
+    """For each box, the indices in `tensor` at which it begins."""
+
+    def view(self, box: Box) -> torch.Tensor:
+        """The elements of a region of the global tensor."""
+        if box.lengths == self.tensor.shape:
+            return self.tensor
+        view = self.tensor
+        for outer, origin in zip(self.boxes, self.origins, strict=True):
+            if outer.contains(box) and not box.is_empty:
+                for dim, (start, first, place) in enumerate(zip(box.offsets, outer.offsets, origin, strict=True)):
+                    view = view.narrow(dim, start - first + place, box.lengths[dim])
+                return view
+        raise AssertionError(f"{box} does not lie in {self.boxes}")
+
+    def part(self, box: Box) -> torch.Tensor:
+        """The elements of a region, contiguous on the CPU; a view where they lie so."""
+        return contiguous_on_cpu(self.view(box))
+
+    def copy(self, box: Box) -> torch.Tensor:
+        """The elements of a region in memory of their own."""
+        view = self.view(box)
+        part = contiguous_on_cpu(view)
+        # Bytes compare what matters: `part` may be a view of the caller's storage or already a copy of it.
+        shared = part.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+        return part.clone(memory_format=torch.contiguous_format) if shared else part
+
+
+def _local(tensors: Mapping[str, torch.Tensor], ranks: Ranks, process_group: Any) -> tuple[list[_Held], list[Shard]]:
+    """The local parts of all tensors, and what of the global ones they are; in the same order."""
     # Importing it takes seconds; where it was not imported there is no DTensor.
     module = sys.modules.get("torch.distributed.tensor")
     everyone = tuple(range(ranks.world_size))
-    local: dict[str, torch.Tensor] = {}
+    local: list[_Held] = []
     shards: list[Shard] = []
     for name, tensor in tensors.items():
         if module is not None and isinstance(tensor, module.DTensor):
-            shard = dtensor_shard(name, tensor)
-            local[name] = tensor.to_local().detach()
-            shards.append(_in_group(shard, ranks, process_group))
+            from holdfast.checkpoint.layout import dtensor_layout, local_part
+
+            layout = dtensor_layout(name, tensor)
+            local.append(_Held(local_part(tensor).detach(), layout.boxes, layout.origins))
+            shards.append(_in_group(layout_shard(name, tensor, layout), ranks, process_group))
         else:
-            local[name] = tensor.detach()
-            shards.append(plain_shard(name, tensor, holders=everyone))
+            shard = plain_shard(name, tensor, holders=everyone)
+            local.append(_Held(tensor.detach(), shard.boxes, ((0,) * tensor.dim(),)))
+            shards.append(shard)
     return local, shards
 
 
@@ -157,16 +313,6 @@ def _in_group(shard: Shard, ranks: Ranks, process_group: Any) -> Shard:
     return Shard(shard.name, shard.dtype, shard.shape, shard.boxes, holders, shard.rank)
 
 
-def _part(local: torch.Tensor, boxes: tuple[Box, ...], piece: Piece) -> torch.Tensor:
-    """The elements of `piece` out of the local tensor, on the CPU."""
-    if not boxes:
-        return empty_for(piece.dtype, piece.box.lengths)
-    inner = piece.box.relative_to(boxes[0])
-    for dim, (offset, length) in enumerate(zip(inner.offsets, inner.lengths, strict=True)):
-        local = local.narrow(dim, offset, length)
-    return contiguous_on_cpu(local)
-
-
 def _read_into(catalog: Catalog, local: torch.Tensor, shard: Shard, box: Box) -> None:
     if box.is_empty:
         return
@@ -177,6 +323,16 @@ def _read_into(catalog: Catalog, local: torch.Tensor, shard: Shard, box: Box) ->
     catalog.read(shard.name, box, tensor_bytes(staging))
     with torch.no_grad():
         local.copy_(staging)
+
+
+def _saved_tree(catalog: Catalog, path: str | Path, rank: int) -> Any:
+    data = catalog.objects(rank).get(TREE)
+    if data is None:
+        raise MismatchError(
+            f"{path} was not written by holdfast.checkpoint.save: load it with the Session or the HoldfastReader that "
+            f"its writer belongs to, or bring it into this form with `holdfast ckpt export` and `import`"
+        )
+    return decode(data)
 
 
 def _check_same(catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -174,7 +174,7 @@ def save_pieces(
     directory = Path(directory)
     meeting = _Meeting(ranks, directory, version, attempt) if ranks.world_size > 1 else None
     try:
-        record = _write_own(directory, ranks, version, pieces, data, objects, storage)
+        record = write_own(directory, ranks, version, pieces, data, objects, storage)
         if meeting is None:
             records = [record]
         elif ranks.rank == 0:
@@ -203,15 +203,29 @@ def save_pieces(
     return info
 
 
-def _write_own(
+def refuse_save(directory: str | Path, error: Exception, *, ranks: Ranks, version: Version, attempt: int) -> None:
+    """Take part in a save in which this rank cannot: the others, in `save_pieces` with the same values, fail at once.
+
+    Called instead of `save_pieces`, by a rank whose state cannot be stored.
+    """
+    if ranks.world_size > 1:
+        _Meeting(ranks, Path(directory), version, attempt).fail(error)
+
+
+def write_own(
     directory: Path,
     ranks: Ranks,
     version: Version,
     pieces: Sequence[Piece],
     data: Callable[[Piece], memoryview],
     objects: Mapping[str, ObjectRecord],
-    storage: Storage | None,
+    storage: Storage | None = None,
 ) -> ImageRecord:
+    """Write this rank's image of a step, without meeting anyone; arguments as `save_pieces` takes them.
+
+    Raises:
+        StorageError: it cannot be written, or the step is committed already.
+    """
     blob = encode_objects(objects)
     layout = ImageLayout.plan([piece for piece in pieces if piece.job], objects_capacity=len(blob))
     checksums = block_checksums(_data(layout, data, blob), layout.block_bytes)

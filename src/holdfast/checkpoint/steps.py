@@ -50,6 +50,12 @@ def step_dir_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: str | Path) -> int:
+    """The step that the name of a step directory says; 0 where it is no such name."""
+    match = _STEP.fullmatch(Path(path).name)
+    return int(match[1]) if match else 0
+
+
 def list_steps(checkpoint_dir: str | Path, *, storage: Storage | None = None) -> list[StepInfo]:
     """All step directories, complete or not, by step; none where `checkpoint_dir` does not exist.
 

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from holdfast.checkpoint.boxes import Box, whole
+from holdfast.checkpoint.boxes import whole
 from holdfast.checkpoint.dtypes import dtype_info
 from holdfast.checkpoint.ownership import Shard
 from holdfast.errors import StateError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+    from holdfast.checkpoint.layout import Layout
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -79,30 +81,24 @@ def plain_shard(name: str, tensor: torch.Tensor, *, holders: tuple[int, ...], ra
 
 
 def dtensor_shard(name: str, tensor: DTensor) -> Shard:
-    """What this rank holds of a DTensor: even and uneven shards, several mesh axes, replicas. No communication.
+    """What this rank holds of a DTensor: even and uneven shards, strided ones, several mesh axes, replicas. No
+    communication.
 
     Raises:
-        StateError: it has partial (not yet reduced) placements, or its shards are not one box.
+        StateError: it has partial (not yet reduced) placements.
     """
-    from torch.distributed.tensor import Partial, Replicate
-    from torch.distributed.tensor import Shard as ShardPlacement
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from holdfast.checkpoint.layout import dtensor_layout
 
+    return layout_shard(name, tensor, dtensor_layout(name, tensor))
+
+
+def layout_shard(name: str, tensor: DTensor, layout: Layout) -> Shard:
+    """The shard that a layout of a DTensor describes."""
     mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return Shard(name, dtype_name(tensor.dtype), tuple(tensor.shape), (), (), None)
-    for placement in tensor.placements:
-        if isinstance(placement, Partial) or not (
-            isinstance(placement, Replicate) or type(placement) is ShardPlacement
-        ):
-            raise StateError(f"{name} is a DTensor placed {placement}, which cannot be saved as boxes: redistribute it")
-    index = tuple(
-        slice(None) if isinstance(placement, Replicate) else coordinate[axis]
-        for axis, placement in enumerate(tensor.placements)
-    )
-    holders = tuple(int(rank) for rank in mesh.mesh[index].flatten().tolist())
-    lengths, offsets = compute_local_shape_and_global_offset(tuple(tensor.shape), mesh, tensor.placements)
-    box = Box(tuple(offsets), tuple(lengths))
-    boxes = () if box.is_empty else (box,)
-    return Shard(name, dtype_name(tensor.dtype), tuple(tensor.shape), boxes, tuple(sorted(holders)))
+    me = mesh.get_rank()
+    holders = layout.holders or (me,)
+    if 0 in layout.shape:
+        # One rank must say that there is such a tensor, though nobody holds anything of it.
+        everyone = tuple(sorted(mesh.mesh.flatten().tolist()))
+        holders = everyone if me in everyone else (me,)
+    return Shard(name, dtype_name(tensor.dtype), layout.shape, layout.boxes, holders)
