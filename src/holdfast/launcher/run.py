@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     with Seat(key, tenant, num_seats=meeting.max_nodes) as seat:
         before = seat.record()
         run_id = before.run_id if before is not None else secrets.token_hex(6)
-        run_dir = _make_run_dir(hold, before, key, run_id)
+        run_dir = _make_run_dir(hold, before, seat, run_id)
         generation = before.generation if before is not None else None
         seat.write_record(RunRecord(run_id=run_id, run_dir=str(run_dir), generation=generation))
         launch, ending = _run_on_seat(args, meeting, seat, run_id, run_dir)
@@ -86,16 +86,18 @@ def exit_code(ending: Ending, hold: HoldOptions) -> int:
             return 1
 
 
-def _make_run_dir(hold: HoldOptions, before: RunRecord | None, key: str, run_id: str) -> Path:
+def _make_run_dir(hold: HoldOptions, before: RunRecord | None, seat: Seat, run_id: str) -> Path:
     run_dir = hold.run_dir
     if run_dir is None and before is not None:
         run_dir = Path(before.run_dir)
     if run_dir is None:
-        run_dir = default_run_directory(key, run_id)
+        run_dir = default_run_directory(seat.key, run_id)
         private(run_dir.parent)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if before is None:
+            seat.clear()
         raise UsageError(f"--hold-run-dir {run_dir}: {error.strerror}") from error
     return run_dir.absolute()
 
@@ -117,7 +119,8 @@ def _run_on_seat(args: object, meeting: Meeting, seat: Seat, run_id: str, run_di
             memory_limit_bytes=hold.snapshot_memory,
         )
         link.start()  # it comes up while torch's configuration is made
-    ended = False
+    begun, ended = False, False
+    adopted = link is not None and link.adopted
     try:
         launch = launch_from(args, meeting, log_dir=run_dir / "logs")
         handled = parse_signals(getattr(launch.config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
@@ -138,15 +141,20 @@ def _run_on_seat(args: object, meeting: Meeting, seat: Seat, run_id: str, run_di
                 link=link,
                 context=context,
             )
+            begun = True
             ending = agent.run()
             ended = True
             log.write(_ended(ending, exit_code(ending, hold)), time.time())
         return launch, ending
     finally:
-        if link is not None and not ended:
-            link.shut_down(persist=False)
-            link.finish(5.0)
-        seat.clear()
+        if ended:
+            seat.clear()
+        elif not begun and not adopted:
+            if link is not None:
+                link.shut_down(persist=False)
+                link.finish(5.0)
+            seat.clear()
+        # else: an error of ours, or of this command line; the daemon lingers with what it holds, as after a kill
         context.destroy(linger=1000)
 
 

@@ -112,7 +112,6 @@ class Seat:
         self._num_seats = num_seats
         self._base = runtime_directory()
         self._lock: int | None = None
-        self._inner_lock: int | None = None
         self.number = -1
 
     def __enter__(self) -> Seat:
@@ -125,7 +124,6 @@ class Seat:
             held_by = self._try(number)
             if held_by is None:
                 self.number = number
-                self._settle_in()
                 return self
             if not self._tenant.is_neighbour(held_by):
                 raise PeerError(
@@ -139,29 +137,11 @@ class Seat:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._inner_lock is not None:
-            os.close(self._inner_lock)
-            self._inner_lock = None
         if self._lock is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._lock_path(self.number).unlink()
             os.close(self._lock)
             self._lock = None
             with contextlib.suppress(OSError):  # other jobs of this user have their seats there
                 self._base.rmdir()
-
-    def _settle_in(self) -> None:
-        """Hold a lock inside the directory: a daemon whose time is up leaves a directory with a living agent alone."""
-        while True:
-            self.directory.mkdir(mode=0o700, exist_ok=True)
-            path = self.directory / "agent.lock"
-            with contextlib.suppress(FileNotFoundError):  # the daemon removed the directory just now
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                self._inner_lock = descriptor
-                if _is_same_file(descriptor, path):
-                    return
-                os.close(descriptor)
 
     @property
     def directory(self) -> Path:
@@ -187,24 +167,33 @@ class Seat:
         new.replace(self.directory / "run.json")
 
     def clear(self) -> None:
-        """The job has ended: nothing of the seat stays but the lock, which goes at the end of the context."""
+        """The job has ended: nothing of the seat stays."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def _lock_path(self, number: int) -> Path:
-        return self._base / f"{self.key}-{number}.lock"
-
     def _try(self, number: int) -> Tenant | None:
-        """Take seat `number`, or tell who holds it."""
-        path = self._lock_path(number)
+        """Take seat `number`, or tell who holds it.
+
+        The lock lies in the seat's directory, so a daemon whose time is up leaves that of a living agent alone.
+        """
+        directory = self._base / f"{self.key}-{number}"
+        path = directory / "agent.lock"
         while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            directory.mkdir(mode=0o700, exist_ok=True)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except FileNotFoundError:
+                continue  # a daemon removed the directory just now
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 try:
-                    return _read_tenant(descriptor)
+                    tenant = _read_tenant(descriptor)
                 finally:
                     os.close(descriptor)
+                if _is_alive(tenant.pid):
+                    return tenant
+                time.sleep(_TRY_S)  # its daemon holds the lock for the moment in which it removes the directory
+                continue
             if _is_same_file(descriptor, path):
                 break
             os.close(descriptor)  # its holder removed it between our open and our lock
@@ -212,6 +201,11 @@ class Seat:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, msgspec.json.encode(self._tenant), 0)
         return None
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether the process exists; yes where nobody knows (0)."""
+    return pid == 0 or Path("/proc", str(pid)).exists()
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:
