@@ -72,7 +72,7 @@ class Teacher:
         self._layer = layer
         self._logits = logits
         self._seen: Any = None
-        self._ends_early = False
+        self._running = self._ends_early = False
         self._tap: Tap | None = Tap(unwrap(module), layer, self._see, argument="teacher_layer")
         self._tap.refresh()
 
@@ -111,10 +111,13 @@ class Teacher:
         device, dtype = self.device, _float_dtype(module)
         args, kwargs = tree_map(lambda value: _brought(value, device, dtype), (args, _passed_on(kwargs)))
         tap.refresh()
-        self._ends_early = self._layer != "" and not _must_end(module)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), contextlib.suppress(_Reached):
-            module(*args, **kwargs)
-        seen, self._seen = self._seen, None
+        self._running, self._ends_early = True, self._layer != "" and not _must_end(module)
+        try:
+            with torch.no_grad(), torch.autocast(device.type, enabled=False), contextlib.suppress(_Reached):
+                module(*args, **kwargs)
+        finally:
+            self._running = False
+            seen, self._seen = self._seen, None
         if seen is None:
             raise UsageError(f"teacher_layer={self._layer!r} did not run in the teacher's forward: name another layer")
         state, _ = state_of(seen, layer=self._layer, logits=self._logits)
@@ -127,6 +130,8 @@ class Teacher:
         self._tap = self._module = self._seen = None  # the tap refers to the module
 
     def _see(self, output: Any) -> Any:
+        if not self._running:
+            return output  # someone else uses the module
         self._seen = output
         if self._ends_early:
             raise _Reached
