@@ -47,6 +47,26 @@ def test_a_run_snapshots_every_step_persists_and_leaves_nothing(node: Node, tmp_
     node.assert_gone()
 
 
+def test_a_session_over_some_ranks_of_the_node_snapshots_persists_and_is_restored(node: Node, tmp_path: Path) -> None:
+    job = Job([node], 3)
+    plan = Plan(until=100000, ranks=(0, 2), checkpoint_dir=str(tmp_path / "c"), step_s=0.01)
+    job.start(plan)
+    complete = node.complete(20).version.step
+    node.kill_daemon()
+    node.start_daemon()
+    node.hello()
+    node.complete(complete + 20)
+    job.end()
+    job.start(Plan(until=complete + 200, ranks=(0, 2), checkpoint_dir=str(tmp_path / "c"), step_s=0.002))
+    for worker in [one for rank, one in enumerate(job.finish()) if rank != 1]:
+        assert worker.event("restored")["tier"] == "memory"
+        assert worker.event("restored")["step"] > complete
+        assert worker.event("persisted")["step"] == complete + 200
+    with open_checkpoint(tmp_path / "c" / f"step-{complete + 200:08d}") as catalog:
+        assert catalog.tensors["w"].shape == (2, 65536)
+    assert not any(found.local_rank == 1 for found in Arena.open(node.arena).scan())
+
+
 def test_grants_follow_commits(node: Node) -> None:
     job = Job([node], 1)
     [worker] = job.start(Plan(until=300, ranks=(0,), step_s=0.003))

@@ -62,15 +62,17 @@ def say(**what: object) -> None:
 
 
 class Images:
-    """Images of one rank: row `rank` of a global uint8 tensor ``w`` of shape (world, row_bytes), told by the step."""
+    """Images of one rank: a row of a global uint8 tensor ``w`` of shape (ranks of the Session, row_bytes), told by the
+    step."""
 
-    def __init__(self, rank: int, world: int, row_bytes: int) -> None:
+    def __init__(self, rank: int, world: int, row_bytes: int, ranks: tuple[int, ...]) -> None:
         self.rank, self.world, self.row_bytes = rank, world, row_bytes
-        piece = Piece(name="w", dtype="uint8", shape=(world, row_bytes), box=Box((rank, 0), (1, row_bytes)))
+        self.row, self.rows = ranks.index(rank), len(ranks)
+        piece = Piece(name="w", dtype="uint8", shape=(len(ranks), row_bytes), box=Box((self.row, 0), (1, row_bytes)))
         self.layout = ImageLayout.plan([piece], objects_capacity=4096)
 
     def value(self, step: int) -> int:
-        return (step * 7 + self.rank) % 251
+        return (step * 7 + self.row) % 251
 
     def fill(self, slot: Slot, client: SnapshotClient, step: int, *, die: bool) -> None:
         layout, environment = self.layout, worker_environment()
@@ -89,8 +91,8 @@ class Images:
         checksums = block_checksums([image[layout.data_start :]], layout.block_bytes)
         header = layout.header(
             version=version,
-            global_rank=self.rank,
-            world_size=self.world,
+            global_rank=self.row,
+            world_size=self.rows,
             checksums=checksums,
             objects_bytes=len(blob),
         )
@@ -122,6 +124,9 @@ def main() -> None:
     environment = worker_environment()
     assert environment is not None
     rank, world = environment.global_rank, environment.world_size
+    if rank not in plan.ranks:
+        say(event="done", step=0, committed=[])  # this rank opens no Session
+        return
     client = SnapshotClient.connect(environment, timeout=TIMEOUT)
     config = SessionConfig(
         ranks=plan.ranks,
@@ -138,7 +143,7 @@ def main() -> None:
     say(event="restored", tier=answer.tier, step=step, lost=answer.steps_lost)
     client.publish_step(step)
     client.reached(Phase.RESTORED, step)
-    images = Images(rank, world, plan.row_bytes)
+    images = Images(rank, world, plan.row_bytes, plan.ranks)
     client.need_slots(images.layout.size_bytes, plan.until)
     while plan.wait_slots and client.slots() is None:
         time.sleep(0.001)
@@ -151,7 +156,7 @@ def main() -> None:
         client.publish_step(step)
         client.beat()
         if plan.grow_at == step:
-            images = Images(rank, world, plan.row_bytes * 4)
+            images = Images(rank, world, plan.row_bytes * 4, plan.ranks)
             client.need_slots(images.layout.size_bytes, plan.until)
         agreed = client.agreed(step)
         slots, slot = client.slots(), client.grant(step)

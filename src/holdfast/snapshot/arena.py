@@ -365,17 +365,19 @@ class Arena:
         """Bytes of all slot files."""
         return sum(slot.capacity_bytes + SLOT_HEADER_BYTES for slot in self.scan())
 
-    def reserve(self, pool: int, local_ranks: int, num_slots: int, capacity_bytes: int) -> int:
-        """Make the missing slots of `pool` with real pages behind them; blocks, call it from a thread of its own.
+    def reserve(self, pool: int, local_ranks: Iterable[int], num_slots: int, capacity_bytes: int) -> int:
+        """Make the missing slots of `pool` of these local ranks, with real pages behind them; blocks, call it from a
+        thread of its own.
 
         A slot appears under its name only when all of its pages are there, so a successor never adopts half of one.
 
         Returns:
-            How many slots every local rank has: fewer than `num_slots` where memory ended early.
+            How many slots every one of them has: fewer than `num_slots` where memory ended early.
         """
+        local_ranks = tuple(local_ranks)
         with ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1)), thread_name_prefix="holdfast-reserve") as threads:
             for index in range(num_slots):
-                paths = [self.slot_path(pool, local_rank, index) for local_rank in range(local_ranks)]
+                paths = [self.slot_path(pool, local_rank, index) for local_rank in local_ranks]
                 missing = [path for path in paths if not path.exists()]
                 if not all(list(threads.map(lambda path: self._reserve_one(path, capacity_bytes), missing))):
                     self.drop(missing)

@@ -242,12 +242,23 @@ def _refusal_in_memory(
 
 def _missing_ranks(version: Version, inventories: Iterable[Inventory]) -> list[int] | None:
     """Ranks of which no image is there; None where the images contradict each other or there is none."""
+    inventories = tuple(inventories)
     images = [image for inventory in inventories for image in inventory.clean if image.version == version]
     worlds = {image.world_size for image in images}
     if len(worlds) != 1:
         return None
     there = {image.global_rank for image in images}
-    return [rank for rank in range(worlds.pop()) if rank not in there]
+    return [rank for rank in writers(version, worlds.pop(), inventories) if rank not in there]
+
+
+def writers(version: Version, world_size: int, inventories: Iterable[Inventory]) -> Sequence[int]:
+    """Global ranks that wrote `version` in a world of `world_size`: those of the Session of its generation, where any
+    node has recorded them."""
+    for inventory in inventories:
+        for record in inventory.parents:
+            if record.generation == version.generation and record.session_ranks is not None:
+                return record.session_ranks
+    return range(world_size)
 
 
 def _stored_candidates(

@@ -54,7 +54,6 @@ from holdfast.snapshot.messages import (
     Refused,
     RequestStop,
     RestoreFailed,
-    SessionConfig,
     Shutdown,
     StartGeneration,
     Welcome,
@@ -267,7 +266,7 @@ class Daemon:
         start = self.node.start
         match message:
             case LeaderRestore():
-                config = self.leading.config if self.leading is not None else self._own_config()
+                config = message.config or self.arena.state.config
                 self.arena.save_state(msgspec.structs.replace(self.arena.state, config=config))
                 self.node.decided(message)
             case LeaderOrders(orders=orders):
@@ -285,10 +284,6 @@ class Daemon:
             case Refused():
                 self.node.to_workers(message)
                 self.to_agent(Notice(severity="error", text=message.reason))
-
-    def _own_config(self) -> SessionConfig | None:
-        opened = self.node.opened().opened
-        return opened[0][1] if opened else self.arena.state.config
 
     def _for_leader(self, message: AnyMessage) -> None:
         if self.leading is not None:

@@ -245,12 +245,14 @@ class Rescue:
             self._end(Bye(error=errors[0]))
             return
         version = self._chosen.version
-        images = [image for inventory in self._inventories.values() for image in inventory.clean]
+        inventories = tuple(self._inventories.values())
+        images = [image for inventory in inventories for image in inventory.clean]
+        world = next(image.world_size for image in images if image.version == version)
         job = Commit(
             version=version,
             directory=step_directory(self._config.checkpoint_dir, version.step),
             records=tuple(record for _, part in sorted(self._parts.items()) for record in part.records),
-            world_size=next(image.world_size for image in images if image.version == version),
+            world_size=len(chain.writers(version, world, inventories)),
             metrics={},
             tag=None,
             history=self._history,

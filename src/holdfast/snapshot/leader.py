@@ -185,6 +185,10 @@ class LeaderLedger:
         self.agreement = Agreement()
         self.interval = AutoInterval(config.snapshot_every)
         self._reports: dict[int, NodeState] = {}
+        self._ranks: list[RankState] = []
+        """As in the reports; those of the Session."""
+        self._writing: list[NodeState] = []
+        """Reports of the nodes that have ranks of the Session: the others hold no part of a version."""
         self._gathered = False
         self._complete: int | None = None
         self._granted_through = config.start_step
@@ -234,6 +238,8 @@ class LeaderLedger:
             self._sent.pop(state.node_rank, None)
         before = self._reports.get(state.node_rank)
         self._reports[state.node_rank] = state
+        self._ranks = [rank for _, one in sorted(self._reports.items()) for rank in one.ranks]
+        self._writing = [one for one in self._reports.values() if one.ranks]
         if state.ask and before is not None:
             out += self.persists.node_reconnected(state.node_rank)
         if not self._gathered and len(self._reports) == len(self.config.nodes):
@@ -265,7 +271,7 @@ class LeaderLedger:
 
     def _advance(self, out: list[LeaderInstruction]) -> None:
         self._judge_outstanding(out)
-        ranks = self._ranks()
+        ranks = self._ranks
         if not self._all_entered(ranks):
             return
         self._count_skipped(ranks)
@@ -277,7 +283,7 @@ class LeaderLedger:
     def _judge_outstanding(self, out: list[LeaderInstruction]) -> None:
         """Abandon what was missed, complete what is clean everywhere; in the order of steps."""
         for step in sorted(self.outstanding):
-            states = [self._held(state, step) for state in self._reports.values()]
+            states = [self._held(state, step) for state in self._writing]
             if any(one is not None and one.state == "missed" for one in states):
                 self.outstanding.discard(step)
                 self._note_miss()
@@ -315,7 +321,7 @@ class LeaderLedger:
             return
         agreed = self.agreement.current
         agreed_here = agreed is not None and agreed.confirmed and agreed.persist and agreed.step == step
-        finals = [rank.final for rank in self._ranks() if rank.final is not None]
+        finals = [rank.final for rank in self._ranks if rank.final is not None]
         final = any(one.step == step and one.persist for one in finals)
         mandatory = agreed_here or final
         if not mandatory and (step in self._offered or not (self._persist_due or self._is_multiple(step))):
@@ -339,7 +345,7 @@ class LeaderLedger:
         newest = max(rank.step for rank in ranks)
         if self._granted_from is None:
             self._granted_from = newest
-        room = min(self._room(state) for state in self._reports.values())
+        room = min(self._room(state) for state in self._writing)
         for step in self._awaited(ranks, newest):
             if room <= 0:
                 self._recall(step)
@@ -420,7 +426,7 @@ class LeaderLedger:
         orders = Orders(
             generation=self.config.generation,
             leader_epoch=self.config.epoch,
-            running=self._all_entered(self._ranks()),
+            running=self._all_entered(self._ranks),
             grants=tuple(sorted(self.outstanding)),
             complete=self._complete,
             pinned=self.persists.pins,
@@ -433,14 +439,11 @@ class LeaderLedger:
 
     # --- views of the reports
 
-    def _ranks(self) -> list[RankState]:
-        return [rank for _, state in sorted(self._reports.items()) for rank in state.ranks]
-
     def _all_entered(self, ranks: list[RankState]) -> bool:
         return sum(rank.entered for rank in ranks) == self.config.num_ranks
 
     def _num_slots(self) -> int:
-        return min(state.num_slots for state in self._reports.values())
+        return min((state.num_slots for state in self._writing), default=0)
 
     @staticmethod
     def _held(state: NodeState, step: int) -> Held | None:

@@ -242,24 +242,31 @@ class Leading:
             steps_lost=choice.steps_lost,
             first_of_incarnation=self.start.fresh,
         )
-        self._chosen = LeaderRestore(generation=self.start.generation, restore=restore, history=answer.history)
-        for inventory in self._inventories.values():
-            for image in inventory.clean:
-                self._worlds[image.version] = image.world_size
+        self._chosen = LeaderRestore(
+            generation=self.start.generation, restore=restore, history=answer.history, config=self.config
+        )
+        self._note_worlds()
         for node_rank in self._members:
             self._send(node_rank, self._chosen)
+        inventories = tuple(self._inventories.values())
+        nearby = all(chain.tier_of(choice, inventories, node_rank) == choice.tier for node_rank in self._members)
         self._to_agent(
             RestoreChosen(
                 generation=self.start.generation,
-                tier=choice.tier,
+                tier=choice.tier if nearby else "peers",
                 version=choice.version,
                 step=choice.step,
                 steps_lost=choice.steps_lost,
                 reason=choice.reason,
             )
         )
-        inventories = tuple(self._inventories.values())
         self._lead(carried=chain.carried_persists(inventories, choice, generation=self.start.generation))
+
+    def _note_worlds(self) -> None:
+        """How many images the versions of older generations have."""
+        inventories = tuple(self._inventories.values())
+        for image in (image for inventory in inventories for image in inventory.clean):
+            self._worlds[image.version] = len(chain.writers(image.version, image.world_size, inventories))
 
     def _locations(self, version: Version | None) -> tuple[ImageLocation, ...]:
         daemons = {member.node_rank: member.daemon for member in self.start.members}
@@ -394,7 +401,7 @@ class Leading:
         assert self.config is not None
         assert self.config.checkpoint_dir is not None
         attempt = self._attempts[order.version]
-        world = self._worlds.get(order.version, sum(member.num_ranks for member in self.start.members))
+        world = self._worlds.get(order.version, len(self.config.ranks))
         job = Commit(
             version=order.version,
             directory=step_directory(self.config.checkpoint_dir, order.version.step),

@@ -31,314 +31,81 @@ still have in flight, so the new one builds on reports that nothing can overtake
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.snapshot.ledger_events import (
+    Adopted,
+    ClearGrants,
+    Completed,
+    DropSlot,
+    GenerationStarted,
+    LeaderConnected,
+    NodeEvent,
+    NodeInstruction,
+    OrdersReceived,
+    PoolPaused,
+    PoolReady,
+    PublishAgreed,
+    Published,
+    PublishGrant,
+    RankAcknowledged,
+    RankCommitted,
+    RankEntered,
+    RankFinished,
+    RankMissed,
+    RankRead,
+    RankStepped,
+    RankUntil,
+    ReadRanks,
+    Requested,
+    RestoreDecided,
+    SendInventory,
+    SendReport,
+    StopPersist,
+    StoreRequests,
+    WithdrawGrant,
+    WriterDied,
+)
 from holdfast.snapshot.reports import Agreed, Final, Held, NodeState, Orders, Pin, RankState, Request, SlotRef
 from holdfast.snapshot.slots import Header, Image, SlotTable
 
-__all__ = ["Header", "Image", "NodeEvent", "NodeInstruction", "NodeLedger"]
-
-# --- events: what the shell of the daemon feeds ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationStarted:
-    """Feed at StartGeneration, after reading all slot headers again (the header is the truth: doorbells may be lost).
-
-    Fences everything older. Yields `ClearGrants` and `SendInventory`. No slots until the next `PoolReady`.
-    """
-
-    generation: GenerationId
-    node_rank: int
-    local_ranks: tuple[int, ...]
-    """Global ranks of this node in the new generation."""
-    headers: tuple[Header, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """A grant that stands on the control page of the current generation: the newest one of its slot."""
-
-    slot: SlotRef
-    step: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adopted:
-    """Feed once, first, in a restarted daemon whose arena has a generation (node.state), before anything else.
-
-    Feed afterwards `PoolReady`, then from the control page `RankEntered`, `RankStepped`, `RankAcknowledged` and
-    `RankRead` of each rank, and `WriterDied` for those that are gone.
-    """
-
-    generation: GenerationId
-    node_rank: int
-    local_ranks: tuple[int, ...]
-    parent: Version | None
-    """As recorded when `RestoreDecided` was fed; None where nothing was decided or memory was not the source."""
-    headers: tuple[Header, ...]
-    published: tuple[Published, ...]
-    agreed: Agreed | None
-    """What stands on the control page."""
-    requests: tuple[Request, ...] = ()
-    """Open requests as recorded in node.state (`StoreRequests`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RestoreDecided:
-    """Feed when the leader's choice arrives (LeaderRestore) and its Parentage is recorded, before workers hear of it.
-    Again when the leader chooses anew (RestoreFailed). Yields `StopPersist` for what lies above the restored step."""
-
-    generation: GenerationId
-    parent: Version | None
-    """The version in memory that the generation starts from; None where the tier is storage or none."""
-    step: int
-    """The restored step, 0 where the tier is none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PoolReady:
-    """Feed when slot files 0..num_slots-1 of `pool` are there for all local ranks, just before SlotsReady goes out.
-
-    Slots of other pools are never granted again; each is dropped (`DropSlot`) once nothing in it is needed. Feed it
-    again in each new generation, with the same pool where the old one still fits.
-    """
-
-    pool: int
-    num_slots: int
-
-
-@dataclass(frozen=True)
-class PoolPaused:
-    """Feed when some rank needs larger slots: no grants until the next `PoolReady`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankEntered:
-    """Feed when a rank reported the phase ``restored`` (its Session is entered)."""
-
-    generation: GenerationId
-    global_rank: int
-    step: int
-    until: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankStepped:
-    """Feed when a rank's newest finished step on the control page has changed (polled, or with a doorbell), unless the
-    rank is in `NodeLedger.watched` (then `RankRead`)."""
-
-    generation: GenerationId
-    global_rank: int
-    step: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankUntil:
-    """Feed when a rank says (NeedSlots) what the last step of its loop will be."""
-
-    generation: GenerationId
-    global_rank: int
-    until: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankCommitted:
-    """Feed at `Committed`. Idempotent; a worker repeats its newest ones when it reconnects to a restarted daemon."""
-
-    version: Version
-    global_rank: int
-    wait_s: float = 0.0
-    step_s: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankMissed:
-    """Feed at `Missed`: the worker saw, at a boundary after `version.step`, a grant of it that it had not taken."""
-
-    version: Version
-    global_rank: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankRead:
-    """A worker's published step, read first, then its headers. Feed it when a worker reconnects (its doorbells may be
-    lost), at `ReadRanks`, and instead of `RankStepped` for ranks in `NodeLedger.watched`.
-
-    A grant of an older step without a matching header was missed; a withdrawn grant of a later step will never be
-    taken. Needs that a worker publishes a step before it looks for its grant, and writes FILLING before it leaves that
-    boundary.
-    """
-
-    generation: GenerationId
-    global_rank: int
-    step: int
-    headers: tuple[Header, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankAcknowledged:
-    """Feed when a rank's acknowledged number on the control page has changed."""
-
-    generation: GenerationId
-    global_rank: int
-    number: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankFinished:
-    """Feed at `FinalStep`: the loop of the rank ended by itself."""
-
-    generation: GenerationId
-    global_rank: int
-    step: int
-    persist: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class WriterDied:
-    """Feed when a worker process is gone (pidfd), with the generation it belonged to."""
-
-    generation: GenerationId
-    global_rank: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Requested:
-    """Feed at RequestSave, RequestEnd and RequestStop. Survives generations."""
-
-    request: Request
-
-
-@dataclass(frozen=True)
-class LeaderConnected:
-    """Feed when the connection to the leader's daemon is (re)made: yields a `SendReport`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OrdersReceived:
-    """Feed when orders of the leader arrive (in order of arrival)."""
-
-    orders: Orders
-
-
-NodeEvent = (
-    GenerationStarted
-    | Adopted
-    | RestoreDecided
-    | PoolReady
-    | PoolPaused
-    | RankEntered
-    | RankStepped
-    | RankUntil
-    | RankCommitted
-    | RankMissed
-    | RankRead
-    | RankAcknowledged
-    | RankFinished
-    | WriterDied
-    | Requested
-    | LeaderConnected
-    | OrdersReceived
-)
-
-# --- instructions: what the shell must do, in this order ------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClearGrants:
-    """Erase the page's grants and agreed step and write the generation: workers of older ones see nothing."""
-
-    generation: GenerationId
-
-
-@dataclass(frozen=True)
-class SendInventory:
-    """Send the leader an Inventory: images from `NodeLedger.clean()`, pins from `NodeLedger.pinned`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishGrant:
-    """Write the grant of `version.step` in `slot` on the page, visible to the workers at once."""
-
-    slot: SlotRef
-    version: Version
-
-
-@dataclass(frozen=True, kw_only=True)
-class WithdrawGrant:
-    """Erase the grant from the page: nobody needs the version any more. Who has not seen it yet never will."""
-
-    slot: SlotRef
-    version: Version
-
-
-@dataclass(frozen=True)
-class ReadRanks:
-    """Now that grants are withdrawn, feed `RankRead` of every living local rank: who has not reached an abandoned step
-    cannot take it any more. Ranks in `NodeLedger.watched` need `RankRead` instead of `RankStepped` from now on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PublishAgreed:
-    """Write the agreed step on the page; workers that wait in ``agreed()`` look again. Where it is confirmed and of
-    kind save, send SaveAgreed to the workers."""
-
-    agreed: Agreed
-
-
-@dataclass(frozen=True, kw_only=True)
-class SendReport:
-    """Send the state to the leader. A newer one replaces one that is not sent yet, but `ask` of either must stay set
-    (send at most one per few ms)."""
-
-    state: NodeState
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreRequests:
-    """Record the open requests in node.state."""
-
-    requests: tuple[Request, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DropSlot:
-    """Unlink the files of a slot of a former pool: nothing in it is needed and nobody writes it."""
-
-    slot: SlotRef
-
-
-@dataclass(frozen=True, kw_only=True)
-class StopPersist:
-    """Stop reading this version for a persist: its pin is gone, the slot may be written again."""
-
-    version: Version
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completed:
-    """For people, agents (Progress) and workers: the version is complete on all ranks of the job."""
-
-    version: Version
-
-
-NodeInstruction = (
-    ClearGrants
-    | SendInventory
-    | PublishGrant
-    | WithdrawGrant
-    | ReadRanks
-    | PublishAgreed
-    | SendReport
-    | StoreRequests
-    | DropSlot
-    | StopPersist
-    | Completed
-)
+__all__ = [
+    "Adopted",
+    "ClearGrants",
+    "Completed",
+    "DropSlot",
+    "GenerationStarted",
+    "Header",
+    "Image",
+    "LeaderConnected",
+    "NodeEvent",
+    "NodeInstruction",
+    "NodeLedger",
+    "OrdersReceived",
+    "PoolPaused",
+    "PoolReady",
+    "PublishAgreed",
+    "PublishGrant",
+    "Published",
+    "RankAcknowledged",
+    "RankCommitted",
+    "RankEntered",
+    "RankFinished",
+    "RankMissed",
+    "RankRead",
+    "RankStepped",
+    "RankUntil",
+    "ReadRanks",
+    "Requested",
+    "RestoreDecided",
+    "SendInventory",
+    "SendReport",
+    "StopPersist",
+    "StoreRequests",
+    "WithdrawGrant",
+    "WriterDied",
+]
 
 
 class NodeLedger:
@@ -354,7 +121,10 @@ class NodeLedger:
         self.generation: GenerationId | None = None
         self.parent: Version | None = None
         self._node_rank = 0
+        self._local_ranks: tuple[int, ...] = ()
+        """Global ranks of this node; their place is their local rank."""
         self._ranks: dict[int, RankState] = {}
+        """Those of them that the Session has."""
         self._num_slots = 0
         self._leader_epoch = 0
         self._complete: int | None = None
@@ -392,12 +162,21 @@ class NodeLedger:
 
     # --- events
 
-    def handle(self, event: NodeEvent) -> list[NodeInstruction]:
-        """Take one event; the instructions are to be carried out at once and in order, before the next event is fed
-        (`ReadRanks`, which asks for events, is the last one). Events of older generations are refused (ignored but for
-        what they say about a writer that let go)."""
+    def handle(self, *events: NodeEvent) -> list[NodeInstruction]:
+        """Take what was seen at one moment: one event, or several that workers brought about, in their order. The
+        instructions are to be carried out at once and in order, before the next event is fed (`ReadRanks`, which asks
+        for events, is the last one). Events of older generations are refused (ignored but for what they say about a
+        writer that let go)."""
         out: list[NodeInstruction] = []
-        report_anyway = False
+        asks = [self._take(event, out) for event in events]
+        self._settle(out)
+        self._report(out, anyway=any(asks))
+        if any(isinstance(instruction, WithdrawGrant) for instruction in out) and self.watched:
+            out.append(ReadRanks())
+        return out
+
+    def _take(self, event: NodeEvent, out: list[NodeInstruction]) -> bool:
+        """Note the event; the answer says whether a report is due although nothing has changed."""
         match event:
             case GenerationStarted():
                 self._start_generation(event, out)
@@ -423,14 +202,10 @@ class NodeLedger:
                 self._requests[event.request.id] = event.request
                 out.append(StoreRequests(requests=tuple(self._requests.values())))
             case LeaderConnected():
-                report_anyway = True
+                return True
             case OrdersReceived():
-                report_anyway = self._take_orders(event.orders, out)
-        self._settle(out)
-        self._report(out, anyway=report_anyway)
-        if any(isinstance(instruction, WithdrawGrant) for instruction in out) and self.watched:
-            out.append(ReadRanks())
-        return out
+                return self._take_orders(event.orders, out)
+        return False
 
     def _take_rank_event(
         self, event: RankEntered | RankStepped | RankUntil | RankRead | RankAcknowledged | RankFinished
@@ -461,7 +236,7 @@ class NodeLedger:
     def _start_generation(self, event: GenerationStarted, out: list[NodeInstruction]) -> None:
         if self.generation is not None and not _newer(event.generation, self.generation):
             return
-        self.table.fence(tuple(self._ranks), event.headers)
+        self.table.fence(self._local_ranks, event.headers)
         self._enter(event.generation, event.node_rank, event.local_ranks)
         held = {image.version for image in self.table.images()}
         self._pins = {version: pin for version, pin in self._pins.items() if version in held}
@@ -469,6 +244,7 @@ class NodeLedger:
 
     def _adopt(self, event: Adopted) -> None:
         self._enter(event.generation, event.node_rank, event.local_ranks)
+        self._restrict(event.session_ranks)
         self.parent = event.parent
         self._requests = {request.id: request for request in event.requests}
         self._agreed = event.agreed
@@ -480,11 +256,13 @@ class NodeLedger:
                 self.table.adopt_image(header)
         for slot, version in granted.items():
             headers = [header for header in event.headers if header.slot == slot]
-            self.table.adopt_grant(slot, version, event.local_ranks, headers)
+            self.table.adopt_grant(slot, version, tuple(self._ranks), headers)
 
     def _enter(self, generation: GenerationId, node_rank: int, local_ranks: tuple[int, ...]) -> None:
         self.generation, self._node_rank = generation, node_rank
+        self._local_ranks = local_ranks
         self._ranks = {global_rank: RankState(global_rank=global_rank) for global_rank in local_ranks}
+        self.table.places = {global_rank: local for local, global_rank in enumerate(local_ranks)}
         self.parent, self._complete, self._agreed = None, None, None
         self._grants, self._num_slots, self._leader_epoch = (), 0, 0
         self._reported = None
@@ -493,9 +271,16 @@ class NodeLedger:
         if event.generation != self.generation:
             return
         self.parent = event.parent
-        for version in [version for version in self._pins if version.step > event.step]:
+        self._restrict(event.session_ranks)
+        newer = [pin for pin in self._pins if pin.generation != self.generation and pin.step > event.step]
+        for version in newer:
             del self._pins[version]
             out.append(StopPersist(version=version))
+
+    def _restrict(self, session_ranks: tuple[int, ...] | None) -> None:
+        """Only ranks of the Session write images."""
+        if session_ranks is not None:
+            self._ranks = {rank: state for rank, state in self._ranks.items() if rank in session_ranks}
 
     # --- orders
 
@@ -558,7 +343,8 @@ class NodeLedger:
         out.extend(DropSlot(slot=slot) for slot in self.table.drop_former())
         if self.generation is None or self._num_slots == 0:
             return
-        for step, row in zip(self._waiting(), self.table.free(), strict=False):
+        waiting = self._waiting()
+        for step, row in zip(waiting, self.table.free() if waiting else (), strict=False):
             version = self.generation.at(step)
             row.grant(version, self._ranks)
             out.append(PublishGrant(slot=row.ref, version=version))

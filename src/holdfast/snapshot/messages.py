@@ -378,6 +378,8 @@ class Parentage(msgspec.Struct, frozen=True, kw_only=True):
     generation: GenerationId
     parent: Version | None
     step: int
+    session_ranks: tuple[int, ...] | None = None
+    """Global ranks of its Session: a version is whole with their images. None: those of the whole world."""
 
 
 class ReadRange(Message, frozen=True, kw_only=True):
@@ -412,6 +414,8 @@ class LeaderRestore(Message, frozen=True, kw_only=True):
     generation: GenerationId
     restore: Restore
     history: str | None
+    config: SessionConfig | None = None
+    """Of the Session; a node of which no rank is in it learns it here."""
 
 
 class AskNode(Message, frozen=True, kw_only=True):

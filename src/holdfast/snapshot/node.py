@@ -254,6 +254,7 @@ class Node:
                     ledger.Published(slot=SlotRef(pool, slot), step=step) for slot, step in self.page.grants()
                 ),
                 agreed=state.agreed,
+                session_ranks=_session_ranks(state.restore),
                 requests=state.requests,
             )
         )
@@ -261,7 +262,7 @@ class Node:
             return
         if state.restore is None:  # the leader may have chosen meanwhile: it answers with its choice
             self._transport.send_node(state.start.leader, self.inventory())
-        self._room.adopt(tuple(range(len(self._generation.local_ranks))))
+        self._room.adopt(self._session_locals(state.restore))
         if state.pool >= 0 and state.pool == pool:
             self._feed(ledger.PoolReady(pool=pool, num_slots=state.num_slots))
         for local, global_rank in enumerate(self._generation.local_ranks):
@@ -289,20 +290,42 @@ class Node:
 
     def decided(self, message: LeaderRestore) -> None:
         """The leader has chosen: note the parent, then tell the workers."""
-        start = self.start
-        if start is None or message.generation != start.generation:
+        start, generation = self.start, self._generation
+        if start is None or generation is None or message.generation != start.generation or message == self.restore:
             return
         self.restore = message
         parent = self._parent(message)
         parents = [one for one in self.arena.state.parents if one.generation != start.generation]
         parents.append(
-            Parentage(generation=start.generation, parent=message.restore.version, step=message.restore.step)
+            Parentage(
+                generation=start.generation,
+                parent=message.restore.version,
+                step=message.restore.step,
+                session_ranks=_session_ranks(message),
+            )
         )
         self._save(restore=message, parents=tuple(parents)[-_KEPT_GENERATIONS:], history=message.history)
-        self._feed(ledger.RestoreDecided(generation=start.generation, parent=parent, step=message.restore.step))
-        assert self._generation is not None
-        for worker in self._generation.workers.values():
+        self._room.start(self._session_locals(message))
+        self._feed(
+            ledger.RestoreDecided(
+                generation=start.generation,
+                parent=parent,
+                step=message.restore.step,
+                session_ranks=_session_ranks(message),
+            )
+        )
+        for worker in generation.workers.values():
             self._transport.send(worker.peer, self._local_restore(message.restore))
+
+    def _session_locals(self, decided: LeaderRestore | None) -> tuple[int, ...]:
+        """Local ranks that are in the Session; all of them while that is not known."""
+        assert self._generation is not None
+        ranks = _session_ranks(decided)
+        return tuple(
+            local
+            for local, global_rank in enumerate(self._generation.local_ranks)
+            if ranks is None or global_rank in ranks
+        )
 
     def _parent(self, decided: LeaderRestore | None) -> Version | None:
         if decided is None or decided.restore.tier not in ("memory", "peers"):
@@ -675,6 +698,11 @@ class Node:
 
     def _save(self, **changes: object) -> None:
         self.arena.save_state(msgspec.structs.replace(self.arena.state, **changes))
+
+
+def _session_ranks(decided: LeaderRestore | None) -> tuple[int, ...] | None:
+    """Global ranks of the Session; None while nothing is decided."""
+    return decided.config.ranks if decided is not None and decided.config is not None else None
 
 
 def _outcome(ended: PersistEnded) -> PersistedMessage | PersistFailedMessage:

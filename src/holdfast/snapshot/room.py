@@ -68,6 +68,8 @@ class Room:
 
     def need(self, local_rank: int, size_bytes: int) -> bool:
         """A rank's image takes `size_bytes`. True: it is larger than the slots in use, grants must pause."""
+        if local_rank not in self._local_ranks:
+            return False
         state = self._arena.state
         self._needs[local_rank] = max(size_bytes, self._needs.get(local_rank, 0))
         if self._announced and size_bytes <= state.capacity_bytes:
@@ -108,7 +110,7 @@ class Room:
         if plan.num_slots == 0:
             self._have(self._round, pool, 0, 0)
             return
-        number, ranks = self._round, len(self._local_ranks)
+        number, ranks = self._round, self._local_ranks
         self._lanes.submit(
             _LANE,
             lambda: self._arena.reserve(pool, ranks, plan.num_slots, capacity),

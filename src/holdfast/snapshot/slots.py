@@ -90,14 +90,15 @@ class Row:
     @property
     def state(self) -> str:
         """granted, clean or missed, as in `reports.Held`."""
-        if any(writer is Writer.GONE for writer in self.writers.values()):
+        writers = self.writers.values()
+        if Writer.GONE in writers:
             return "missed"
-        return "clean" if all(writer is Writer.CLEAN for writer in self.writers.values()) else "granted"
+        return "granted" if Writer.MAY_WRITE in writers else "clean"
 
     @property
     def in_use(self) -> bool:
         """Whether anything stands against a new grant."""
-        return self.version is not None or bool(self.images) or bool(self.strangers)
+        return self.version is not None or bool(self.images or self.strangers)
 
     def grant(self, version: Version, ranks: Iterable[int]) -> None:
         """Promise the row to `version`."""
@@ -118,6 +119,8 @@ class SlotTable:
         self.rows: dict[SlotRef, Row] = {}
         self.pool: int | None = None
         self.num_slots = 0
+        self.places: dict[int, int] = {}
+        """Local rank by global rank, in the generation of the grants."""
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows.values())
@@ -143,7 +146,7 @@ class SlotTable:
 
     def free(self) -> list[Row]:
         """Rows of the pool in use that a grant may take."""
-        return [row for row in self if self._current(row.ref) and not row.in_use]
+        return [row for row in self if not row.in_use and self._current(row.ref)]
 
     def _current(self, ref: SlotRef) -> bool:
         return ref.pool == self.pool and ref.index < self.num_slots
@@ -166,7 +169,7 @@ class SlotTable:
 
     def drop_former(self) -> list[SlotRef]:
         """Forget the rows of former pools that are free; which ones."""
-        if self.pool is None:
+        if self.pool is None or len(self.rows) == self.num_slots:  # `use_pool` made that many
             return []
         gone = [row.ref for row in self if not self._current(row.ref) and not row.in_use]
         for ref in gone:
@@ -281,8 +284,10 @@ class SlotTable:
             ]
             if row.version is not None:
                 found += [
-                    Image(slot=row.ref, local_rank=local, global_rank=global_rank, version=row.version)
-                    for local, (global_rank, writer) in enumerate(row.writers.items())
+                    Image(
+                        slot=row.ref, local_rank=self.places[global_rank], global_rank=global_rank, version=row.version
+                    )
+                    for global_rank, writer in row.writers.items()
                     if writer is Writer.CLEAN
                 ]
         return sorted(found)

@@ -40,7 +40,7 @@ def arena(tmp_path: Path) -> Iterator[Arena]:
 
 @pytest.fixture
 def slot(arena: Arena) -> Iterator[Slot]:
-    assert arena.reserve(0, 1, 1, 1 << 16) == 1
+    assert arena.reserve(0, (0,), 1, 1 << 16) == 1
     opened = Slot.open(arena.slot_path(0, 0, 0))
     yield opened
     opened.close()
@@ -129,14 +129,14 @@ def test_a_directory_open_to_others_is_refused(tmp_path: Path) -> None:
 
 def test_reserving_again_keeps_what_lies_in_the_slots(arena: Arena, slot: Slot) -> None:
     slot.begin(GENERATION.at(7), 0, 1)
-    assert arena.reserve(0, 2, 3, 1 << 16) == 3
+    assert arena.reserve(0, (0, 1), 3, 1 << 16) == 3
     assert len(arena.scan()) == 6
     assert slot.read_header().version == GENERATION.at(7)
     assert os.stat(slot.path).st_blocks * 512 >= 1 << 16
 
 
 def test_a_slot_that_could_not_be_reserved_leaves_nothing(arena: Arena) -> None:
-    assert arena.reserve(0, 1, 2, 1 << 62) == 0
+    assert arena.reserve(0, (0,), 2, 1 << 62) == 0
     assert arena.scan() == []
     assert list(arena.directory.glob("making-*")) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -205,3 +206,13 @@ def test_the_choice_is_whole_on_the_chain_and_the_newest(steps, cuts, stored):
     if choice.tier == "memory":
         assert choice.version in whole
     assert (choice.tier == "memory") == (bool(memory) and max(memory) >= max(disk, default=0))
+
+
+def test_a_version_of_a_session_over_some_ranks_is_whole_with_their_images():
+    record = Parentage(generation=G1, parent=None, step=0, session_ranks=(0, 2))
+    images = (image(G1.at(7), 0, 4), image(G1.at(7), 2, 4))
+    assert ask(inventory(*images)).tier == "none"
+    whole = msgspec.structs.replace(inventory(*images), parents=(record,))
+    assert ask(whole).step == 7
+    part = msgspec.structs.replace(inventory(images[0]), parents=(record,))
+    assert "the image of rank 2 is nowhere" in reasons(ask(part))

@@ -287,6 +287,56 @@ def test_a_request_outlives_its_generation():
     assert len(report(machine.handle(ledger.LeaderConnected())).requests) == 1
 
 
+def test_a_session_over_some_ranks_of_a_node_is_complete_with_their_images():
+    machine = started(ranks=(4, 5, 6))
+    machine.handle(ledger.RestoreDecided(generation=G1, parent=None, step=0, session_ranks=(1, 4, 6)))
+    machine.handle(orders(5))
+    assert {rank.global_rank for rank in report(machine.handle(ledger.LeaderConnected())).ranks} == {4, 6}
+    assert states(commit(machine, 5, 4)) == {5: "granted"}
+    assert states(commit(machine, 5, 6)) == {5: "clean"}
+    assert [(image.global_rank, image.local_rank) for image in machine.slots_of(G1.at(5))] == [(4, 0), (6, 2)]
+
+
+def test_a_restarted_daemon_counts_the_ranks_of_the_session_only():
+    machine = NodeLedger(epoch=2)
+    machine.handle(
+        ledger.Adopted(
+            generation=G1,
+            node_rank=0,
+            local_ranks=(0, 1),
+            parent=None,
+            headers=(header(0, G1.at(5), local=1),),
+            published=(ledger.Published(slot=SlotRef(1, 0), step=5),),
+            agreed=None,
+            session_ranks=(1,),
+        )
+    )
+    out = machine.handle(ledger.PoolReady(pool=1, num_slots=2))
+    assert states(out) == {5: "clean"}
+    assert [image.local_rank for image in machine.clean()] == [1]
+
+
+def test_events_of_one_moment_make_one_report():
+    machine = started(ranks=(0,))
+    machine.handle(orders(5))
+    out = machine.handle(
+        ledger.RankStepped(generation=G1, global_rank=0, step=5),
+        ledger.RankCommitted(version=G1.at(5), global_rank=0),
+    )
+    [sent] = of(ledger.SendReport, out)
+    assert (sent.state.ranks[0].step, sent.state.held[0].state) == (5, "clean")
+
+
+def test_a_choice_that_is_heard_again_stops_no_persist_of_the_new_generation():
+    machine = started(ranks=(0,))
+    machine.handle(orders(5))
+    commit(machine, 5, 0)
+    machine.handle(orders(complete=5, pinned=(Pin(version=G1.at(5)),)))
+    out = machine.handle(ledger.RestoreDecided(generation=G1, parent=None, step=0))
+    assert of(ledger.StopPersist, out) == []
+    assert len(machine.pinned) == 1
+
+
 def test_nothing_new_means_no_report():
     machine = started()
     machine.handle(orders(5))

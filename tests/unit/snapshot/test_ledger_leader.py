@@ -302,3 +302,11 @@ def test_a_reconnected_node_gets_its_order_again_until_its_part_is_there():
     assert [one.nodes for one in of(OrderPersist, queue.node_reconnected(1))] == [(1,)]
     queue.part_ended(order.version, order.attempt, 1, None)
     assert queue.node_reconnected(1) == []
+
+
+def test_a_node_without_a_rank_of_the_session_is_asked_for_no_slot_and_no_image():
+    machine = made(nodes=(0, 1), num_ranks=1)
+    machine.handle(report(node=1, slots=0, free=0, ranks=()))
+    assert orders(machine.handle(report(node=0))).grants == (1, 2, 3)
+    out = machine.handle(report(1, node=0, clean=(1,), granted=(2, 3)))
+    assert [one.version.step for one in of(leader.VersionCompleted, out)] == [1]

@@ -19,7 +19,7 @@ VERSION = GenerationId(incarnation=1, nonce="7f3a9c02", generation=4).at(7)
 @pytest.fixture
 def slot(tmp_path: Path) -> Iterator[Slot]:
     arena = Arena.open(tmp_path / "arena")
-    arena.reserve(0, 1, 1, 1 << 16)
+    arena.reserve(0, (0,), 1, 1 << 16)
     opened = Slot.open(arena.slot_path(0, 0, 0))
     opened.begin(VERSION, 0, 1)
     opened.image[:5] = b"image"

@@ -1,0 +1,315 @@
+"""What goes into the ledger of a node and what comes out of it: frozen events and instructions (pure).
+
+The machine between them is `holdfast.snapshot.ledger`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.snapshot.reports import Agreed, NodeState, Orders, Request, SlotRef
+from holdfast.snapshot.slots import Header
+
+# --- events: what the shell of the daemon feeds ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationStarted:
+    """Feed at StartGeneration, after reading all slot headers again (the header is the truth: doorbells may be lost).
+
+    Fences everything older. Yields `ClearGrants` and `SendInventory`. No slots until the next `PoolReady`.
+    """
+
+    generation: GenerationId
+    node_rank: int
+    local_ranks: tuple[int, ...]
+    """Global ranks of this node in the new generation."""
+    headers: tuple[Header, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A grant that stands on the control page of the current generation: the newest one of its slot."""
+
+    slot: SlotRef
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopted:
+    """Feed once, first, in a restarted daemon whose arena has a generation (node.state), before anything else.
+
+    Feed afterwards `PoolReady`, then from the control page `RankEntered`, `RankStepped`, `RankAcknowledged` and
+    `RankRead` of each rank, and `WriterDied` for those that are gone.
+    """
+
+    generation: GenerationId
+    node_rank: int
+    local_ranks: tuple[int, ...]
+    parent: Version | None
+    """As recorded when `RestoreDecided` was fed; None where nothing was decided or memory was not the source."""
+    headers: tuple[Header, ...]
+    published: tuple[Published, ...]
+    agreed: Agreed | None
+    """What stands on the control page."""
+    session_ranks: tuple[int, ...] | None = None
+    """As in `RestoreDecided`; None where nothing was decided."""
+    requests: tuple[Request, ...] = ()
+    """Open requests as recorded in node.state (`StoreRequests`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreDecided:
+    """Feed when the leader's choice arrives (LeaderRestore) and its Parentage is recorded, before workers hear of it.
+    Again when the leader chooses anew (RestoreFailed). Yields `StopPersist` for what lies above the restored step."""
+
+    generation: GenerationId
+    parent: Version | None
+    """The version in memory that the generation starts from; None where the tier is storage or none."""
+    step: int
+    """The restored step, 0 where the tier is none."""
+    session_ranks: tuple[int, ...] | None = None
+    """Global ranks of the Session, of all nodes: only these write images. None: every rank does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolReady:
+    """Feed when slot files 0..num_slots-1 of `pool` are there for all local ranks, just before SlotsReady goes out.
+
+    Slots of other pools are never granted again; each is dropped (`DropSlot`) once nothing in it is needed. Feed it
+    again in each new generation, with the same pool where the old one still fits.
+    """
+
+    pool: int
+    num_slots: int
+
+
+@dataclass(frozen=True)
+class PoolPaused:
+    """Feed when some rank needs larger slots: no grants until the next `PoolReady`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEntered:
+    """Feed when a rank reported the phase ``restored`` (its Session is entered)."""
+
+    generation: GenerationId
+    global_rank: int
+    step: int
+    until: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankStepped:
+    """Feed when a rank's newest finished step on the control page has changed (polled, or with a doorbell), unless the
+    rank is in `NodeLedger.watched` (then `RankRead`)."""
+
+    generation: GenerationId
+    global_rank: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankUntil:
+    """Feed when a rank says (NeedSlots) what the last step of its loop will be."""
+
+    generation: GenerationId
+    global_rank: int
+    until: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCommitted:
+    """Feed at `Committed`. Idempotent; a worker repeats its newest ones when it reconnects to a restarted daemon."""
+
+    version: Version
+    global_rank: int
+    wait_s: float = 0.0
+    step_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMissed:
+    """Feed at `Missed`: the worker saw, at a boundary after `version.step`, a grant of it that it had not taken."""
+
+    version: Version
+    global_rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRead:
+    """A worker's published step, read first, then its headers. Feed it when a worker reconnects (its doorbells may be
+    lost), at `ReadRanks`, and instead of `RankStepped` for ranks in `NodeLedger.watched`.
+
+    A grant of an older step without a matching header was missed; a withdrawn grant of a later step will never be
+    taken. Needs that a worker publishes a step before it looks for its grant, and writes FILLING before it leaves that
+    boundary.
+    """
+
+    generation: GenerationId
+    global_rank: int
+    step: int
+    headers: tuple[Header, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankAcknowledged:
+    """Feed when a rank's acknowledged number on the control page has changed."""
+
+    generation: GenerationId
+    global_rank: int
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFinished:
+    """Feed at `FinalStep`: the loop of the rank ended by itself."""
+
+    generation: GenerationId
+    global_rank: int
+    step: int
+    persist: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriterDied:
+    """Feed when a worker process is gone (pidfd), with the generation it belonged to."""
+
+    generation: GenerationId
+    global_rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requested:
+    """Feed at RequestSave, RequestEnd and RequestStop. Survives generations."""
+
+    request: Request
+
+
+@dataclass(frozen=True)
+class LeaderConnected:
+    """Feed when the connection to the leader's daemon is (re)made: yields a `SendReport`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrdersReceived:
+    """Feed when orders of the leader arrive (in order of arrival)."""
+
+    orders: Orders
+
+
+NodeEvent = (
+    GenerationStarted
+    | Adopted
+    | RestoreDecided
+    | PoolReady
+    | PoolPaused
+    | RankEntered
+    | RankStepped
+    | RankUntil
+    | RankCommitted
+    | RankMissed
+    | RankRead
+    | RankAcknowledged
+    | RankFinished
+    | WriterDied
+    | Requested
+    | LeaderConnected
+    | OrdersReceived
+)
+
+# --- instructions: what the shell must do, in this order ------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClearGrants:
+    """Erase the page's grants and agreed step and write the generation: workers of older ones see nothing."""
+
+    generation: GenerationId
+
+
+@dataclass(frozen=True)
+class SendInventory:
+    """Send the leader an Inventory: images from `NodeLedger.clean()`, pins from `NodeLedger.pinned`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishGrant:
+    """Write the grant of `version.step` in `slot` on the page, visible to the workers at once."""
+
+    slot: SlotRef
+    version: Version
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithdrawGrant:
+    """Erase the grant from the page: nobody needs the version any more. Who has not seen it yet never will."""
+
+    slot: SlotRef
+    version: Version
+
+
+@dataclass(frozen=True)
+class ReadRanks:
+    """Now that grants are withdrawn, feed `RankRead` of every living local rank: who has not reached an abandoned step
+    cannot take it any more. Ranks in `NodeLedger.watched` need `RankRead` instead of `RankStepped` from now on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishAgreed:
+    """Write the agreed step on the page; workers that wait in ``agreed()`` look again. Where it is confirmed and of
+    kind save, send SaveAgreed to the workers."""
+
+    agreed: Agreed
+
+
+@dataclass(frozen=True, kw_only=True)
+class SendReport:
+    """Send the state to the leader. A newer one replaces one that is not sent yet, but `ask` of either must stay set
+    (send at most one per few ms)."""
+
+    state: NodeState
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreRequests:
+    """Record the open requests in node.state."""
+
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropSlot:
+    """Unlink the files of a slot of a former pool: nothing in it is needed and nobody writes it."""
+
+    slot: SlotRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopPersist:
+    """Stop reading this version for a persist: its pin is gone, the slot may be written again."""
+
+    version: Version
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completed:
+    """For people, agents (Progress) and workers: the version is complete on all ranks of the job."""
+
+    version: Version
+
+
+NodeInstruction = (
+    ClearGrants
+    | SendInventory
+    | PublishGrant
+    | WithdrawGrant
+    | ReadRanks
+    | PublishAgreed
+    | SendReport
+    | StoreRequests
+    | DropSlot
+    | StopPersist
+    | Completed
+)
