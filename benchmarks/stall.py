@@ -31,6 +31,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -87,14 +88,14 @@ class Holdfast:
         self._shots = Snapshotter(
             state,
             node_of=lambda rank: 0,
-            global_rank=rank,
+            session_rank=rank,
             world_size=RANKS,
             injector=Injector((), None, rank=rank),
             on_done=lambda ticket: None,
         )
         self.size_bytes = self._shots.size_bytes(0)
-        self._paths = [Path(f"/dev/shm/holdfast-bench-{os.getpid()}-{id(self)}-{index}") for index in range(SLOTS)]
-        self._slots = tuple(_make_slot(path, self.size_bytes) for path in self._paths)
+        paths = [Path(f"/dev/shm/holdfast-bench-{os.getpid()}-{index}") for index in range(SLOTS)]
+        self._slots = tuple(_make_slot(path, self.size_bytes) for path in paths)
         self._shots.use(self._slots)
         self._generation = GenerationId(incarnation=1, nonce=new_nonce(), generation=1)
         self._step = 0
@@ -116,11 +117,10 @@ class Holdfast:
             raise RuntimeError(f"version {ticket.version} is not clean: torn {ticket.torn}, error {ticket.error}")
 
     def close(self) -> None:
-        """Remove the slots."""
+        """Let go of the slots, and so of their memory."""
         self._shots.close()
-        for slot, path in zip(self._slots, self._paths, strict=True):
+        for slot in self._slots:
             slot.close()
-            path.unlink()
 
 
 def _make_slot(path: Path, size_bytes: int) -> Slot:
@@ -128,6 +128,7 @@ def _make_slot(path: Path, size_bytes: int) -> Slot:
     os.posix_fallocate(descriptor, 0, SLOT_HEADER_BYTES + (size_bytes + 4095) // 4096 * 4096)
     os.close(descriptor)
     slot = Slot.open(path)
+    path.unlink()  # the mapping keeps it: nothing stays in /dev/shm whatever ends this process
     slot.prefault()
     return slot
 
@@ -467,6 +468,7 @@ def main() -> int:
     parser.add_argument("--folder", help="where rivals write; default: a temporary directory")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder of the rivals' files goes
     parameters, elements = (3, 1 << 20) if args.quick else (20, 2 << 20)
     with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir=args.folder) as folder:
         options = Options(
@@ -479,11 +481,7 @@ def main() -> int:
             compute_s=0.2 if args.quick else 1.0,
         )
         Path(options.folder).mkdir()
-        try:
-            mp.spawn(rank_main, args=(options,), nprocs=RANKS)
-        finally:
-            for left in Path("/dev/shm").glob("holdfast-bench-*"):
-                left.unlink()
+        mp.spawn(rank_main, args=(options,), nprocs=RANKS)
         found = json.loads(Path(options.results).read_text())
     results, skipped = found["results"], found["skipped"]
     bars = judge(results)
