@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from holdfast.runtime.guidance import LateToEarly
+
 VOCABULARY = 11
 TEACHER_WIDTH, STUDENT_WIDTH = 6, 10
 
@@ -92,4 +94,16 @@ def reference_cosine(ours: Tensor, theirs: Tensor, mask: Tensor | None = None, *
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    """By the names of the bare model."""
+    found = {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module.", "module."):
+        found = {name.replace(wrapper, ""): gradient for name, gradient in found.items()}
+    return found
+
+
+def expected(step: int = 0, rows: int = 4) -> dict[str, Tensor]:
+    """Gradients of a plain model in one process, guided at its second block."""
+    model = student()
+    guide = LateToEarly(model, teacher(), layer="blocks.1", teacher_layer="norm", stop_step=4)
+    guide(loss_of(model, tokens(step, rows=rows)), step).backward()
+    return gradients(model)

@@ -144,7 +144,7 @@ def test_other_vocabularies_cannot_be_distilled() -> None:
     model, other = student(), teacher()
     other.head = nn.Linear(6, 12).double().eval()
     guide = LateToEarly(model, other, objective="logits", stop_step=10)
-    with pytest.raises(UsageError, match="cannot be compared: .* 11 wide, the teacher's 12"):
+    with pytest.raises(UsageError, match=r"cannot be compared: .* 11 wide, the teacher's 12"):
         guide(loss_of(model, tokens()), 0)
 
 
