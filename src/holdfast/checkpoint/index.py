@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import prod
 
 import msgspec
 import zstandard
@@ -147,10 +148,22 @@ def _tensors(records: Sequence[ImageRecord]) -> list[IndexedTensor]:
             rank=rank,
             dtype=first[name, rank].dtype,
             shape=first[name, rank].shape,
-            tiling=tiling(first[name, rank].shape, list(placed[name, rank]), list(placed[name, rank].values())),
+            tiling=tiling(first[name, rank].shape, *_needed(first[name, rank].shape, placed[name, rank])),
         )
         for name, rank in ordered
     ]
+
+
+def _needed(shape: tuple[int, ...], placed: dict[Box, int]) -> tuple[list[Box], list[int]]:
+    """Boxes and their images, less boxes within a larger one.
+
+    A rank that could not know whether others hold a tensor writes the whole of it, beside their parts.
+    """
+    boxes = list(placed)
+    if sum(box.volume for box in boxes) > prod(shape):
+        covering = [box for box in boxes if not any(other != box and other.contains(box) for other in boxes)]
+        boxes = covering
+    return boxes, [placed[box] for box in boxes]
 
 
 def _divergence(records: Sequence[ImageRecord]) -> tuple[str, ...]:

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import ctypes
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
+import xxhash
 
 from holdfast.checkpoint.tensors import dtype_name
 from holdfast.errors import StateError
 from holdfast.runtime.entries import TensorEntry, Timing
-from holdfast.runtime.layout import Layout, dtensor_layout, local_part, plain_layout
+from holdfast.runtime.holdings import Holders, Holding
+from holdfast.runtime.layout import Layout, dtensor_layout, is_dtensor, local_part, plain_layout
+
+_SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What decides who holds a tensor."""
+
+    kind: str
+    """As in `holdfast.runtime.holdings.Holding`."""
+    parameter: str | None
+    """Name of the parameter that it is state of."""
+    of_part: bool
+    """Whether its name means something else on a rank that trains another part."""
 
 
 class EntryBook:
@@ -21,9 +39,13 @@ class EntryBook:
     of all tensors is where it was.
     """
 
-    def __init__(self, ranks: tuple[int, ...], global_rank: int) -> None:
-        self._ranks = ranks
-        self._global_rank = global_rank
+    def __init__(self, holders: Holders) -> None:
+        self._holders = holders
+        self._global_rank = holders.global_rank
+        self._session_rank = holders.ranks.index(holders.global_rank)
+        self._origins: dict[str, _Origin] = {}
+        self._own: set[str] = set()
+        """Plain tensors that turned out to be other ones on each rank: they stay so."""
         self._old: dict[str, TensorEntry] = {}
         self._new: dict[str, TensorEntry] = {}
         self._entries: tuple[TensorEntry, ...] = ()
@@ -31,7 +53,7 @@ class EntryBook:
         self._staged: set[str] = set()
         self._seen: dict[str, tuple[torch.Tensor, int]] = {}
         self._watched: list[torch.Tensor] = []
-        self._watched_dtensors: list[DTensor] = []
+        self._watched_dtensors: list[Any] = []
         self._watched_sizes: list[torch.Tensor] = []
         self._places: tuple[list[int], list[int]] = ([], [])
 
@@ -49,6 +71,8 @@ class EntryBook:
         per_rank: bool = False,
         stage: bool = False,
         has_fixed_size: bool = False,
+        parameter: str | None = None,
+        of_part: bool = False,
     ) -> TensorEntry:
         """Record a tensor under a name.
 
@@ -61,6 +85,9 @@ class EntryBook:
                 ``state_dict`` that builds new tensors), keep one copy of our own from then on and fill it at each
                 `put`, so that what is planned for this entry stays good. Only for tensors copied at the boundary.
             has_fixed_size: nobody shrinks it within its memory (optimizer state), so only its place is watched.
+            parameter: name of the parameter that it is state of: who holds that may come to hold this.
+            of_part: the name says nothing about the parameters (those of parameter groups), so that ranks which train
+                different parts have different tensors under it.
 
         Raises:
             StateError: two tensors under one name, or a tensor that cannot be captured.
@@ -70,16 +97,18 @@ class EntryBook:
                 f"two tensors of the training state are named {name}; rename one (models and extra: the key)"
             )
         local = local_part(live)
+        kind = "rank" if per_rank else "plain"
+        self._origins[name] = _Origin("dtensor" if is_dtensor(live) else kind, parameter, of_part)
         old, seen = self._old.get(name), self._seen.get(name)
         if old is None or old.timing is not timing:
-            entry = self._entry(name, live, local, timing, per_rank)
+            entry = self._entry(name, live, local, timing)
         elif name not in self._staged and (_is_in_place(seen, old, live, local) or self._is_same(old, live, local)):
             entry = old
         elif stage and _fits(old.tensor, local):
             entry = self._staged_entry(old, local)
         else:
             self._staged.discard(name)
-            entry = self._entry(name, live, local, timing, per_rank)
+            entry = self._entry(name, live, local, timing)
         if name not in self._staged:
             self._watch(name, live, local, has_fixed_size)
         self._new[name] = entry
@@ -87,7 +116,7 @@ class EntryBook:
 
     def _watch(self, name: str, live: torch.Tensor, local: torch.Tensor, has_fixed_size: bool) -> None:
         self._seen[name] = (live, local.data_ptr())
-        if isinstance(live, DTensor):
+        if is_dtensor(live):
             self._watched_dtensors.append(live)
         else:
             self._watched.append(live)
@@ -149,14 +178,61 @@ class EntryBook:
             and old.boxes == self._layout(old.name, live, local).boxes
         )
 
-    def _entry(self, name: str, live: torch.Tensor, local: torch.Tensor, timing: Timing, per_rank: bool) -> TensorEntry:
+    def keep_own(self, names: Iterable[str]) -> None:
+        """Tensors of these names, and their state, are this rank's own from the next `hold` on."""
+        self._own.update(names)
+
+    def hold(self, holders: Holders) -> tuple[TensorEntry, ...]:
+        """From now on `holders` tells who holds the plain tensors; the entries as they are now."""
+        self._holders = holders
+        self._own.update(name for name, known in (holders.known or {}).items() if known is None)
+        changed = False
+        for name, entry in self._old.items():
+            if self._origins[name].kind == "plain":
+                place = self._place(name)
+                if place != (entry.holders, entry.rank):
+                    self._old[name] = replace(entry, holders=place[0], rank=place[1])
+                    changed = True
+        if changed:
+            self._entries = tuple(self._old.values())
+        return self._entries
+
+    def holdings(self, *, sample: bool) -> dict[str, Holding]:
+        """What this rank has, by name.
+
+        Args:
+            sample: with a hash of some bytes of each plain tensor in host memory.
+        """
+        return {
+            name: Holding(
+                self._origins[name].kind if entry.rank is None else "rank",
+                entry.dtype,
+                entry.shape,
+                _sample(entry.tensor) if sample and self._origins[name].kind == "plain" else "",
+            )
+            for name, entry in self._old.items()
+        }
+
+    def parameters(self) -> dict[str, str | None]:
+        """Name -> the parameter that it is state of."""
+        return {name: self._origins[name].parameter for name in self._old}
+
+    def _place(self, name: str) -> tuple[tuple[int, ...], int | None]:
+        """Holders and rank of a tensor that is no DTensor."""
+        origin = self._origins[name]
+        holders = None
+        is_own = name in self._own or origin.parameter in self._own or (origin.of_part and self._holders.uneven)
+        if origin.kind == "plain" and not is_own:
+            holders = self._holders.of(name, origin.parameter)
+        return ((self._global_rank,), self._session_rank) if holders is None else (holders, None)
+
+    def _entry(self, name: str, live: torch.Tensor, local: torch.Tensor, timing: Timing) -> TensorEntry:
         check_tensor(name, local)
         layout = self._layout(name, live, local)
-        holders, rank = self._ranks, None
         if layout.holders is not None:
-            holders = layout.holders
-        elif per_rank:
-            holders, rank = (self._global_rank,), self._global_rank
+            holders, rank = layout.holders, None
+        else:
+            holders, rank = self._place(name)
         return TensorEntry(
             name=name,
             tensor=_detached(local),
@@ -176,21 +252,11 @@ class EntryBook:
                 return old
             copy = _detached(local).clone()
         self._staged.add(old.name)
-        return TensorEntry(
-            name=old.name,
-            tensor=copy,
-            dtype=old.dtype,
-            shape=old.shape,
-            boxes=old.boxes,
-            origins=old.origins,
-            holders=old.holders,
-            rank=old.rank,
-            timing=old.timing,
-        )
+        return replace(old, tensor=copy)
 
     def _layout(self, name: str, live: torch.Tensor, local: torch.Tensor) -> Layout:
         shape = tuple(live.shape)
-        if not isinstance(live, DTensor):
+        if not is_dtensor(live):
             if shape not in self._layouts:
                 self._layouts[shape] = plain_layout(shape)
             return self._layouts[shape]
@@ -232,6 +298,18 @@ def _fits(ours: torch.Tensor, local: torch.Tensor) -> bool:
 def _detached(local: torch.Tensor) -> torch.Tensor:
     detached = local.detach()
     return detached if type(detached) is torch.Tensor else detached.as_subclass(torch.Tensor)
+
+
+def _sample(tensor: torch.Tensor) -> str:
+    """Hash of the first, middle and last bytes of a tensor in host memory; "" elsewhere, where it would wait."""
+    if not tensor.is_cpu or not tensor.is_contiguous() or not tensor.numel():
+        return ""
+    address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    length = min(size, _SAMPLE_BYTES)
+    found = xxhash.xxh3_64()
+    for start in (0, (size - length) // 2, size - length):
+        found.update(ctypes.string_at(address + start, length))
+    return found.hexdigest()
 
 
 def total_bytes(entries: Sequence[TensorEntry]) -> int:

@@ -23,6 +23,7 @@ from holdfast.errors import StateError
 from holdfast.runtime.book import EntryBook
 from holdfast.runtime.entries import TensorEntry, Timing
 from holdfast.runtime.extra import PerRank, Stateful, extra_part
+from holdfast.runtime.holdings import Holders, Table
 from holdfast.runtime.lifted import Lifted, LiftedPerRank
 from holdfast.runtime.names import Named, read_tree
 from holdfast.runtime.optimizer_restore import OptimizerFiller, OptimizerPlan, plan_restore
@@ -72,7 +73,8 @@ class TrainingState:
         ]
         self._extra = [_lifted_extra(key, value) for key, value in (extra or {}).items()]
         self._extra_states = self._lifted_extra_states()
-        self._book = EntryBook(ranks, global_rank)
+        self._holders = Holders(ranks, global_rank)
+        self._book = EntryBook(self._holders)
         self._table = PieceTable(global_rank, {})
         self._replaced_buffers: list[Named] = []
         self._devices: tuple[torch.device, ...] = ()
@@ -105,6 +107,36 @@ class TrainingState:
         self._objects_are_fresh = True
         return self._entries
 
+    def table(self, *, sample: bool = False) -> Table:
+        """What this rank has, as of the last `entries`, for `holdfast.runtime.holdings`.
+
+        Args:
+            sample: compare values too: all ranks' tensors should be equal now.
+        """
+        objects = [name for part in self._parts for name in part.object_names]
+        return Table(
+            tensors=self._book.holdings(sample=sample),
+            objects=(*objects, *(lifted.name for lifted in self._lifted())),
+            groups={part.prefix: part.params for part in self._parts},
+        )
+
+    @property
+    def holders(self) -> Holders:
+        """Who holds which plain tensors, as far as this rank knows."""
+        return self._holders
+
+    @property
+    def parameters(self) -> dict[str, str | None]:
+        """Name of every tensor -> the parameter that it is state of."""
+        return self._book.parameters()
+
+    def hold(self, holders: Holders) -> None:
+        """From now on share the work with `holders`. Without it plain tensors are taken to be on all ranks."""
+        self._holders = holders
+        for part in self._parts:
+            part.uneven = holders.uneven
+        self._entries = self._book.hold(holders)
+
     def pieces(
         self, entries: Sequence[TensorEntry], *, node_of: Callable[[int], int] | Mapping[int, int]
     ) -> tuple[OwnedPiece, ...]:
@@ -131,8 +163,8 @@ class TrainingState:
             self.entries()
         self._objects_are_fresh = False
         records = {
-            "session": ObjectRecord(data=encode({"step": step})),
-            "aliases": ObjectRecord(data=encode(self._aliases)),
+            "session": ObjectRecord(data=encode({"step": step, "uneven": self._holders.uneven})),
+            "aliases": ObjectRecord(data=encode(self._aliases), per_rank=self._holders.uneven),
             "rng": ObjectRecord(data=encode(read_rng(self._devices)), per_rank=True),
         }
         for part in self._parts:
@@ -156,13 +188,20 @@ class TrainingState:
         """
         if not self._is_current():
             self._entries = self._read_all()
-        reader = StateReader(catalog, global_rank=self._global_rank, world_size=len(self._ranks))
+        reader = StateReader(
+            catalog,
+            session_rank=self._ranks.index(self._global_rank),
+            world_size=len(self._ranks),
+            is_of_others=self._holders.knows,
+        )
         session, rng = reader.object("session"), reader.object("rng")
-        tensors = self._plan_models(reader)
-        plans = self._plan_optimizers(reader)
+        uneven = bool((session or {}).get("uneven"))
+        tensors = self._plan_models(reader, uneven=uneven)
+        plans = self._plan_optimizers(reader, uneven=uneven)
         for lifted in self._lifted():
             lifted.check(reader)
         reader.verify()
+        self._book.keep_own(name for name, record in catalog.tensors.items() if record.per_rank)
         for tree in self._trees:
             for module in tree.fsdp_modules:
                 module.reshard()
@@ -271,9 +310,12 @@ class TrainingState:
 
     # Restoring
 
-    def _plan_models(self, reader: StateReader) -> list[tuple[str, torch.Tensor]]:
+    def _plan_models(self, reader: StateReader, *, uneven: bool) -> list[tuple[str, torch.Tensor]]:
         """(saved name, live tensor); a tied tensor is looked for under each of its names."""
         saved_aliases: dict[str, str] = reader.object("aliases", {})
+        if uneven:
+            for rank in reader.old_ranks():
+                saved_aliases = {**reader.object_of("aliases", rank), **saved_aliases}
         others: dict[str, list[str]] = {}
         for alias, first in self._aliases.items():
             others.setdefault(first, []).append(alias)
@@ -290,11 +332,11 @@ class TrainingState:
                     wanted.append((saved, live))
         return wanted
 
-    def _plan_optimizers(self, reader: StateReader) -> list[tuple[OptimizerPart, OptimizerPlan]]:
+    def _plan_optimizers(self, reader: StateReader, *, uneven: bool) -> list[tuple[OptimizerPart, OptimizerPlan]]:
         def resolve(fqn: str) -> str:
             return self._aliases.get(_MODEL + fqn, _MODEL + fqn).removeprefix(_MODEL)
 
-        planned = [(part, plan_restore(part, reader, resolve)) for part in self._parts]
+        planned = [(part, plan_restore(part, reader, resolve, uneven=uneven)) for part in self._parts]
         return [(part, plan) for part, plan in planned if plan is not None]
 
 

@@ -39,7 +39,7 @@ class TensorEntry:
     holders: tuple[int, ...]
     """Global ranks that hold exactly these bytes, ascending."""
     rank: int | None
-    """Set where the state is per rank (buffers, `PerRank`): the global rank whose state this is."""
+    """Set where the state is per rank (buffers, `PerRank`): the rank in the Session whose state this is."""
     timing: Timing
 
     def view(self, box: Box) -> torch.Tensor:

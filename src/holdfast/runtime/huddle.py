@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import msgspec
@@ -49,13 +49,13 @@ class Huddle:
         try:
             text = make()
         except Exception as error:
-            self._ranks.store.set(key, msgspec.json.encode((False, str(error))))
+            self._set(key, msgspec.json.encode((False, str(error))))
             raise
-        self._ranks.store.set(key, msgspec.json.encode((True, text)))
+        self._set(key, msgspec.json.encode((True, text)))
         return text
 
     def gather(self, text: str) -> list[str]:
-        """What each rank says, by rank; waits for all.
+        """What each rank says, by rank; waits for all. The first rank collects, so that each text is sent twice only.
 
         Raises:
             PeerTimeout: a rank did not say; it is named.
@@ -63,16 +63,50 @@ class Huddle:
         if self._ranks.world_size == 1:
             return [text]
         key = self._next()
-        self._ranks.store.set(f"{key}/{self._ranks.rank}", text.encode())
-        return [self._get(f"{key}/{rank}", rank).decode() for rank in range(self._ranks.world_size)]
+        if self._ranks.rank != 0:
+            self._set(f"{key}/{self._ranks.rank}", text.encode())
+            ok, texts = msgspec.json.decode(self._get(f"{key}/all", 0, 1.1), type=tuple[bool, list[str]])
+            if not ok:
+                raise PeerTimeout(texts[0])
+            return texts
+        try:
+            others = [self._get(f"{key}/{rank}", rank).decode() for rank in range(1, self._ranks.world_size)]
+        except PeerTimeout as error:
+            self._set(f"{key}/all", msgspec.json.encode((False, [str(error)])))
+            raise
+        self._set(f"{key}/all", msgspec.json.encode((True, [text, *others])))
+        return [text, *others]
+
+    def hear(self, speakers: Sequence[int], text: str) -> list[str]:
+        """What each of `speakers` (the same on all ranks) says; `text` counts where this rank is one of them.
+
+        Raises:
+            PeerTimeout: a speaker did not say; it is named.
+        """
+        key = self._next()
+        if self._ranks.rank in speakers:
+            self._set(f"{key}/{self._ranks.rank}", text.encode())
+        return [text if rank == self._ranks.rank else self._get(f"{key}/{rank}", rank).decode() for rank in speakers]
 
     def _next(self) -> str:
         self._round += 1
         return f"{self._name}/{self._round}"
 
-    def _get(self, key: str, rank: int) -> bytes:
-        """Poll, because the store's own wait keeps its connection from every other thread of the process."""
-        deadline = time.monotonic() + self._timeout.total_seconds()
+    def _set(self, key: str, value: bytes) -> None:
+        try:
+            self._ranks.store.set(key, value)
+        except RuntimeError as error:
+            raise PeerError(f"the store of the process group does not answer: {error}") from error
+
+    def _get(self, key: str, rank: int, patience: float = 1.0) -> bytes:
+        """Poll, because the store's own wait keeps its connection from every other thread of the process.
+
+        Args:
+            key: what to wait for.
+            rank: who says it.
+            patience: factor on the timeout, for who waits for one that waits for others.
+        """
+        deadline = time.monotonic() + patience * self._timeout.total_seconds()
         pause_s = _FIRST_PAUSE_S
         try:
             while not self._ranks.store.check([key]):

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from holdfast.checkpoint.objects import ObjectRecord, encode, join_tensors, split_tensors
 from holdfast.checkpoint.tensors import dtype_name, torch_dtype
 from holdfast.runtime.book import EntryBook
 from holdfast.runtime.entries import Timing
+from holdfast.runtime.layout import is_dtensor
 from holdfast.runtime.reader import StateReader, placeholder_names
 
 Tree = Any  # whatever the object hands out; only the codec looks inside
@@ -133,13 +133,13 @@ class LiftedPerRank(Lifted):
             super().restore(reader)
             return
         states = [self.saved_tree(reader, rank=rank) for rank in range(reader.catalog.world_size)]
-        self._write(self._on_resize(states, reader.global_rank, reader.world_size))
+        self._write(self._on_resize(states, reader.session_rank, reader.world_size))
 
 
 def _read_like(reader: StateReader, name: str, live: torch.Tensor | None, rank: int | None) -> torch.Tensor:
-    if isinstance(live, DTensor) and tuple(live.shape) == reader.record(name).shape:
+    if is_dtensor(live) and tuple(live.shape) == reader.record(name).shape:
         tensor = torch.empty_like(live, dtype=torch_dtype(reader.record(name).dtype))
         reader.fill(name, tensor)
         return tensor
     whole = reader.read_whole(name, rank=rank)
-    return whole if live is None or isinstance(live, DTensor) else whole.to(live.device)
+    return whole if live is None or is_dtensor(live) else whole.to(live.device)

@@ -20,6 +20,7 @@ from holdfast.checkpoint.saving import Ranks
 from holdfast.environment import WorkerEnvironment
 from holdfast.errors import CorruptError, PeerError, PeerTimeout, StorageError
 from holdfast.faults import When
+from holdfast.runtime.census import Census, HolderWatch, meet
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
@@ -42,6 +43,8 @@ _SETTLE_AFTER_STEPS = 20
 """Where persist_every names no steps: how many after the start the ranks settle whether memory is there."""
 _FAILED_COPY_S = 10.0
 """How long the script's own exception waits for a copy that runs: it may make a newer version whole."""
+_HOLDERS_AFTER_STEPS = 20
+"""Slots are asked for after so many steps even where it is not clear yet which ranks share which new tensors."""
 _POLL_S = 0.01
 _FINAL_POLL = timedelta(milliseconds=20)
 
@@ -85,14 +88,18 @@ class LiveMode(Mode):
         self._shots = Snapshotter(
             context.state,
             node_of=lambda rank: rank // environment.local_world_size,
-            global_rank=context.global_rank,
-            world_size=environment.world_size,
+            session_rank=context.session_rank,
+            world_size=len(context.ranks),
             injector=context.injector,
             on_done=self._on_done,
         )
+        self._census = Census(self._ranks, name)
+        self._watch = None if context.alone else HolderWatch(context.state, context.ranks, self._census)
         self._storage: StorageTier | None = None
         """Set once the ranks have settled that there is no memory tier."""
         self._settled = False
+        self._grew = False
+        """Whether the state has changed its tensors since the holders were last looked at."""
         self._asked_bytes = 0
         self._until: int | None = None
         self._step = 0
@@ -111,13 +118,17 @@ class LiveMode(Mode):
     def open(self) -> Restored | None:
         """Restore what the leader's daemon chooses, or initialise."""
         options, rank = self._context.options, self._ranks.rank
-        restore = self._restore(self._client.open(self._config(), timeout=_OPEN_TIMEOUT))
+        chosen = self._client.open(self._config(), timeout=_OPEN_TIMEOUT)
+        meet(self._context, self._huddle)
+        restore = self._restore(chosen)
         self._start_step = self._step
         if restore.tier == "none":
             if options.init_from is not None:
                 path = init_weights(options.init_from, self._context.state.entries())
                 say(log, f"weights initialised from {path}", rank=rank)
+            meet(self._context, self._huddle, sample=True)
             return None
+        meet(self._context, self._huddle)
         if restore.tier == "storage":
             self._stored_step = self._step
         self._ask_for_slots()
@@ -141,8 +152,7 @@ class LiveMode(Mode):
         self._listen()
         if previous == self._start_step:
             self._client.reached(Phase.FIRST_STEP, step)
-        if not self._asked_bytes:
-            self._ask_for_slots()
+        self._watch_holders(step)
         agreed = self._client.agreed(step)
         if agreed is not None and agreed.kind == "stop":
             self._persist_end = agreed.persist
@@ -181,6 +191,7 @@ class LiveMode(Mode):
                 self._finish(step)
                 outcome = "done"
         finally:
+            self._census.close()
             self._shots.close(_FAILED_COPY_S if failed else _SLOTS_TIMEOUT_S)
             self._client.close(step, outcome)
 
@@ -237,6 +248,17 @@ class LiveMode(Mode):
 
     # --- at a boundary
 
+    def _watch_holders(self, step: int) -> None:
+        """See who holds what by now; ask for slots once that is clear, lest each rank asks for room for everything."""
+        watch = self._watch
+        if watch is not None and (not self._asked_bytes or watch.has_news or self._grew):
+            watch.look()
+            self._grew = False
+        if not self._asked_bytes and (
+            watch is None or watch.is_settled or step >= self._start_step + _HOLDERS_AFTER_STEPS
+        ):
+            self._ask_for_slots()
+
     def _listen(self) -> None:
         for message in self._client.poll():
             match message:
@@ -278,9 +300,11 @@ class LiveMode(Mode):
         if slot is None:
             self._shots.check()
             return
+        before = self._shots.entries
         if self._shots.take(version, slot) is None:
             self._client.missed(version)
             self._ask_for_slots()
+        self._grew = self._grew or self._shots.entries is not before
 
     def _use(self, slots: tuple[object, ...]) -> None:
         self._shots.use(slots)  # type: ignore[arg-type]

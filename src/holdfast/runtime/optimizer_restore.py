@@ -9,20 +9,33 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 
 from holdfast.checkpoint.catalog import TensorRecord
-from holdfast.checkpoint.objects import join_tensors
+from holdfast.checkpoint.objects import encode, join_tensors
 from holdfast.checkpoint.tensors import dtype_name, torch_dtype
-from holdfast.runtime.layout import local_part, shard_runs
+from holdfast.runtime.layout import is_dtensor, local_part, shard_runs
 from holdfast.runtime.optimizer_state import Leftovers, OptimizerPart, placements_of
 from holdfast.runtime.reader import StateReader, placeholder_names
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
 Group = dict[str, Any]  # Any: hyperparameters, as torch declares them
+
+
+@dataclass(frozen=True)
+class SavedGroup:
+    """One saved parameter group."""
+
+    names: frozenset[str]
+    """FQNs of its parameters, as the live state knows them."""
+    values: Group
+    rank: int
+    """Which rank saved it so."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +45,18 @@ class OptimizerPlan:
     leftovers: Leftovers
     tensors: Mapping[str, Mapping[str, str]]
     """fqn -> key -> saved name, for state that is a plain tensor."""
-    groups: list[Group]
+    groups: list[SavedGroup]
     """Saved hyperparameters in the order of the live groups."""
 
 
-def plan_restore(part: OptimizerPart, reader: StateReader, resolve: Callable[[str], str]) -> OptimizerPlan | None:
+def plan_restore(
+    part: OptimizerPart, reader: StateReader, resolve: Callable[[str], str], *, uneven: bool
+) -> OptimizerPlan | None:
     """Note what does not fit; None where the optimizer is not in the saved state at all.
 
     Args:
         resolve: gives the FQN under which the live state knows a parameter, whichever of its names is saved.
+        uneven: the ranks that saved the state trained different parts.
     """
     state_tree = reader.object(f"{part.prefix}.state")
     params = reader.object(f"{part.prefix}.params")
@@ -48,44 +64,91 @@ def plan_restore(part: OptimizerPart, reader: StateReader, resolve: Callable[[st
     if state_tree is None or params is None or groups is None:
         return None
     leftovers = Leftovers.from_tree(state_tree)
-    nested = leftovers.nested_names()
-    reader.use((nested | placeholder_names(groups)) - leftovers.empty.keys())
-    prefix = f"{part.prefix}.state."
+    saved = _saved_groups(params, groups, reader.session_rank % reader.catalog.world_size, resolve)
+    if uneven:
+        others = [rank for rank in reader.old_ranks() if reader.has_object_of(f"{part.prefix}.state", rank)][1:]
+        leftovers = leftovers.with_others(
+            Leftovers.from_tree(reader.object_of(f"{part.prefix}.state", rank)) for rank in others
+        )
+        for rank in others:
+            of_rank = [reader.object_of(f"{part.prefix}.{name}", rank) for name in ("params", "param_groups")]
+            saved += _saved_groups(of_rank[0], of_rank[1], rank, resolve)
+    matched = _match_groups(part, reader, saved, uneven=uneven)
     live = {fqn for names in part.params for fqn in names}
+    if uneven:
+        leftovers.values = {fqn: values for fqn, values in leftovers.values.items() if resolve(fqn) in live}
+    nested = leftovers.nested_names()
+    lifted = placeholder_names([group.values for group in matched])
+    reader.use((nested | lifted) - leftovers.empty.keys())
+    tensors = _plan_tensors(part, reader, resolve, leftovers, live)
+    return OptimizerPlan(leftovers, tensors, matched)
+
+
+def _plan_tensors(
+    part: OptimizerPart,
+    reader: StateReader,
+    resolve: Callable[[str], str],
+    leftovers: Leftovers,
+    live: set[str],
+) -> dict[str, dict[str, str]]:
+    prefix = f"{part.prefix}.state."
+    absent = set() if reader.resized else set(map(resolve, leftovers.absent))
+    nested = leftovers.nested_names()
     tensors: dict[str, dict[str, str]] = defaultdict(dict)
     for name in [*reader.catalog.tensors, *leftovers.empty]:
         if name in nested or not name.startswith(prefix):
             continue
         fqn, _, key = name[len(prefix) :].rpartition(".")
         if resolve(fqn) in live:
-            tensors[resolve(fqn)][key] = name
+            if resolve(fqn) not in absent:  # else only other ranks had it
+                tensors[resolve(fqn)][key] = name
             if name not in leftovers.empty:
                 reader.use([name])
-    return OptimizerPlan(leftovers, tensors, _match_groups(part, reader, resolve, params, groups))
+    return tensors
+
+
+def _saved_groups(
+    params: list[list[str]], groups: list[Group], rank: int, resolve: Callable[[str], str]
+) -> list[SavedGroup]:
+    return [
+        SavedGroup(frozenset(map(resolve, names)), group, rank) for names, group in zip(params, groups, strict=True)
+    ]
 
 
 def _match_groups(
-    part: OptimizerPart,
-    reader: StateReader,
-    resolve: Callable[[str], str],
-    params: list[list[str]],
-    groups: list[Group],
-) -> list[Group]:
+    part: OptimizerPart, reader: StateReader, saved: list[SavedGroup], *, uneven: bool
+) -> list[SavedGroup]:
     """The saved groups in the order of the live ones, matched by the parameters that they hold."""
-    saved = [(frozenset(map(resolve, names)), group) for names, group in zip(params, groups, strict=True)]
-    matched: list[Group] = []
+    left, matched = list(saved), []
     for names in map(frozenset, part.params):
-        found = next((i for i, (saved_names, _) in enumerate(saved) if saved_names == names), None)
+        found = next((group for group in left if group.names == names), None)
+        if found is not None:
+            left.remove(found)
+        elif uneven or part.uneven:
+            found = _covering(names, saved)
         if found is None:
-            here, there = [len(names) for names in part.params], [len(names) for names in params]
+            here = [len(names) for names in part.params]
+            there = [len(group.names) for group in saved]
             reader.wrong(
                 f"the parameter groups of {part.prefix} hold other parameters (groups of {here} here, of {there} there)"
             )
             return []
-        matched.append(saved.pop(found)[1])
-    if saved:
-        reader.wrong(f"{part.prefix} has {len(params)} parameter groups there and {len(part.params)} here")
+        matched.append(found)
+    if left and not uneven and not part.uneven:
+        reader.wrong(f"{part.prefix} has {len(saved)} parameter groups there and {len(part.params)} here")
     return matched
+
+
+def _covering(names: frozenset[str], saved: list[SavedGroup]) -> SavedGroup | None:
+    """What a group becomes whose parameters lay in a larger group, or in several that agree."""
+    larger = next((group for group in saved if group.names >= names), None)
+    if larger is not None:
+        return larger
+    parts = [group for group in saved if group.names and group.names < names]
+    if frozenset().union(*(group.names for group in parts)) != names:
+        return None
+    agree = all(encode(group.values) == encode(parts[0].values) for group in parts)
+    return parts[0] if agree else None
 
 
 class OptimizerFiller:
@@ -104,7 +167,7 @@ class OptimizerFiller:
                     self._restore_parameter(optimizer.state, parameter, group)
         self._restore_shared()
         for live, saved in zip(self._part.groups(), self._plan.groups, strict=True):
-            self._restore_group(live, saved)
+            self._restore_group(live, saved.values, saved.rank)
 
     def _restore_parameter(self, states: dict[Any, Any], parameter: torch.Tensor, group: Group) -> None:
         fqn = self._part.fqn(parameter)
@@ -127,6 +190,16 @@ class OptimizerFiller:
 
         for key, tree in values.items():
             state[key] = join_tensors(tree, get)
+        self._put_in_order(state)
+
+    def _put_in_order(self, state: dict[Any, Any]) -> None:
+        """As the optimizer itself had made it, so that what goes through the keys sees them as it always would."""
+        keys = set(state)
+        order = next((order for order in self._plan.leftovers.key_orders if set(order) == keys), None)
+        if order is not None and order != list(state):
+            ordered = {key: state[key] for key in order}
+            state.clear()
+            state.update(ordered)
 
     def _values_of(self, fqn: str) -> dict[str, Any]:
         values: dict[str, Any] = self._plan.leftovers.values.get(fqn, {})
@@ -158,7 +231,7 @@ class OptimizerFiller:
         device = self._device(key, parameter, group)
         like_parameter = record.shape == tuple(parameter.shape) and record.shape != ()
         note = self._plan.leftovers.placements.get(name)
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
             placements = parameter.placements if note is None and like_parameter else placements_of(note or "plain")
             if placements is not None and len(placements) == parameter.device_mesh.ndim:
                 return _empty_dtensor(name, record.shape, dtype, parameter, placements)
@@ -174,8 +247,8 @@ class OptimizerFiller:
             return torch.device("cpu")
         return parameter.device
 
-    def _restore_group(self, live: Group, saved: Group) -> None:
-        for key, value in join_tensors(saved, self._reader.read_whole).items():
+    def _restore_group(self, live: Group, saved: Group, rank: int) -> None:
+        for key, value in join_tensors(saved, lambda name: self._reader.read_whole(name, rank=rank)).items():
             ours = live.get(key)
             if isinstance(ours, torch.Tensor):
                 # kept as the same tensor: captured graphs and schedulers hold on to it
@@ -190,6 +263,8 @@ class OptimizerFiller:
 def _empty_dtensor(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, parameter: DTensor, placements: tuple[Placement, ...]
 ) -> DTensor:
+    from torch.distributed.tensor import DTensor
+
     mesh = parameter.device_mesh
     if placements == parameter.placements and shape == tuple(parameter.shape):
         local = torch.empty_like(local_part(parameter), dtype=dtype, requires_grad=False)

@@ -7,15 +7,13 @@ and ``<prefix>.state`` (`Leftovers`). Nothing here steps an optimizer: state tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 from torch.optim import Optimizer
 
 from holdfast.checkpoint.objects import ObjectRecord, encode, split_tensors
@@ -23,7 +21,11 @@ from holdfast.checkpoint.tensors import dtype_name
 from holdfast.errors import StateError
 from holdfast.runtime.book import EntryBook
 from holdfast.runtime.entries import Timing
+from holdfast.runtime.layout import is_dtensor
 from holdfast.runtime.reader import placeholder_names
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 PLAIN = "plain"
 """Marks, in `Leftovers.placements`, a plain tensor in the state of a DTensor parameter of the same shape."""
@@ -41,6 +43,10 @@ class Leftovers:
     """Name -> dtype and shape of tensors without elements, which no image can hold."""
     on_host: set[str] = field(default_factory=set)
     """Keys whose tensors are on the CPU although their parameter is not (Adam's step)."""
+    absent: set[str] = field(default_factory=set)
+    """FQNs of parameters that have no state on this rank, though they may have on another."""
+    key_orders: list[list[Any]] = field(default_factory=list)
+    """The different orders of keys that state has (Any: keys are what the optimizer uses)."""
     placements: dict[str, list[str] | str] = field(default_factory=dict)
     """Name -> placements of tensors that are not laid out as their parameter is (torch's short forms, or `PLAIN`)."""
 
@@ -52,6 +58,8 @@ class Leftovers:
             "empty": self.empty,
             "on_host": sorted(self.on_host),
             "placements": self.placements,
+            "absent": sorted(self.absent),
+            "key_orders": self.key_orders,
         }
 
     @classmethod
@@ -63,7 +71,24 @@ class Leftovers:
             empty={name: (dtype, tuple(shape)) for name, (dtype, shape) in tree["empty"].items()},
             on_host=set(tree["on_host"]),
             placements=tree["placements"],
+            absent=set(tree.get("absent", ())),
+            key_orders=list(tree.get("key_orders", ())),
         )
+
+    def with_others(self, others: Iterable[Leftovers]) -> Leftovers:
+        """Also what other ranks, which had other parameters, left about those; this rank's own counts first."""
+        merged = replace(self)
+        for other in others:
+            merged = Leftovers(
+                values={**other.values, **merged.values},
+                shared={**other.shared, **merged.shared},
+                empty={**other.empty, **merged.empty},
+                on_host=merged.on_host | other.on_host,
+                placements={**other.placements, **merged.placements},
+                absent=merged.absent,
+                key_orders=merged.key_orders + other.key_orders,
+            )
+        return merged
 
     def nested_names(self) -> set[str]:
         """Names of the tensors that stand as placeholders in `values` and `shared`."""
@@ -87,6 +112,8 @@ class OptimizerPart:
         self, prefix: str, optimizers: tuple[Optimizer, ...], fqns: Mapping[int, str], *, num_ranks: int = 1
     ) -> None:
         self.prefix = prefix
+        self.uneven = False
+        """Whether other ranks train other parameters: what is said about groups is this rank's own then."""
         self._num_ranks = num_ranks
         self.optimizers = optimizers
         self.params: list[list[str]] = []
@@ -120,7 +147,7 @@ class OptimizerPart:
                 self._fqn_of[id(parameter)] = fqn
                 names.append(fqn)
             self.params.append(names)
-        self._params_record = ObjectRecord(data=encode(self.params, path=f"{self.prefix}.params"))
+        self._params_data = encode(self.params, path=f"{self.prefix}.params")
 
     def groups(self) -> list[dict[str, Any]]:
         """The live parameter groups of all optimizers, in order (Any: as torch declares them)."""
@@ -179,6 +206,12 @@ class OptimizerPart:
                 else:
                     self._read_shared(book, str(key), state)
         self._values = list(chain.from_iterable(map(dict.values, self._states)))
+        orders = dict.fromkeys(map(tuple, self._states))
+        self._leftovers.key_orders = [list(order) for order in orders]
+        having = {
+            fqn for optimizer in self.optimizers for fqn in map(self._fqn_of.get, map(id, optimizer.state)) if fqn
+        }
+        self._leftovers.absent = {fqn for names in self.params for fqn in names} - having
 
     def _read_state(self, book: EntryBook, fqn: str, parameter: torch.Tensor, state: dict[Any, Any]) -> None:
         prefix = f"{self.prefix}.state.{fqn}."
@@ -198,14 +231,15 @@ class OptimizerPart:
     def _read_shared(self, book: EntryBook, key: str, state: dict[Any, Any]) -> None:
         name = f"{self.prefix}.shared.{key}"
         for nested_name, tensor in split_tensors(name, state)[1].items():
-            book.put(nested_name, tensor, timing=Timing.OVERLAP)
+            book.put(nested_name, tensor, timing=Timing.OVERLAP, of_part=True)
         self._shared.append((key, state))
 
     def _put(self, book: EntryBook, name: str, key: str | None, value: torch.Tensor, parameter: torch.Tensor) -> None:
         if value.numel() == 0:
             self._leftovers.empty[name] = (dtype_name(value.dtype), tuple(value.shape))
         else:
-            book.put(name, value, timing=Timing.OVERLAP, has_fixed_size=True)
+            owner = f"model.{self.fqn(parameter)}"
+            book.put(name, value, timing=Timing.OVERLAP, has_fixed_size=True, parameter=owner)
         if key is not None and not parameter.is_cpu and value.is_cpu:
             self._leftovers.on_host.add(key)
         placements = _placements_note(value, parameter)
@@ -216,7 +250,7 @@ class OptimizerPart:
         """Put the tensors among the hyperparameters (a tensor lr) into the book; also keeps the tree for `objects`."""
         self._groups_tree, self._group_tensors = self._split_groups()
         for name, tensor in self._group_tensors.items():
-            book.put(name, tensor, timing=Timing.BOUNDARY, stage=True)
+            book.put(name, tensor, timing=Timing.BOUNDARY, stage=True, of_part=True)
 
     def refresh_groups(self, book: EntryBook) -> bool:
         """Read the hyperparameters again, outside a reading of the book; False where their tensors are others."""
@@ -252,13 +286,18 @@ class OptimizerPart:
         self._leftovers.shared = shared
         state_name, groups_name = f"{self.prefix}.state", f"{self.prefix}.param_groups"
         return {
-            f"{self.prefix}.params": self._params_record,
-            groups_name: ObjectRecord(data=encode(self._groups_tree, path=groups_name)),
+            f"{self.prefix}.params": ObjectRecord(data=self._params_data, per_rank=self.uneven),
+            groups_name: ObjectRecord(data=encode(self._groups_tree, path=groups_name), per_rank=self.uneven),
             # per rank: LBFGS keeps the last loss, which differs between ranks
             state_name: ObjectRecord(
                 data=encode(self._leftovers.as_tree(), path=state_name), per_rank=self._num_ranks > 1
             ),
         }
+
+    @property
+    def object_names(self) -> tuple[str, ...]:
+        """Of the records that `objects` gives."""
+        return tuple(f"{self.prefix}.{name}" for name in ("params", "param_groups", "state"))
 
     def _walk_parameters(self) -> Iterator[torch.Tensor]:
         for group in self.groups():
@@ -277,6 +316,8 @@ def placements_of(note: list[str] | str) -> tuple[Placement, ...] | None:
 
 
 def _placement(text: str) -> Placement:
+    from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
+
     match text.split(":"):
         case ["R"]:
             return Replicate()
@@ -287,22 +328,20 @@ def _placement(text: str) -> Placement:
     raise StateError(f"{text!r} is no placement that this version knows")
 
 
-def _placements_note(value: torch.Tensor, parameter: torch.Tensor) -> list[str] | str | None:
+def _placements_note(value: Any, parameter: Any) -> list[str] | str | None:
     """None where the state is laid out as `same_layout` would."""
-    if isinstance(value, DTensor):
-        if (
-            isinstance(parameter, DTensor)
-            and value.shape == parameter.shape
-            and value.placements == parameter.placements
-        ):
+    if is_dtensor(value):
+        if is_dtensor(parameter) and value.shape == parameter.shape and value.placements == parameter.placements:
             return None
         return [_short(placement) for placement in value.placements]
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape and value.dim() > 0:
+    if is_dtensor(parameter) and value.shape == parameter.shape and value.dim() > 0:
         return PLAIN
     return None
 
 
 def _short(placement: Placement) -> str:
+    from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
+
     if isinstance(placement, _StridedShard):
         return f"SS:{placement.dim}:{int(placement.split_factor)}"
     if isinstance(placement, Shard):

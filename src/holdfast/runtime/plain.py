@@ -12,6 +12,7 @@ from holdfast.checkpoint.saving import Ranks
 from holdfast.checkpoint.version import GenerationId, new_nonce
 from holdfast.errors import CorruptError, StorageError
 from holdfast.faults import When
+from holdfast.runtime.census import meet
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
@@ -47,6 +48,7 @@ class PlainMode(Mode):
         active = "only the storage tier is" if directory is not None else "no tier is (give checkpoint_dir)"
         say(log, f"{active} active: the memory tier comes with `holdfast run`", rank=rank)
         restored = None
+        meet(self._context, self._huddle)
         if directory is not None:
             generation = GenerationId.parse(self._huddle.from_first(lambda: str(_generation(directory))))
             self._tier = StorageTier(self._context, self._ranks, generation, self._huddle)
@@ -54,6 +56,7 @@ class PlainMode(Mode):
         if restored is None and options.init_from is not None:
             path = init_weights(options.init_from, self._context.state.entries())
             say(log, f"weights initialised from {path}", rank=rank)
+        meet(self._context, self._huddle, sample=restored is None)
         self._step = restored.step if restored is not None else 0
         return restored
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from holdfast.checkpoint.catalog import Catalog, TensorRecord
 from holdfast.checkpoint.objects import decode, join_tensors
 from holdfast.checkpoint.tensors import dtype_name, empty_for, tensor_bytes
 from holdfast.errors import MismatchError, StateError
 from holdfast.runtime.entries import box_view
-from holdfast.runtime.layout import Layout, dtensor_layout, local_part, plain_layout
+from holdfast.runtime.layout import Layout, dtensor_layout, is_dtensor, local_part, plain_layout
 
 _SHOWN = 6
 
@@ -25,11 +25,26 @@ class StateReader:
     only then `fill` and `read_whole` touch anything.
     """
 
-    def __init__(self, catalog: Catalog, *, global_rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        session_rank: int,
+        world_size: int,
+        is_of_others: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        """
+        Args:
+            catalog: the saved state.
+            session_rank: this rank's place in the Session, from 0.
+            world_size: ranks of the Session.
+            is_of_others: whether a saved name is of a part that some rank of the Session trains.
+        """
         self.catalog = catalog
-        self.global_rank = global_rank
+        self.session_rank = session_rank
         self.world_size = world_size
-        self._objects = catalog.objects(global_rank)
+        self._is_of_others = is_of_others
+        self._objects = catalog.objects(session_rank)
         self._used: set[str] = set()
         self._used_objects: set[str] = set()
         self._missing: list[str] = []
@@ -51,6 +66,10 @@ class StateReader:
             return default
         self._used_objects.add(name)
         return decode(self._objects[name])
+
+    def has_object_of(self, name: str, rank: int) -> bool:
+        """Whether an old rank saved an object of this name."""
+        return name in self.catalog.objects(rank)
 
     def object_of(self, name: str, rank: int) -> Any:  # Any: what was encoded
         """The decoded object of an old rank; it must be there."""
@@ -95,9 +114,14 @@ class StateReader:
         Raises:
             MismatchError: in one line, the first few differences of each kind.
         """
-        unexpected = sorted(self.catalog.tensors.keys() - self._used) + sorted(
-            self._objects.keys() - self._used_objects
-        )
+        unexpected = [
+            name
+            for name in (
+                *sorted(self.catalog.tensors.keys() - self._used),
+                *sorted(self._objects.keys() - self._used_objects),
+            )
+            if not self._is_of_others(name)
+        ]
         found = [
             f"{what}: {', '.join(names[:_SHOWN])}{f' and {len(names) - _SHOWN} more' if len(names) > _SHOWN else ''}"
             for what, names in (
@@ -114,7 +138,20 @@ class StateReader:
 
     def record(self, name: str) -> TensorRecord:
         """What is saved under a name, as this rank sees it."""
-        return self.catalog.tensor(name, rank=self.global_rank)
+        return self.catalog.tensor(name, rank=self.source_rank(name))
+
+    def source_rank(self, name: str) -> int:
+        """The rank whose tensor this one takes: its own number, or the next that has one, where ranks differ."""
+        for step in range(self.catalog.world_size):
+            with contextlib.suppress(MismatchError):
+                self.catalog.tensor(name, rank=self.session_rank + step)
+                return self.session_rank + step
+        return self.session_rank
+
+    def old_ranks(self) -> Iterator[int]:
+        """All ranks that saved the state, beginning with the one that this rank follows."""
+        world_size = self.catalog.world_size
+        return ((self.session_rank + step) % world_size for step in range(world_size))
 
     def fill(self, name: str, live: torch.Tensor) -> None:
         """Overwrite the local part of a live tensor with what is saved.
@@ -123,12 +160,12 @@ class StateReader:
             CorruptError: no image holds sound bytes of it.
         """
         local = local_part(live).detach()
-        layout = dtensor_layout(name, live) if isinstance(live, DTensor) else plain_layout(tuple(live.shape))
-        self._fill_local(name, local, layout, self.global_rank)
+        layout = dtensor_layout(name, live) if is_dtensor(live) else plain_layout(tuple(live.shape))
+        self._fill_local(name, local, layout, self.source_rank(name))
 
     def read_whole(self, name: str, *, rank: int | None = None) -> torch.Tensor:
         """A new CPU tensor of the whole saved tensor (of old rank `rank`, for per-rank ones; default this rank's)."""
-        rank = self.global_rank if rank is None else rank
+        rank = self.source_rank(name) if rank is None else rank
         record = self.catalog.tensor(name, rank=rank)
         tensor = empty_for(record.dtype, record.shape)
         self._fill_local(name, tensor, plain_layout(record.shape), rank)

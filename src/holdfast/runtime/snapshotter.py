@@ -28,7 +28,7 @@ class Snapshotter:
     Args:
         state: what is captured.
         node_of: node rank of a global rank.
-        global_rank, world_size: of this process.
+        session_rank, world_size: of the Session; they go into image headers.
         injector: fault points in the middle of a copy.
         on_done: called with each ticket that has ended, well or not.
     """
@@ -38,14 +38,14 @@ class Snapshotter:
         state: TrainingState,
         *,
         node_of: Callable[[int], int],
-        global_rank: int,
+        session_rank: int,
         world_size: int,
         injector: Injector,
         on_done: Callable[[Ticket], None],
     ) -> None:
         self._state = state
         self._node_of = node_of
-        self._global_rank = global_rank
+        self._session_rank = session_rank
         self._world_size = world_size
         self._injector = injector
         self._on_done = on_done
@@ -72,7 +72,7 @@ class Snapshotter:
         self._slots = slots
         self._copier = Copier(
             slots,
-            global_rank=self._global_rank,
+            global_rank=self._session_rank,
             world_size=self._world_size,
             on_clean=self._on_done,
             at=lambda when, step, image: self._injector.at(when, step, buffer=image),
@@ -85,6 +85,11 @@ class Snapshotter:
     def num_slots(self) -> int:
         """Slots in use."""
         return len(self._slots)
+
+    @property
+    def entries(self) -> Sequence[TensorEntry] | None:
+        """What was captured last."""
+        return self._entries
 
     @property
     def last(self) -> Ticket | None:

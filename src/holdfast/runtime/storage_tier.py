@@ -20,6 +20,7 @@ from holdfast.checkpoint.saving import Ranks, save_pieces
 from holdfast.checkpoint.tensors import tensor_bytes
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import CheckpointError, PeerTimeout, StorageError
+from holdfast.runtime.census import meet
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.mode import Context
 from holdfast.runtime.results import Persisted, SaveHandle
@@ -132,6 +133,7 @@ class StorageTier:
 
     def _write(self, step: int, tag: str | None, metrics: Mapping[str, float]) -> StepInfo:
         state = self._context.state
+        meet(self._context, self._huddle)
         owned = state.pieces(state.entries(), node_of=lambda rank: 0)
         tensors = {piece.piece.key: piece.tensor for piece in owned}
         return save_pieces(
