@@ -6,7 +6,7 @@ has the one box ``Box((), ())``, of volume 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from math import prod
 
@@ -158,6 +158,28 @@ def split_rows(box: Box, parts: int) -> tuple[Box, ...]:
     if parts <= length:
         return tuple(rows)
     return tuple(part for row in rows for part in split_rows(row, parts // length))
+
+
+def cut_rows(box: Box, max_volume: int) -> Iterator[Box]:
+    """Cut into boxes of at most `max_volume` elements, each contiguous in the C order of `box`, in order.
+
+    Raises:
+        ValueError: `max_volume` is less than 1.
+    """
+    if max_volume < 1:
+        raise ValueError(f"cannot cut a box into parts of {max_volume} elements")
+    if box.volume <= max_volume:
+        yield box
+        return
+    dim = next(d for d, n in enumerate(box.lengths) if n > 1)
+    length = box.lengths[dim]
+    row = box.volume // length
+    if row <= max_volume:
+        step = max_volume // row
+        yield from (_slice(box, dim, start, min(start + step, length)) for start in range(0, length, step))
+    else:
+        for start in range(length):
+            yield from cut_rows(_slice(box, dim, start, start + 1), max_volume)
 
 
 def _slice(box: Box, dim: int, start: int, end: int) -> Box:

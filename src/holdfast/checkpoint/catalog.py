@@ -93,6 +93,21 @@ class Catalog:
         """By name. Of a per-rank tensor, the lowest rank's."""
         self._offsets: dict[int, dict[tuple[str, int | None, Box], int]] = {}
 
+    @property
+    def images(self) -> tuple[OpenImage, ...]:
+        """The images, in the order in which `saved` numbers them."""
+        return self._images
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank that each of `images` is of."""
+        return self._ranks
+
+    @property
+    def saved(self) -> tuple[Saved, ...]:
+        """Every tensor of the job and of each rank, and which image holds what of it, by name and rank."""
+        return tuple(sorted(self._saved.values(), key=lambda entry: (entry.name, entry.rank or 0)))
+
     # --- objects ---
 
     @property
@@ -118,6 +133,15 @@ class Catalog:
             CorruptError, StorageError, PeerError: they cannot be read from any image.
             MismatchError: no image is of that old rank.
         """
+        return {name: record.data for name, record in self.object_records(rank).items()}
+
+    def object_records(self, rank: int) -> dict[str, ObjectRecord]:
+        """The same as `objects`, with whether each is of one rank.
+
+        Raises:
+            CorruptError, StorageError, PeerError: they cannot be read from any image.
+            MismatchError: no image is of that old rank.
+        """
         old = rank % self.world_size
         own = [number for number, saved_by in enumerate(self._ranks) if saved_by == old]
         if not own:
@@ -125,13 +149,13 @@ class Catalog:
                 f"no image of rank {old} of {self.world_size} is there: its own state cannot be restored"
             )
         mine = self._first_readable(own)
-        found = {name: record.data for name, record in mine.items() if record.per_rank}
-        shared = {name: record.data for name, record in mine.items() if not record.per_rank}
+        found = {name: record for name, record in mine.items() if record.per_rank}
+        shared = {name: record for name, record in mine.items() if not record.per_rank}
         lowest = min(range(len(self._ranks)), key=self._ranks.__getitem__)
         if lowest not in own:
             # Where replicas differ, every rank must take the same one: the lowest rank's.
             others = [lowest, *own]
-            shared |= {n: r.data for n, r in self._first_readable(others).items() if not r.per_rank}
+            shared |= {n: r for n, r in self._first_readable(others).items() if not r.per_rank}
         return found | shared
 
     def _first_readable(self, numbers: Sequence[int]) -> dict[str, ObjectRecord]:

@@ -97,9 +97,23 @@ def write_image(
     storage = storage or PosixStorage()
     if not IMAGE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of an image")
-    _refuse_committed(storage, Path(directory))
+    refuse_committed(storage, Path(directory))
     objects = bytearray()
     storage.write(Path(directory) / name, _checked(meta, chunks, objects))
+    return image_record(name, meta, bytes(objects))
+
+
+def image_record(name: str, meta: ImageMeta, objects: bytes | memoryview) -> ImageRecord:
+    """What `commit_step` needs of an image file.
+
+    Args:
+        name: of the file.
+        meta: of the image.
+        objects: the used part of its objects blob.
+
+    Raises:
+        CorruptError: the objects do not parse.
+    """
     return ImageRecord(
         name=name,
         size_bytes=meta.size_bytes,
@@ -110,13 +124,17 @@ def write_image(
         pieces=pack_pieces(meta.pieces),
         objects={
             key: xxhash.xxh3_128_digest(record.data)
-            for key, record in (decode_objects(bytes(objects)) if objects else {}).items()
+            for key, record in (decode_objects(objects) if len(objects) else {}).items()
             if not record.per_rank
         },
     )
 
 
-def _refuse_committed(storage: Storage, directory: Path) -> None:
+def refuse_committed(storage: Storage, directory: Path) -> None:
+    """
+    Raises:
+        StorageError: there is a checkpoint.
+    """
     if any(entry.name == ROOT_NAME for entry in storage.list(directory)):
         raise StorageError(f"{directory} holds a committed checkpoint, which is never changed: save to another name")
 
@@ -242,7 +260,7 @@ def commit_step(
     """
     storage = storage or PosixStorage()
     directory = Path(directory)
-    _refuse_committed(storage, directory)
+    refuse_committed(storage, directory)
     index = build_index(records, version=version, world_size=world_size)
     if index.divergence:
         logger.warning("%s: replicas disagree about %s; rank 0's is kept", version, ", ".join(index.divergence))
@@ -288,10 +306,7 @@ def open_checkpoint(path: str | Path, *, storage: Storage | None = None) -> Cata
     """
     storage = storage or PosixStorage()
     path = Path(path)
-    root, corrected = decode_root(storage.read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
-    if corrected:
-        logger.warning("%s: the root record had wrong bytes, which were corrected; check the disk", path)
-    index = _read_index(storage, path, root)
+    index = read_index(path, storage=storage)
     images = [
         OpenImage(
             str(path / image.name),
@@ -309,6 +324,21 @@ def open_checkpoint(path: str | Path, *, storage: Storage | None = None) -> Cata
         version=index.version,
         world_size=index.world_size,
     )
+
+
+def read_index(path: str | Path, *, storage: Storage | None = None) -> Index:
+    """The index of a step directory, as its root wants it.
+
+    Raises:
+        StorageError: there is no root, or something cannot be read.
+        CorruptError: root or both copies of the index are damaged.
+    """
+    storage = storage or PosixStorage()
+    path = Path(path)
+    root, corrected = decode_root(storage.read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
+    if corrected:
+        logger.warning("%s: the root record had wrong bytes, which were corrected; check the disk", path)
+    return _read_index(storage, path, root)
 
 
 def _read_index(storage: Storage, path: Path, root: Root) -> Index:

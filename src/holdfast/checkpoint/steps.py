@@ -34,6 +34,8 @@ class StepInfo(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
     """Its root is there and sound."""
     version: Version | None = None
+    world_size: int = 0
+    """Ranks of the job that saved it; 0 where it is not complete."""
     tag: str | None = None
     metrics: dict[str, float] = {}
     size_bytes: int = 0
@@ -113,6 +115,7 @@ def read_step_info(path: Path, step: int | None = None, *, storage: Storage | No
         path=path,
         complete=True,
         version=root.version,
+        world_size=root.world_size,
         tag=root.tag,
         metrics=root.metrics,
         size_bytes=root.size_bytes,

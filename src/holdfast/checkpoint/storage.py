@@ -80,7 +80,7 @@ class PosixStorage:
         except FileNotFoundError:
             return []
         except OSError as error:
-            _refuse("listed", folder, error)
+            refuse("listed", folder, error)
         return sorted(entries, key=lambda entry: entry.name)
 
     def read(self, path: str | Path, *, limit: int) -> bytes:
@@ -94,14 +94,14 @@ class PosixStorage:
                     )
                 return file.read(limit)
         except OSError as error:
-            _refuse("read", path, error)
+            refuse("read", path, error)
 
     def write(self, path: str | Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False) -> int:
         """See `Storage.write`."""
         path = Path(path)
         temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
         try:
-            _make_folders(path.parent)
+            make_folders(path.parent)
             size = _write_file(temporary, chunks)
             try:
                 if exclusive:
@@ -110,10 +110,10 @@ class PosixStorage:
                     os.replace(temporary, path)
             except FileExistsError as error:
                 raise StorageError(f"{path} exists already and is never changed: use another name") from error
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             return size
         except OSError as error:
-            _refuse("written", path, error)
+            refuse("written", path, error)
         finally:
             with suppress(OSError):
                 os.unlink(temporary)
@@ -122,12 +122,12 @@ class PosixStorage:
         """See `Storage.move`."""
         path, to = Path(path), Path(to)
         try:
-            _make_folders(to.parent)
+            make_folders(to.parent)
             os.rename(path, to)
-            _sync_folder(to.parent)
-            _sync_folder(path.parent)
+            sync_folder(to.parent)
+            sync_folder(path.parent)
         except OSError as error:
-            _refuse("moved", path, error)
+            refuse("moved", path, error)
 
     def remove(self, path: str | Path) -> None:
         """See `Storage.remove`."""
@@ -136,13 +136,13 @@ class PosixStorage:
             if path.is_dir():
                 with suppress(FileNotFoundError):
                     os.unlink(path / "root")
-                    _sync_folder(path)
+                    sync_folder(path)
                 shutil.rmtree(path)
             else:
                 os.unlink(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except OSError as error:
-            _refuse("removed", path, error)
+            refuse("removed", path, error)
 
 
 _ADVICE = {
@@ -157,24 +157,26 @@ _ADVICE = {
 }
 
 
-def _refuse(done: str, path: str | Path, error: OSError) -> NoReturn:
+def refuse(done: str, path: str | Path, error: OSError) -> NoReturn:
+    """Raise `StorageError` for what the system said when `path` was to be `done`."""
     advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
     raise StorageError(f"{path} cannot be {done}: {advice}") from error
 
 
-def _make_folders(folder: Path) -> None:
+def make_folders(folder: Path) -> None:
     """Make a folder and those above it, each synced into the one above."""
     if folder.is_dir():
         return
-    _make_folders(folder.parent)
+    make_folders(folder.parent)
     with suppress(FileExistsError):
         os.mkdir(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,0 +1,99 @@
+"""``holdfast ckpt COMMAND …``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol
+
+from holdfast.errors import HoldfastError, UsageError
+
+_COMMANDS = {
+    "ls": ("ls", "list the steps of a checkpoint directory"),
+    "inspect": ("inspecting", "show what a checkpoint holds"),
+    "verify": ("verify", "check every checksum and that all is there"),
+    "diff": ("diff", "compare two states, in any of the formats"),
+    "export": ("export", "write Hugging Face safetensors, DCP, or one torch file"),
+    "import": ("importing", "read safetensors, DCP or torch files"),
+    "reshard": ("reshard", "cut for another number of ranks"),
+    "copy": ("copying", "copy to another place, verified"),
+    "edit": ("edit", "rename or leave out parts"),
+    "repair": ("repair", "rebuild a damaged index or root, set aside what is incomplete"),
+    "prune": ("prune", "delete what a policy does not keep"),
+}
+
+
+class Command(Protocol):
+    """A module with one command. These three names are the whole surface."""
+
+    EXAMPLE: str
+    """A line that can be pasted into a shell."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare its arguments; called before they are parsed."""
+        ...
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do it: 0 where all is well, 1 where what was looked for is not (broken, different, not there)."""
+        ...
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        argv: what follows ``holdfast ckpt``.
+
+    Returns:
+        0: done, and all is well. 1: it could not be done, or what was checked is broken, or differs. 2: a wrong usage.
+    """
+    arguments = list(argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        (sys.stdout if arguments else sys.stderr).write(_help())
+        return 0 if arguments else 2
+    if arguments[0] not in _COMMANDS:
+        sys.stderr.write(f"holdfast ckpt: error: unknown command {arguments[0]!r} (known: {', '.join(_COMMANDS)})\n")
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="holdfast ckpt: %(message)s")
+    command: Command = import_module(f"holdfast.checkpoint.tools.{_COMMANDS[arguments[0]][0]}")
+    return _run(arguments[0], command, arguments[1:])
+
+
+def _run(name: str, command: Command, arguments: list[str]) -> int:
+    try:
+        parser = _parser(name, command)
+        return command.run(parser.parse_args(arguments))
+    except SystemExit as stop:  # argparse has said what is wrong, or printed its help
+        return stop.code if isinstance(stop.code, int) else 2
+    except UsageError as error:
+        sys.stderr.write(f"holdfast ckpt {name}: error: {error}\n")
+        return 2
+    except (HoldfastError, OSError) as error:
+        sys.stderr.write(f"holdfast ckpt {name}: error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nholdfast ckpt {name}: interrupted; repeat the command to go on\n")
+        return 1
+
+
+def _parser(name: str, command: Command) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"holdfast ckpt {name}",
+        description=f"{_COMMANDS[name][1][0].upper()}{_COMMANDS[name][1][1:]}.",
+        epilog=f"example:\n  {command.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    return parser
+
+
+def _help() -> str:
+    lines = "".join(f"  {name:<9}{about}\n" for name, (_, about) in _COMMANDS.items())
+    return (
+        f"usage: holdfast ckpt COMMAND …\n\n{lines}\nexample:\n  holdfast ckpt ls checkpoints\n\n"
+        f"`holdfast ckpt COMMAND --help` lists the arguments of one.\n"
+    )

@@ -1,0 +1,138 @@
+"""``diff``: what two states have in common, and where their values begin to differ."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import msgspec
+
+from holdfast.checkpoint.boxes import Box
+from holdfast.checkpoint.tools.building import buffer_bytes
+from holdfast.checkpoint.tools.states import SavedState, SavedTensor, open_state, parts
+from holdfast.checkpoint.tools.units import Progress, parse_size, put_json
+
+EXAMPLE = "holdfast ckpt diff checkpoints/step-00000100 exported/"
+
+
+class Difference(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One tensor that is not the same in both."""
+
+    name: str
+    what: str
+    """only in A, only in B, shape, dtype, values."""
+    a: str = ""
+    b: str = ""
+    largest: float | None = None
+    """Largest absolute difference of elements that are numbers in both."""
+    first: tuple[int, ...] | None = None
+    """Index of the first element whose bytes differ."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare them."""
+    parser.add_argument("a", help="a checkpoint in any of the formats")
+    parser.add_argument("b", help="another one")
+    parser.add_argument("--strip-a", metavar="PREFIX", default="", help="compare A's names that start so, without it")
+    parser.add_argument("--strip-b", metavar="PREFIX", default="", help="the same for B")
+    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 where they are equal, 1 where they differ."""
+    a = open_state(arguments.a)
+    try:
+        b = open_state(arguments.b)
+        try:
+            found, same = differences(
+                a,
+                b,
+                strip=(arguments.strip_a, arguments.strip_b),
+                max_bytes=max(buffer_bytes(arguments.max_memory) // 32, 1 << 16),
+            )
+        finally:
+            b.close()
+    finally:
+        a.close()
+    if arguments.json:
+        put_json({"equal": same, "differences": [msgspec.to_builtins(d) for d in found]})
+    else:
+        for difference in found:
+            sys.stdout.write(_line(difference))
+        sys.stdout.write(f"{same} tensors are equal, {len(found)} are not\n")
+    return int(bool(found))
+
+
+def differences(
+    a: SavedState, b: SavedState, *, strip: tuple[str, str] = ("", ""), max_bytes: int
+) -> tuple[list[Difference], int]:
+    """What differs, by name, and how many tensors are equal to the bit."""
+    in_a, in_b = _by_label(a, strip[0]), _by_label(b, strip[1])
+    found = [Difference(label, "only in A") for label in in_a.keys() - in_b.keys()]
+    found += [Difference(label, "only in B") for label in in_b.keys() - in_a.keys()]
+    same = 0
+    with Progress("comparing", sum(tensor.size_bytes for tensor in in_a.values())) as progress:
+        for label in sorted(in_a.keys() & in_b.keys()):
+            difference = _difference(label, a, in_a[label], b, in_b[label], max_bytes)
+            progress.add(in_a[label].size_bytes)
+            if difference is None:
+                same += 1
+            else:
+                found.append(difference)
+    return sorted(found, key=lambda difference: difference.name), same
+
+
+def _by_label(state: SavedState, strip: str) -> dict[str, SavedTensor]:
+    return {t.label.removeprefix(strip): t for t in state.tensors if t.name.startswith(strip)}
+
+
+def _difference(
+    label: str, a: SavedState, in_a: SavedTensor, b: SavedState, in_b: SavedTensor, max_bytes: int
+) -> Difference | None:
+    if in_a.shape != in_b.shape:
+        return Difference(label, "shape", str(list(in_a.shape)), str(list(in_b.shape)))
+    if in_a.dtype != in_b.dtype:
+        return Difference(label, "dtype", in_a.dtype, in_b.dtype)
+    first: tuple[int, ...] | None = None
+    largest = 0.0
+    for box in parts(in_a, max_bytes):
+        compared = _compare(a, in_a, b, in_b, box)
+        if compared is not None:
+            largest = max(largest, compared[0])
+            first = compared[1] if first is None else first
+    return None if first is None else Difference(label, "values", largest=largest, first=first)
+
+
+def _compare(
+    a: SavedState, in_a: SavedTensor, b: SavedState, in_b: SavedTensor, box: Box
+) -> tuple[float, tuple[int, ...]] | None:
+    """(largest difference, index of the first), None where all bytes are equal."""
+    import numpy
+    import torch
+
+    from holdfast.checkpoint.tensors import empty_for, tensor_bytes
+
+    left, right = empty_for(in_a.dtype, box.lengths), empty_for(in_b.dtype, box.lengths)
+    a.read(in_a, box, tensor_bytes(left))
+    b.read(in_b, box, tensor_bytes(right))
+    raw = [numpy.frombuffer(tensor_bytes(t), numpy.uint8).reshape(-1, left.element_size()) for t in (left, right)]
+    differing = (raw[0] != raw[1]).any(axis=1)
+    if not differing.any():
+        return None
+    wide = torch.complex128 if left.is_complex() else torch.float64
+    gaps = (left.reshape(-1).to(wide) - right.reshape(-1).to(wide)).abs()
+    gaps = gaps[gaps.isfinite()]
+    inner = numpy.unravel_index(int(differing.argmax()), box.lengths) if box.lengths else ()
+    place = tuple(int(i) + o for i, o in zip(inner, box.offsets, strict=True))
+    return (float(gaps.max()) if gaps.numel() else 0.0), place
+
+
+def _line(difference: Difference) -> str:
+    if difference.what == "values":
+        return (
+            f"{difference.name}: values, largest difference {difference.largest:.6g}, "
+            f"first at {list(difference.first or ())}\n"
+        )
+    pair = f" {difference.a} in A, {difference.b} in B" if difference.a or difference.b else ""
+    return f"{difference.name}: {difference.what}{pair}\n"

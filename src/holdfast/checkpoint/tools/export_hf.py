@@ -1,0 +1,84 @@
+"""Hugging Face safetensors: numbered files and an index, as `transformers` and others open them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from holdfast.checkpoint.dtypes import dtype_info
+from holdfast.checkpoint.storage import PosixStorage
+from holdfast.checkpoint.tools.exported import Export, Item
+from holdfast.checkpoint.tools.safetensors_format import INDEX_NAME
+from holdfast.errors import StateError, StorageError
+
+
+def export_hf(export: Export, directory: Path, shard_bytes: int) -> None:
+    """Write the files, then the index. A file that an interrupted run finished is kept.
+
+    Raises:
+        StateError: a dtype that safetensors lacks.
+        StorageError: there is an export already, or something cannot be written.
+    """
+    storage = PosixStorage()
+    if (directory / INDEX_NAME).exists():
+        raise StorageError(f"{directory} holds an export already: give another directory")
+    for item in export.items:
+        if dtype_info(item.dtype).code == "U8" and item.dtype != "uint8":
+            raise StateError(f"{item.name} is {item.dtype}, which safetensors cannot hold: --cast it, or export torch")
+    shards = _shards(export.items, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        header = _header(export, shard)
+        if not _is_there(directory / name, header, shard):
+            storage.write(directory / name, _file(export, header, shard))
+        weight_map.update((item.name, name) for item in shard)
+    index = {"metadata": {"total_size": export.size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    storage.write(directory / INDEX_NAME, [json.dumps(index, indent=2).encode() + b"\n"], exclusive=True)
+
+
+def _shards(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
+    shards: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if shards[-1] and size + item.size_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.size_bytes
+    # Larger items first: each is aligned to its item size without holes, which the format forbids.
+    return [sorted(shard, key=lambda item: (-dtype_info(item.dtype).itemsize, item.name)) for shard in shards]
+
+
+def _header(export: Export, shard: Sequence[Item]) -> bytes:
+    source = xxhash.xxh3_64_hexdigest(export.identity().encode())
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", "holdfast.source": source}}
+    start = 0
+    for item in shard:
+        end = start + item.size_bytes
+        code = dtype_info(item.dtype).code
+        entries[item.name] = {"dtype": code, "shape": item.saved.shape, "data_offsets": (start, end)}
+        start = end
+    text = msgspec.json.encode(entries)
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _is_there(path: Path, header: bytes, shard: Sequence[Item]) -> bool:
+    """Files get their names when they are whole; the header says of which source and options this one is."""
+    if not path.exists() or path.stat().st_size != len(header) + sum(item.size_bytes for item in shard):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(header)) == header
+
+
+def _file(export: Export, header: bytes, shard: Sequence[Item]) -> Iterator[bytes | memoryview]:
+    yield header
+    for item in shard:
+        for _, data in export.parts(item):
+            yield data

@@ -1,0 +1,56 @@
+"""``prune``: delete what a policy does not keep."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from holdfast.checkpoint.retention import Retention
+from holdfast.checkpoint.steps import list_steps
+from holdfast.checkpoint.tools.units import human, put_json
+from holdfast.errors import UsageError
+
+EXAMPLE = "holdfast ckpt prune checkpoints --last 3 --every-steps 10000 --best 2 --by loss --dry-run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare them."""
+    parser.add_argument("directory", type=Path, help="checkpoint directory")
+    parser.add_argument("--last", type=int, metavar="N", help="keep the newest N")
+    parser.add_argument("--every-steps", type=int, metavar="N", help="keep multiples of N")
+    parser.add_argument("--every-seconds", type=float, metavar="N", help="keep one in N seconds")
+    parser.add_argument("--best", type=int, default=0, metavar="N", help="keep the N best by a metric")
+    parser.add_argument("--by", metavar="METRIC", help="which metric; less is better")
+    parser.add_argument("--higher-is-better", action="store_true", help="more is better")
+    parser.add_argument("--drop-tagged", action="store_true", help="delete tagged ones too")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0."""
+    if not arguments.directory.is_dir():
+        raise UsageError(f"{arguments.directory} is no directory")
+    policy = Retention(
+        last=arguments.last,
+        every_steps=arguments.every_steps,
+        every_s=arguments.every_seconds,
+        best=arguments.best,
+        best_by=arguments.by,
+        lower_is_better=not arguments.higher_is_better,
+        tagged=not arguments.drop_tagged,
+    )
+    if not (arguments.last or arguments.every_steps or arguments.every_seconds or arguments.best):
+        raise UsageError("what to keep: give --last, --every-steps, --every-seconds or --best")
+    if arguments.dry_run:
+        deleted = policy.choose(list_steps(arguments.directory))[1]
+    else:
+        deleted = policy.apply(arguments.directory)
+    if arguments.json:
+        put_json({"deleted": [str(info.path) for info in deleted], "dry_run": arguments.dry_run})
+        return 0
+    done = "would be deleted" if arguments.dry_run else "deleted"
+    sys.stdout.write("".join(f"{info.path} {done} ({human(info.size_bytes)})\n" for info in deleted))
+    sys.stdout.write(f"{len(deleted)} {done}, {human(sum(info.size_bytes for info in deleted))}\n")
+    return 0

@@ -1,0 +1,238 @@
+"""``repair``: make a damaged checkpoint readable from what of it is sound, and set aside what is none.
+
+- A root with wrong bytes is written anew from what its parity corrects.
+- A damaged copy of the index is written anew from the other. Where both are damaged the index is rebuilt from the
+  headers of the images, which say the same.
+- A root beyond repair is rebuilt in the same way; its tag and metrics are lost.
+- A step without a root was never finished: it is moved to ``incomplete-<time>/``. With ``--rebuild`` it becomes a
+  checkpoint, if every image of one version is there and every checksum matches.
+
+Images are never changed: what is damaged in them is named, and stays damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import msgspec
+import xxhash
+
+from holdfast.checkpoint.commit import INDEX_NAME, commit_step, image_record, read_index
+from holdfast.checkpoint.image import read_header
+from holdfast.checkpoint.index import IMAGE_NAME, ImageRecord, build_index, encode_index
+from holdfast.checkpoint.root import ROOT_NAME, IndexFile, Root, decode_root, encode_root
+from holdfast.checkpoint.source import FileSource
+from holdfast.checkpoint.steps import MAX_SMALL_BYTES
+from holdfast.checkpoint.storage import PosixStorage
+from holdfast.checkpoint.tools.verify import problems_of, step_paths
+from holdfast.checkpoint.verified import OpenImage
+from holdfast.checkpoint.version import Version
+from holdfast.errors import CheckpointError, CorruptError, MismatchError
+
+EXAMPLE = "holdfast ckpt repair checkpoints --dry-run"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare them."""
+    parser.add_argument("path", type=Path, help="a step directory, or a checkpoint directory (all its steps)")
+    parser.add_argument("--rebuild", action="store_true", help="finish steps whose images are all there and sound")
+    parser.add_argument(
+        "--min-age",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="leave alone what has no root and is younger: a job may be writing it (default 600)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0 where all is sound now, 1 where something stays broken."""
+    broken = False
+    for path in step_paths(arguments.path):
+        for line in repair(path, rebuild=arguments.rebuild, min_age_s=arguments.min_age, dry_run=arguments.dry_run):
+            sys.stdout.write(f"{path}: {line}\n")
+        if path.exists():
+            problems = problems_of(path)
+            broken = broken or bool(problems)
+            sys.stdout.write("".join(f"{path}: still broken: {problem}\n" for problem in problems))
+    return int(broken)
+
+
+def repair(path: Path, *, rebuild: bool, min_age_s: float, dry_run: bool) -> Iterator[str]:
+    """Repair a step directory.
+
+    Yields:
+        What is done, one line each; none where nothing is to be done.
+
+    Raises:
+        StorageError: something cannot be written or moved.
+    """
+    storage = PosixStorage()
+    if not (path / ROOT_NAME).exists():
+        yield from _unfinished(path, rebuild=rebuild, min_age_s=min_age_s, dry_run=dry_run)
+        return
+    try:
+        root, corrected = decode_root(storage.read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
+    except CorruptError as error:
+        yield from _without_root(path, str(error), dry_run=dry_run)
+        return
+    if corrected:
+        yield "root written anew from its parity"
+        if not dry_run:
+            storage.write(path / ROOT_NAME, [encode_root(root)])
+    yield from _index(path, root, dry_run=dry_run)
+
+
+def _index(path: Path, root: Root, *, dry_run: bool) -> Iterator[str]:
+    storage = PosixStorage()
+    good, damaged = _copies(path, root)
+    if not damaged:
+        return
+    if good is not None:
+        for name in damaged:
+            yield f"{name} written anew from the other copy"
+            if not dry_run:
+                storage.write(path / name, [good])
+        return
+    try:
+        records = records_of(path, root.version, root.world_size)
+        data = encode_index(build_index(records, version=root.version, world_size=root.world_size))
+    except CheckpointError as error:
+        yield f"the index cannot be rebuilt: {error}"
+        return
+    yield "index rebuilt from the headers of the images"
+    if dry_run:
+        return
+    for name in damaged:
+        storage.write(path / name, [data])
+    if xxhash.xxh3_128_digest(data) != root.index_digest:
+        _write_root(path, root, data)
+
+
+def _write_root(path: Path, root: Root, index: bytes) -> None:
+    copies = tuple(IndexFile(name=copy.name, size_bytes=len(index)) for copy in root.index_copies)
+    new = msgspec.structs.replace(root, index_digest=xxhash.xxh3_128_digest(index), index_copies=copies)
+    PosixStorage().write(path / ROOT_NAME, [encode_root(new)])
+
+
+def _copies(path: Path, root: Root) -> tuple[bytes | None, list[str]]:
+    """(a sound copy of the index, the names of damaged ones)."""
+    good: bytes | None = None
+    damaged: list[str] = []
+    for copy in root.index_copies:
+        try:
+            data = PosixStorage().read(path / copy.name, limit=max(copy.size_bytes, 1))
+        except CheckpointError:
+            data = b""
+        if xxhash.xxh3_128_digest(data) == root.index_digest:
+            good = data
+        else:
+            damaged.append(copy.name)
+    return good, damaged
+
+
+def _without_root(path: Path, problem: str, *, dry_run: bool) -> Iterator[str]:
+    """The root is beyond repair: the images' headers say all but tag and metrics."""
+    versions = {(meta_version, world) for meta_version, world in _versions(path)}
+    if len(versions) != 1:
+        yield f"{problem}; images of {len(versions)} versions are there, so it cannot be rebuilt"
+        return
+    ((version, world_size),) = versions
+    try:
+        records = records_of(path, version, world_size)
+        data = encode_index(build_index(records, version=version, world_size=world_size))
+    except CheckpointError as error:
+        yield f"{problem}; it cannot be rebuilt: {error}"
+        return
+    yield "root and index rebuilt from the headers of the images; tag and metrics are lost"
+    if dry_run:
+        return
+    names = (INDEX_NAME, f"index-{version.generation}.json.zst")
+    root = Root(
+        version=version,
+        world_size=world_size,
+        num_images=len(records),
+        size_bytes=sum(record.size_bytes for record in records),
+        index_digest=xxhash.xxh3_128_digest(data),
+        index_copies=tuple(IndexFile(name=name, size_bytes=len(data)) for name in names),
+        time=path.stat().st_mtime,
+    )
+    for name in names:
+        PosixStorage().write(path / name, [data])
+    PosixStorage().write(path / ROOT_NAME, [encode_root(root)])
+
+
+def _unfinished(path: Path, *, rebuild: bool, min_age_s: float, dry_run: bool) -> Iterator[str]:
+    age = time.time() - max((file.stat().st_mtime for file in path.iterdir()), default=path.stat().st_mtime)
+    if age < min_age_s:
+        yield f"no root, changed {age:.0f} s ago: left alone (--min-age)"
+        return
+    if rebuild:
+        finished = yield from _finish(path, dry_run=dry_run)
+        if finished:
+            return
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    aside = path.parent / f"incomplete-{stamp}" / path.name
+    yield f"no root, so it was never finished: set aside as {aside}"
+    if not dry_run:
+        PosixStorage().move(path, aside)
+
+
+def _finish(path: Path, *, dry_run: bool) -> Generator[str, None, bool]:
+    """Commit images of one version that are all there and sound; returns whether it did."""
+    for version, world_size in sorted(set(_versions(path)), reverse=True):
+        try:
+            records = records_of(path, version, world_size, verify=True)
+            build_index(records, version=version, world_size=world_size)
+            if not dry_run:
+                commit_step(path, records, version=version, world_size=world_size)
+                read_index(path)
+        except (CorruptError, MismatchError) as error:
+            yield f"cannot be finished as {version}: {error}"
+            continue
+        yield f"finished as {version}: every image is there and sound"
+        return True
+    return False
+
+
+def _versions(path: Path) -> Iterator[tuple[Version, int]]:
+    for file in sorted(path.iterdir()):
+        if IMAGE_NAME.fullmatch(file.name):
+            source = FileSource(file)
+            try:
+                meta = read_header(source.read)
+                yield meta.version, meta.world_size
+            except CheckpointError:
+                continue  # it belongs to no version that can be told
+            finally:
+                source.close()
+
+
+def records_of(path: Path, version: Version, world_size: int, *, verify: bool = False) -> list[ImageRecord]:
+    """What a commit needs of the images of a version, from their own headers.
+
+    Raises:
+        CorruptError: one is damaged.
+    """
+    records: list[ImageRecord] = []
+    for file in sorted(path.iterdir()):
+        if not IMAGE_NAME.fullmatch(file.name) or not file.name.startswith(f"{version.generation}-"):
+            continue
+        image = OpenImage(str(file), None, FileSource(file))
+        try:
+            meta = image.meta
+            if (meta.version, meta.world_size) != (version, world_size):
+                continue
+            if file.stat().st_size != meta.size_bytes:
+                raise CorruptError(f"{file} has {file.stat().st_size} bytes, its header says {meta.size_bytes}")
+            if verify:
+                image.verify()
+            records.append(image_record(file.name, meta, bytes(image.objects_blob())))
+        finally:
+            image.close()
+    return records

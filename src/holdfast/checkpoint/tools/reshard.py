@@ -1,0 +1,102 @@
+"""``reshard``: the same state in the images of another number of ranks, cut as FSDP2 cuts.
+
+Every tensor is cut along its first dimension as `torch.chunk` does it, so that a load by that many ranks reads each
+image from start to end. State that each rank has of its own goes to rank r from old rank r mod old world size, as a
+load does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from holdfast.checkpoint.boxes import Box, whole
+from holdfast.checkpoint.objects import ObjectRecord, decode, encode
+from holdfast.checkpoint.pieces import Piece
+from holdfast.checkpoint.tools.building import Build, build_checkpoint
+from holdfast.checkpoint.tools.native import DCP_MAPPINGS, DCP_OBJECTS, NativeState, open_native
+from holdfast.checkpoint.tools.units import human, parse_size
+from holdfast.errors import UsageError
+
+EXAMPLE = "holdfast ckpt reshard checkpoints/step-00000100 resharded/step-00000100 --world 8"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare them."""
+    parser.add_argument("source", help="one of our checkpoints")
+    parser.add_argument("destination", type=Path, help="a new directory")
+    parser.add_argument("--world", type=int, required=True, help="number of ranks that will load it")
+    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """0."""
+    if arguments.world < 1:
+        raise UsageError(f"--world {arguments.world}: give at least 1")
+    state = open_native(arguments.source)
+    try:
+        info = build_checkpoint(_plan(state, arguments))
+    finally:
+        state.close()
+    sys.stdout.write(f"{arguments.destination}: {arguments.world} images, {human(info.size_bytes)}\n")
+    return 0
+
+
+def _plan(state: NativeState, arguments: argparse.Namespace) -> Build:
+    world, old_world = arguments.world, state.catalog.world_size
+    images: list[list[Piece]] = [[] for _ in range(world)]
+    saved = {(tensor.name, tensor.rank): tensor for tensor in state.tensors}
+    for tensor in state.tensors:
+        if tensor.rank is None:
+            for rank, box in enumerate(shares(tensor.shape, world)):
+                if box is not None:
+                    images[rank].append(Piece(tensor.name, tensor.dtype, tensor.shape, box))
+            continue
+        for rank in range(tensor.rank, world, old_world):
+            images[rank].append(Piece(tensor.name, tensor.dtype, tensor.shape, whole(tensor.shape), rank))
+
+    def read(piece: Piece, box: Box, out: memoryview) -> None:
+        rank = None if piece.rank is None else piece.rank % old_world
+        state.read(saved[piece.name, rank], box, out)
+
+    return Build(
+        directory=arguments.destination,
+        images=images,
+        objects=_objects(state, world),
+        read=read,
+        identity=f"reshard {state.fingerprint} {world}",
+        step=state.step,
+        tag=state.info.tag,
+        metrics=state.info.metrics,
+        history=state.info.history,
+        max_memory_bytes=arguments.max_memory,
+    )
+
+
+def shares(shape: tuple[int, ...], world: int) -> list[Box | None]:
+    """The box of each rank, None where it gets nothing. What cannot be cut is rank 0's."""
+    if not shape or 0 in shape:
+        return [whole(shape), *[None] * (world - 1)]
+    rows = -(-shape[0] // world)
+    boxes: list[Box | None] = []
+    for rank in range(world):
+        start, end = min(rank * rows, shape[0]), min((rank + 1) * rows, shape[0])
+        box = Box((start, *(0,) * (len(shape) - 1)), (end - start, *shape[1:]))
+        boxes.append(None if box.is_empty else box)
+    return boxes
+
+
+def _objects(state: NativeState, world: int) -> list[Mapping[str, ObjectRecord]]:
+    old = state.objects()
+    new: list[Mapping[str, ObjectRecord]] = [old[rank % len(old)] for rank in range(world)]
+    if DCP_OBJECTS not in old[0]:
+        return new
+    # What HoldfastWriter stored is spread over the ranks, each object once.
+    merged = {
+        name: ObjectRecord(encode({k: v for records in old for k, v in decode(records[name].data).items()}), True)
+        for name in (DCP_OBJECTS, DCP_MAPPINGS)
+    }
+    empty = {name: ObjectRecord(encode({}), True) for name in (DCP_OBJECTS, DCP_MAPPINGS)}
+    return [merged, *[empty] * (world - 1)]

@@ -1,0 +1,69 @@
+"""Files of `torch.save`, read with ``weights_only=True`` through a memory map."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+from holdfast.checkpoint.boxes import Box
+from holdfast.checkpoint.objects import split_tensors
+from holdfast.checkpoint.tools.states import SavedTensor, fingerprint_of
+from holdfast.errors import CorruptError, StateError
+
+
+class TorchState:
+    """A file of `torch.save`."""
+
+    format = "torch"
+    step = 0
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            CorruptError: it is no such file, or would need more than plain data and tensors.
+        """
+        import torch
+
+        self.fingerprint = fingerprint_of([path])
+        try:
+            # Files from before torch 1.6 are no zip files and cannot be mapped: they are read whole.
+            mapped = path.open("rb").read(4) == b"PK\x03\x04"
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+            first = str(error).strip().split("\n")[0]
+            raise CorruptError(f"{path} is refused: {first}") from error
+        self._tree, self._by_name = split_tensors("", loaded)
+        self.tensors = tuple(sorted(self._described(name) for name in self._by_name))
+
+    def _described(self, name: str) -> SavedTensor:
+        from holdfast.checkpoint.tensors import dtype_name
+
+        tensor = self._by_name[name]
+        if tensor.layout != _strided() or tensor.is_quantized:
+            raise StateError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}, which cannot be stored")
+        return SavedTensor(name, None, dtype_name(tensor.dtype), tuple(tensor.shape))
+
+    def read(self, tensor: SavedTensor, box: Box, out: memoryview) -> None:
+        """See `SavedState.read`."""
+        from holdfast.checkpoint.tensors import contiguous_on_cpu, tensor_bytes
+
+        view = self._by_name[tensor.name]
+        for dim, (start, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
+            view = view.narrow(dim, start, length)
+        out[:] = tensor_bytes(contiguous_on_cpu(view))
+
+    def nested(self) -> Any:
+        """See `SavedState.nested`."""
+        return self._tree
+
+    def close(self) -> None:
+        """See `SavedState.close`: the map goes with the last tensor."""
+        self._by_name.clear()
+
+
+# Any: torch's type for layouts is not one that mypy knows by that name.
+def _strided() -> Any:
+    import torch
+
+    return torch.strided

@@ -1,0 +1,99 @@
+"""Sizes as people write them, tables, and a progress line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from holdfast.errors import UsageError
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``2GiB``, ``500MB``, ``4096``.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    digits = text.strip().lower()
+    number = digits.rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = digits[len(number) :]
+    factor = _BINARY.get(unit) or _UNITS.get(unit.removesuffix("b") or unit)
+    try:
+        if factor is None or float(number) <= 0:
+            raise ValueError
+        return int(float(number) * factor)
+    except (ValueError, OverflowError):
+        raise UsageError(f"{text!r} is no size: write it like 2GiB, 500MB or 4096") from None
+
+
+def human(size_bytes: float) -> str:
+    """``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size_bytes < 1024 or unit == "TiB":
+            break
+        size_bytes /= 1024
+    return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows with their columns aligned, first one as the heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
+    )
+
+
+def put_json(value: object) -> None:
+    """Print it on standard output."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+class Progress:
+    """One line on standard error with share, rate and time left; nothing where that is no terminal.
+
+    One thread at a time.
+    """
+
+    _INTERVAL_S = 0.2
+
+    def __init__(self, what: str, total_bytes: int) -> None:
+        """
+        Args:
+            what: is done, one word or two.
+            total_bytes: that it takes in all.
+        """
+        self._what = what
+        self._total = max(total_bytes, 1)
+        self._done = 0
+        self._shown = sys.stderr.isatty()
+        self._start = self._last = time.monotonic()
+
+    def add(self, size_bytes: int) -> None:
+        """So many more are done."""
+        self._done += size_bytes
+        now = time.monotonic()
+        if self._shown and now - self._last > self._INTERVAL_S:
+            self._last = now
+            rate = self._done / max(now - self._start, 1e-9)
+            left = max(self._total - self._done, 0) / max(rate, 1.0)
+            share = min(100 * self._done // self._total, 100)
+            sys.stderr.write(
+                f"\r\x1b[K{self._what}: {share}% of {human(self._total)}, {human(rate)}/s, {left:.0f} s left"
+            )
+            sys.stderr.flush()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
