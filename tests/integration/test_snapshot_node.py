@@ -18,7 +18,7 @@ from holdfast.checkpoint.commit import list_steps, open_checkpoint
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.messages import Bye, Notice, RestoreChosen, Shutdown
 from support.snapshot_worker import Plan
-from support.snapshots import TIMEOUT_S, Job, Node
+from support.snapshots import TIMEOUT_S, Job, Node, wait_for
 
 
 @pytest.fixture
@@ -65,6 +65,22 @@ def test_a_session_over_some_ranks_of_the_node_snapshots_persists_and_is_restore
     with open_checkpoint(tmp_path / "c" / f"step-{complete + 200:08d}") as catalog:
         assert catalog.tensors["w"].shape == (2, 65536)
     assert not any(found.local_rank == 1 for found in Arena.open(node.arena).scan())
+
+
+def test_a_save_survives_the_death_of_the_daemon_that_writes_it(node: Node, tmp_path: Path) -> None:
+    job, directory = Job([node], 1), tmp_path / "c"
+    plan = Plan(until=200, ranks=(0,), checkpoint_dir=str(directory), step_s=0.01, save_at=20, row_bytes=48 << 20)
+    [worker] = job.start(plan)
+    wait_for(lambda: any(directory.glob("step-*/*")), "the save is being written", step_s=0.0005)
+    node.kill_daemon()
+    assert not any(directory.glob("step-*/root"))
+    node.start_daemon()
+    node.hello()
+    job.finish()
+    saved = worker.event("saved")
+    assert saved["tag"] == "tagged"
+    infos = {info.step: info.tag for info in list_steps(directory) if info.complete}
+    assert infos == {saved["step"]: "tagged", 200: None}
 
 
 def test_grants_follow_commits(node: Node) -> None:

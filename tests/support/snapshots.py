@@ -39,12 +39,12 @@ TIMEOUT_S = 30.0
 WORKER = Path(__file__).with_name("snapshot_worker.py")
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S) -> None:
-    """Wait until `condition` holds."""
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = TIMEOUT_S, step_s: float = 0.005) -> None:
+    """Wait until `condition` holds; it is looked at every `step_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s until {what}"
-        time.sleep(0.005)
+        time.sleep(step_s)
 
 
 class Worker:

@@ -28,7 +28,8 @@ class Snapshotter:
     Args:
         state: what is captured.
         node_of: node rank of a global rank.
-        session_rank, world_size: of the Session; they go into image headers.
+        global_rank, world_size: of this process, in the job.
+        session_rank, session_size: the same within the Session.
         injector: fault points in the middle of a copy.
         on_done: called with each ticket that has ended, well or not.
     """
@@ -38,15 +39,17 @@ class Snapshotter:
         state: TrainingState,
         *,
         node_of: Callable[[int], int],
-        session_rank: int,
+        global_rank: int,
         world_size: int,
+        session_rank: int,
+        session_size: int,
         injector: Injector,
         on_done: Callable[[Ticket], None],
     ) -> None:
         self._state = state
         self._node_of = node_of
-        self._session_rank = session_rank
-        self._world_size = world_size
+        self._global_rank, self._world_size = global_rank, world_size
+        self._session_rank, self._session_size = session_rank, session_size
         self._injector = injector
         self._on_done = on_done
         self._entries: Sequence[TensorEntry] | None = None
@@ -72,8 +75,10 @@ class Snapshotter:
         self._slots = slots
         self._copier = Copier(
             slots,
-            global_rank=self._session_rank,
+            global_rank=self._global_rank,
             world_size=self._world_size,
+            session_rank=self._session_rank,
+            session_size=self._session_size,
             on_clean=self._on_done,
             at=lambda when, step, image: self._injector.at(when, step, buffer=image),
             fill=_fill(self._entries or self._state.entries()),

@@ -44,7 +44,7 @@ from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import CorruptError, StorageError
 from holdfast.snapshot.control import ControlPage
 from holdfast.snapshot.messages import LeaderRestore, Parentage, PersistEnded, SessionConfig, StartGeneration
-from holdfast.snapshot.reports import Agreed, Request
+from holdfast.snapshot.reports import Agreed, Pin, Request
 
 SLOT_HEADER_BYTES: Final = 4096
 _COPY_BYTES: Final = 2048
@@ -283,6 +283,8 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """What the generation of `start` started from; None until the leader has chosen."""
     requests: tuple[Request, ...] = ()
     """Open requests for agreed steps."""
+    pinned: tuple[Pin, ...] = ()
+    """Versions kept for a persist."""
     ended: tuple[PersistEnded, ...] = ()
     """The newest persists of this generation that ended: workers may not have heard of them."""
     agreed: Agreed | None = None

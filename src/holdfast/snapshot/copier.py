@@ -178,7 +178,9 @@ class Copier:
 
     Args:
         slots: the rank's slots.
-        global_rank, world_size: go into slot and image headers.
+        global_rank, world_size: of the job; they go into slot headers.
+        session_rank, session_size: of the Session's ranks, where these are not all of the job; they go into image
+            headers, because a version is whole with their images.
         on_clean: the doorbell, called by the copying thread when a slot is clean.
         at: fault points "copy", "copied" and "commit", called with (instant, step, image).
         fill: copies accelerator tensors; needed only where there are some.
@@ -190,6 +192,8 @@ class Copier:
         *,
         global_rank: int,
         world_size: int,
+        session_rank: int | None = None,
+        session_size: int | None = None,
         on_clean: Callable[[Ticket], None],
         at: Callable[[str, int, memoryview | None], None] | None = None,
         fill: Fill | None = None,
@@ -197,6 +201,8 @@ class Copier:
         self._books = [_Book(slot) for slot in slots]
         self._global_rank = global_rank
         self._world_size = world_size
+        self._session_rank = global_rank if session_rank is None else session_rank
+        self._session_size = world_size if session_size is None else session_size
         self._on_clean = on_clean
         self._at = at
         self._fill = fill
@@ -396,8 +402,8 @@ class Copier:
         layout = ticket.plan.layout
         header = layout.header(
             version=ticket.version,
-            global_rank=self._global_rank,
-            world_size=self._world_size,
+            global_rank=self._session_rank,
+            world_size=self._session_size,
             checksums=bytes(book.checksums),
             objects_bytes=ticket.objects_bytes,
         )

@@ -310,6 +310,7 @@ class Daemon:
             return
         if order.version in self._parts and self._parts[order.version].attempt == order.attempt:
             return
+        self._stop_persist(order.version)  # an attempt of a former leader
         part = Part(order.version, order.attempt, Path(order.directory), self.node.slots_of(order.version))
         self._parts[order.version] = part
         _log.info("persisting %s into %s (%d images)", order.version, order.directory, len(part.slots))

@@ -110,9 +110,9 @@ class Leading:
         return tuple(member.node_rank for member in self.start.members)
 
     def resume(self, chosen: LeaderRestore, config: SessionConfig) -> None:
-        """A successor of the leader's daemon: the choice stands, the ledger is rebuilt from reports."""
+        """A successor of the leader's daemon: the choice stands. Once all nodes have said what they hold, the ledger
+        is rebuilt from their reports."""
         self._chosen, self.config, self.history = chosen, config, chosen.history
-        self._lead(carried=())
 
     def close(self) -> None:
         """Another generation starts, or the daemon goes: results of lanes that come later count no more."""
@@ -127,6 +127,8 @@ class Leading:
                 self._inventories[message.node_rank] = message
                 if self._chosen is not None:  # it has not heard of the choice
                     self._send(message.node_rank, self._chosen)
+                if self._chosen is not None and self.ledger is None:
+                    self._resume_where_known(self._chosen.restore)
                 self._try_choose()
             case RanksOpened() if message.generation == self.start.generation:
                 self._take_openings(message)
@@ -146,7 +148,7 @@ class Leading:
 
     def tick(self, now: float) -> None:
         """Called every few milliseconds with `time.monotonic()`."""
-        if self._chosen is None and now - self._asked > _ASK_EVERY_S:
+        if self.ledger is None and now - self._asked > _ASK_EVERY_S:
             self._asked = now
             for node_rank in self._silent():
                 self._send(node_rank, AskNode(generation=self.start.generation, leader_epoch=self._epoch))
@@ -162,7 +164,7 @@ class Leading:
                         self._send(node_rank, orders)
 
     def _silent(self) -> list[int]:
-        wanted = set(self.config.ranks) if self.config else set()
+        wanted = set(self.config.ranks) if self.config and self._chosen is None else set()
         return [
             member.node_rank
             for member in self.start.members
@@ -295,6 +297,15 @@ class Leading:
             self._send(node_rank, self._refused)
 
     # --- after the choice
+
+    def _resume_where_known(self, restore: Restore) -> None:
+        """Lead on as soon as all nodes have answered: persists that were carried into the generation go on."""
+        if not set(self._inventories) >= set(self._members):
+            return
+        self._note_worlds()
+        choice = chain.Choice(tier=restore.tier, version=restore.version, step=restore.step)
+        inventories = tuple(self._inventories.values())
+        self._lead(carried=chain.carried_persists(inventories, choice, generation=self.start.generation))
 
     def _lead(self, carried: tuple[Pin, ...]) -> None:
         assert self.config is not None

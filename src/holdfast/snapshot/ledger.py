@@ -63,6 +63,7 @@ from holdfast.snapshot.ledger_events import (
     SendInventory,
     SendReport,
     StopPersist,
+    StorePins,
     StoreRequests,
     WithdrawGrant,
     WriterDied,
@@ -102,6 +103,7 @@ __all__ = [
     "SendInventory",
     "SendReport",
     "StopPersist",
+    "StorePins",
     "StoreRequests",
     "WithdrawGrant",
     "WriterDied",
@@ -130,6 +132,7 @@ class NodeLedger:
         self._complete: int | None = None
         self._grants: tuple[int, ...] = ()
         self._pins: dict[Version, Pin] = {}
+        self._stored_pins: dict[Version, Pin] = {}
         self._requests: dict[str, Request] = {}
         self._agreed: Agreed | None = None
         self._reported: NodeState | None = None
@@ -169,6 +172,9 @@ class NodeLedger:
         writer that let go)."""
         out: list[NodeInstruction] = []
         asks = [self._take(event, out) for event in events]
+        if self._pins != self._stored_pins:
+            self._stored_pins = dict(self._pins)
+            out.append(StorePins(pinned=self.pinned))
         self._settle(out)
         self._report(out, anyway=any(asks))
         if any(isinstance(instruction, WithdrawGrant) for instruction in out) and self.watched:
@@ -247,6 +253,8 @@ class NodeLedger:
         self._restrict(event.session_ranks)
         self.parent = event.parent
         self._requests = {request.id: request for request in event.requests}
+        self._pins = {pin.version: pin for pin in event.pinned}
+        self._stored_pins = dict(self._pins)
         self._agreed = event.agreed
         granted = {published.slot: event.generation.at(published.step) for published in event.published}
         for header in event.headers:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.snapshot.reports import Agreed, NodeState, Orders, Request, SlotRef
+from holdfast.snapshot.reports import Agreed, NodeState, Orders, Pin, Request, SlotRef
 from holdfast.snapshot.slots import Header
 
 # --- events: what the shell of the daemon feeds ---------------------------------------------------------------------
@@ -57,6 +57,8 @@ class Adopted:
     """As in `RestoreDecided`; None where nothing was decided."""
     requests: tuple[Request, ...] = ()
     """Open requests as recorded in node.state (`StoreRequests`)."""
+    pinned: tuple[Pin, ...] = ()
+    """Versions kept for a persist as recorded there (`StorePins`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +282,13 @@ class StoreRequests:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StorePins:
+    """Record in node.state which versions are kept for a persist: a successor of the daemon must keep them too."""
+
+    pinned: tuple[Pin, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DropSlot:
     """Unlink the files of a slot of a former pool: nothing in it is needed and nobody writes it."""
 
@@ -309,6 +318,7 @@ NodeInstruction = (
     | PublishAgreed
     | SendReport
     | StoreRequests
+    | StorePins
     | DropSlot
     | StopPersist
     | Completed

@@ -256,6 +256,7 @@ class Node:
                 agreed=state.agreed,
                 session_ranks=_session_ranks(state.restore),
                 requests=state.requests,
+                pinned=state.pinned,
             )
         )
         if not state.running:
@@ -427,29 +428,27 @@ class Node:
             self._transport.watch(worker.pidfd, lambda: self._worker_exited(worker))
         self.poll_page()
         if self.page.rank(message.local_rank).phase >= Phase.RESTORED:  # it reconnects: doorbells may have been lost
-            self._read_rank(worker)
+            self._feed(*self._read_rank(worker))
         for ended in self.arena.state.ended:
             self._transport.send(peer, _outcome(ended))
 
-    def _read_rank(self, worker: Worker) -> None:
-        """Tell the ledger what the rank has published and what its headers say, in this order."""
+    def _read_rank(self, worker: Worker) -> list[ledger.NodeEvent]:
+        """What the rank has published and what its headers say, read in this order."""
         worker.step = max(worker.step, self.page.rank(worker.local_rank).step)
         if worker.step < 0:
-            return
-        self._feed(
+            return []
+        headers = self._rank_headers(worker.local_rank)
+        return [
             ledger.RankRead(
-                generation=worker.generation,
-                global_rank=worker.global_rank,
-                step=worker.step,
-                headers=self._rank_headers(worker.local_rank),
+                generation=worker.generation, global_rank=worker.global_rank, step=worker.step, headers=headers
             )
-        )
+        ]
 
     def _worker_exited(self, worker: Worker) -> None:
         self._forget_pidfd(worker)
         _log.info("rank %d (pid %d) is gone", worker.global_rank, worker.pid)
-        self.poll_page()
-        self._writer_died(worker.generation, worker.global_rank)
+        died = ledger.WriterDied(generation=worker.generation, global_rank=worker.global_rank)
+        self._feed(*self._page_events(), died)
 
     def _writer_died(self, generation: GenerationId, global_rank: int) -> None:
         self._feed(ledger.WriterDied(generation=generation, global_rank=global_rank))
@@ -464,11 +463,10 @@ class Node:
         """A message of a worker, less OpenSession. What belongs to another generation is the ledger's to refuse."""
         match message:
             case Committed(version=version, global_rank=rank, wait_s=wait_s, step_s=step_s):
-                self.poll_page()
-                self._feed(ledger.RankCommitted(version=version, global_rank=rank, wait_s=wait_s, step_s=step_s))
+                committed = ledger.RankCommitted(version=version, global_rank=rank, wait_s=wait_s, step_s=step_s)
+                self._feed(*self._page_events(), committed)
             case Missed(version=version, global_rank=rank):
-                self.poll_page()
-                self._feed(ledger.RankMissed(version=version, global_rank=rank))
+                self._feed(*self._page_events(), ledger.RankMissed(version=version, global_rank=rank))
             case NeedSlots() if self._current(message.generation):
                 self._need_slots(message)
             case SlotsMapped() if self._current(message.generation):
@@ -476,8 +474,8 @@ class Node:
             case Reached() if self._current(message.generation):
                 self._reached(message)
             case FinalStep(generation=generation, global_rank=rank, step=step, persist=persist):
-                self.poll_page()
-                self._feed(ledger.RankFinished(generation=generation, global_rank=rank, step=step, persist=persist))
+                final = ledger.RankFinished(generation=generation, global_rank=rank, step=step, persist=persist)
+                self._feed(*self._page_events(), final)
             case RequestSave(tag=tag, metrics=metrics, request=identity):
                 self.request(Request(id=identity, kind="save", tag=tag, metrics=metrics))
             case RequestEnd(persist=persist, request=identity):
@@ -565,9 +563,14 @@ class Node:
 
     def poll_page(self) -> None:
         """Tell the ledger what workers have published since the last time."""
+        self._feed(*self._page_events())
+
+    def _page_events(self) -> list[ledger.NodeEvent]:
+        """What workers have published since the last time."""
         generation = self._generation
+        events: list[ledger.NodeEvent] = []
         if generation is None or not self.arena.state.running:
-            return
+            return events
         now = time.monotonic()
         look_again = now - self._looked_at > _WATCH_S
         if look_again:
@@ -576,21 +579,23 @@ class Node:
             part = self.page.rank(worker.local_rank)
             step, acknowledged = part.step, part.acknowledged
             if (step > worker.step or look_again) and part.generation == generation.word:
-                self._poll_step(worker, step)
+                events += self._stepped(worker, step)
             if acknowledged > worker.acknowledged and part.generation == generation.word:
                 worker.acknowledged = acknowledged
-                self._feed(
+                events.append(
                     ledger.RankAcknowledged(
                         generation=worker.generation, global_rank=worker.global_rank, number=acknowledged
                     )
                 )
+        return events
 
-    def _poll_step(self, worker: Worker, step: int) -> None:
+    def _stepped(self, worker: Worker, step: int) -> list[ledger.NodeEvent]:
         if worker.global_rank in self.ledger.watched:
-            self._read_rank(worker)
-        elif step > worker.step:
-            worker.step = step
-            self._feed(ledger.RankStepped(generation=worker.generation, global_rank=worker.global_rank, step=step))
+            return self._read_rank(worker)
+        if step <= worker.step:
+            return []
+        worker.step = step
+        return [ledger.RankStepped(generation=worker.generation, global_rank=worker.global_rank, step=step)]
 
     def _headers(self) -> tuple[ledger.Header, ...]:
         """Every slot header of the arena that is not FREE."""
@@ -655,14 +660,16 @@ class Node:
         """Report although nothing has changed: the last one may be lost."""
         self._feed(ledger.LeaderConnected())
 
-    def _feed(self, event: ledger.NodeEvent) -> None:
-        instructions = self.ledger.handle(event)
+    def _feed(self, *events: ledger.NodeEvent) -> None:
+        """Tell the ledger what was seen at one moment, and obey."""
+        if not events:
+            return
+        instructions = self.ledger.handle(*events)
         for instruction in instructions:
             self._carry_out(instruction)
         if instructions and isinstance(instructions[-1], ledger.ReadRanks) and self._generation is not None:
-            for worker in list(self._generation.workers.values()):
-                if worker.pidfd is not None:
-                    self._read_rank(worker)
+            living = [worker for worker in self._generation.workers.values() if worker.pidfd is not None]
+            self._feed(*(event for worker in living for event in self._read_rank(worker)))
 
     def _carry_out(self, instruction: ledger.NodeInstruction) -> None:
         match instruction:
@@ -688,6 +695,8 @@ class Node:
                 self._report = msgspec.structs.replace(state, ask=ask)
             case ledger.StoreRequests(requests=requests):
                 self._save(requests=requests)
+            case ledger.StorePins(pinned=pinned):
+                self._save(pinned=pinned)
             case ledger.DropSlot(slot=slot):
                 found = [one for one in self.arena.scan() if (one.pool, one.index) == (slot.pool, slot.index)]
                 self.arena.drop(one.path for one in found)

@@ -135,9 +135,9 @@ class Transport:
 
     def receive(self, timeout_s: float) -> Iterable[tuple[Peer, AnyMessage]]:
         """Messages as they come, after `timeout_s` at the latest; callbacks of watched descriptors run in between."""
-        if self._loopback:  # what these lead to is to be sent before we sleep
-            timeout_s = 0.0
-        yield from self._looped()
+        if self._loopback:  # what these lead to is to be sent before we look at anything else
+            yield from self._looped()
+            return
         for source, _ in self._poller.poll(max(0, round(timeout_s * 1000))):
             if isinstance(source, int):
                 if source in self._callbacks:
@@ -150,7 +150,8 @@ class Transport:
                 except zmq.Again:
                     break
                 yield from self._decoded(name, frames)
-                yield from self._looped()
+                if not source.get(zmq.EVENTS) & zmq.POLLIN:  # far cheaper than the exception
+                    break
         yield from self._looped()
 
     def _looped(self) -> Iterable[tuple[Peer, AnyMessage]]:

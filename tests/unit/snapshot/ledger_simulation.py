@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot import agreement, chain, leader, ledger
 from holdfast.snapshot.messages import CleanImage, Inventory, Parentage
-from holdfast.snapshot.reports import Agreed, Request, SlotRef
+from holdfast.snapshot.reports import Agreed, Pin, Request, SlotRef
 
 ROUNDS = 150
 """Rounds (each possible action once) within which a job must end after the last fault; sound runs need about 60."""
@@ -101,6 +101,7 @@ class Node:
     start_step: int = 0
     parents: dict[GenerationId, Parentage] = field(default_factory=dict)
     requests: tuple[Request, ...] = ()
+    pinned: tuple[Pin, ...] = ()
     pool: tuple[int, int] | None = None
     newest_before: int = 0
     # the daemon
@@ -550,6 +551,7 @@ class Simulation:
                 published=tuple(ledger.Published(slot=slot, step=step) for slot, step in node.grants.items()),
                 agreed=node.agreed,
                 requests=node.requests,
+                pinned=node.pinned,
             ),
         )
         if node.pool is not None:
@@ -564,8 +566,10 @@ class Simulation:
                 self._feed(node, ledger.WriterDied(generation=worker.generation, global_rank=worker.rank))
         if node.rank == self.leader_rank and node.generation == self.generation:
             node.leading = Leading(self.generation)
-            if node.decided:
-                self._lead(node)
+            if node.decided:  # what it chose stands in its node.state
+                record = node.parents[self.generation]
+                tier = "none" if record.parent is None else "memory" if node.parent is not None else "storage"
+                node.leading.choice = chain.Choice(tier=tier, version=record.parent, step=node.start_step)
 
     def _do_pool(self, node: Node) -> None:
         if node.ledger is None or not node.decided or node.pool is not None:
@@ -590,9 +594,9 @@ class Simulation:
         self._send_inventory(node)
         self._feed(node, ledger.LeaderConnected())
 
-    def _feed(self, node: Node, event: ledger.NodeEvent) -> None:
+    def _feed(self, node: Node, *events: ledger.NodeEvent) -> None:
         assert node.ledger is not None
-        for instruction in node.ledger.handle(event):
+        for instruction in node.ledger.handle(*events):
             self._carry_out(node, instruction)
 
     def _carry_out(self, node: Node, instruction: ledger.NodeInstruction) -> None:
@@ -609,9 +613,7 @@ class Simulation:
                 if node.grants.get(instruction.slot) == instruction.version.step:
                     del node.grants[instruction.slot]
             case ledger.ReadRanks():
-                for worker in node.workers:
-                    if worker.alive:
-                        self._read(worker)
+                self._feed(node, *(self._reading(worker) for worker in node.workers if worker.alive))
             case ledger.PublishAgreed():
                 node.agreed = instruction.agreed
             case ledger.SendReport():
@@ -619,6 +621,8 @@ class Simulation:
                     node.up.append(("report", instruction.state))
             case ledger.StoreRequests():
                 node.requests = instruction.requests
+            case ledger.StorePins():
+                node.pinned = instruction.pinned
             case ledger.DropSlot():
                 for local, slot in list(node.files):
                     if slot == instruction.slot:
@@ -719,11 +723,13 @@ class Simulation:
     def _take_inventory(self, head: Node, leading: Leading, node: Node, inventory: Inventory) -> None:
         if inventory.generation != leading.generation:
             return
+        leading.inventories[node.rank] = inventory
         if leading.choice is not None:
             node.down.append(("restore", leading.choice))
+        if len(leading.inventories) < len(self.nodes) or leading.ledger is not None:
             return
-        leading.inventories[node.rank] = inventory
-        if len(leading.inventories) < len(self.nodes):
+        if leading.choice is not None:  # a restarted leader
+            self._lead(head, leading.choice, tuple(leading.inventories.values()))
             return
         stored = tuple(
             chain.StoredStep(step=step, version=version, path=f"step-{step}") for step, version in self.storage.items()
@@ -741,28 +747,23 @@ class Simulation:
         )
         self._check_choice(choice, inventories)
         leading.choice = choice
-        carried = chain.carried_persists(inventories, choice, generation=self.generation)
-        if carried:
-            self.seen["persist carried over"] += 1
         for other in self.nodes:
             if other.connected:
                 other.down.append(("restore", choice))
-        self._lead(head, choice.step, carried)
+        self._lead(head, choice, inventories)
 
-    def _lead(self, head: Node, start_step: int | None = None, carried: tuple[object, ...] = ()) -> None:
+    def _lead(self, head: Node, choice: chain.Choice, inventories: tuple[Inventory, ...]) -> None:
         leading = head.leading
         assert leading is not None
-        if start_step is None:  # a restarted leader; what it chose stands in its node.state
-            start_step = head.start_step
-            record = head.parents[self.generation]
-            tier = "none" if record.parent is None else "memory" if head.parent is not None else "storage"
-            leading.choice = chain.Choice(tier=tier, version=record.parent, step=start_step)
+        carried = chain.carried_persists(inventories, choice, generation=self.generation)
+        if carried:
+            self.seen["persist carried over"] += 1
         config = leader.LeaderConfig(
             generation=self.generation,
             epoch=head.epoch,
             nodes=tuple(node.rank for node in self.nodes),
             num_ranks=self.worlds[self.generation],
-            start_step=start_step,
+            start_step=choice.step,
             snapshot_every=self.plan.snapshot_every,
             persist_every_steps=self.plan.persist_every,
             carried=carried,
@@ -928,8 +929,11 @@ class Simulation:
         worker.bells.append(ledger.RankCommitted(version=version, global_rank=worker.rank, wait_s=0.1, step_s=1.0))
 
     def _do_ring(self, worker: Worker) -> None:
+        """A doorbell; the shell looks at the page first, so both are one moment."""
         if worker.bells and worker.node.ledger is not None:
-            self._feed(worker.node, worker.bells.popleft())
+            looks = worker in worker.node.workers and self.rng.random() < 0.7
+            seen = self._polled(worker) if looks else []
+            self._feed(worker.node, *seen, worker.bells.popleft())
 
     def _do_reconnect(self, worker: Worker) -> None:
         """A worker finds a new daemon: doorbells in flight are lost, the shell reads its headers instead."""
@@ -950,26 +954,34 @@ class Simulation:
             self._read(worker)
 
     def _read(self, worker: Worker) -> None:
+        self._feed(worker.node, self._reading(worker))
+
+    def _reading(self, worker: Worker) -> ledger.RankRead:
         """The shell reads a worker's step and headers, as they are at this moment."""
         headers = self._headers(worker.node, worker.rank)
-        event = ledger.RankRead(
-            generation=worker.generation, global_rank=worker.rank, step=worker.step, headers=headers
-        )
-        self._feed(worker.node, event)
+        return ledger.RankRead(generation=worker.generation, global_rank=worker.rank, step=worker.step, headers=headers)
 
     def _do_poll(self, worker: Worker) -> None:
+        if worker.node.ledger is not None:
+            self._feed(worker.node, *self._polled(worker))
+
+    def _polled(self, worker: Worker) -> list[ledger.NodeEvent]:
+        """The shell looks at what a worker has published."""
         node = worker.node
-        if node.ledger is None:
-            return
+        assert node.ledger is not None
+        if worker.stage == "start":
+            return []
         acknowledged = node.acks.get(worker.rank, 0)
         node.polled[worker.rank] = (worker.step, acknowledged)
         generation, rank = worker.generation, worker.rank
+        events: list[ledger.NodeEvent] = []
         if node.ledger.generation == worker.generation and rank in node.ledger.watched:
-            self._read(worker)
+            events.append(self._reading(worker))
         else:
-            self._feed(node, ledger.RankStepped(generation=generation, global_rank=rank, step=worker.step))
+            events.append(ledger.RankStepped(generation=generation, global_rank=rank, step=worker.step))
         if acknowledged:
-            self._feed(node, ledger.RankAcknowledged(generation=generation, global_rank=rank, number=acknowledged))
+            events.append(ledger.RankAcknowledged(generation=generation, global_rank=rank, number=acknowledged))
+        return events
 
     # --- checks
 

@@ -337,6 +337,34 @@ def test_a_choice_that_is_heard_again_stops_no_persist_of_the_new_generation():
     assert len(machine.pinned) == 1
 
 
+def test_pins_are_recorded_and_a_restarted_daemon_keeps_the_pinned_images():
+    machine = started(ranks=(0,))
+    machine.handle(orders(5))
+    commit(machine, 5, 0)
+    pin = Pin(version=G1.at(4), mandatory=True, tag="best")
+    out = machine.handle(orders(6, complete=5, pinned=(pin,)))
+    assert of(ledger.StorePins, out) == [ledger.StorePins(pinned=(pin,))]
+    assert of(ledger.StorePins, machine.handle(orders(6, complete=5, pinned=()))) == [ledger.StorePins(pinned=())]
+    successor = NodeLedger(epoch=2)
+    old = header(0, G1.at(4))
+    successor.handle(
+        ledger.Adopted(
+            generation=G2,
+            node_rank=0,
+            local_ranks=(0,),
+            parent=None,
+            headers=(old,),
+            published=(),
+            agreed=None,
+            pinned=(pin,),
+        )
+    )
+    out = successor.handle(ledger.PoolReady(pool=1, num_slots=2))
+    assert (successor.pinned, report(out).pinned) == ((pin,), (pin,))
+    successor.handle(orders(7, now=G2, pinned=(pin,)))
+    assert [image.version for image in successor.clean()] == [G1.at(4)]
+
+
 def test_nothing_new_means_no_report():
     machine = started()
     machine.handle(orders(5))
