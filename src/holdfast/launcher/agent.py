@@ -34,10 +34,11 @@ from holdfast.launcher.arguments import Launch
 from holdfast.launcher.budget import RestartBudget
 from holdfast.launcher.channel import Channel
 from holdfast.launcher.daemons import DaemonDied, DaemonLink
-from holdfast.launcher.processes import Guard
+from holdfast.launcher.processes import Guard, reap_orphans
 from holdfast.launcher.seats import RunRecord, Seat
 from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.signals import SignalPipe
+from holdfast.launcher.standby import Standby, can_stand_by, user_path
 from holdfast.launcher.timeline import Timeline, describe_failure, signal_name
 from holdfast.launcher.wire import (
     DaemonInfo,
@@ -128,6 +129,7 @@ class Agent:
         self._channel: Channel | None = None
         self._group: WorkerGroup | None = None
         self._generation: GenerationId | None = None
+        self._standby = self._make_standby()
         self._starting: tuple[Plan, Place, StartGeneration | None] | None = None
         self._old_groups: deque[WorkerGroup] = deque(maxlen=1)
         self._page: ControlPage | None = None
@@ -158,6 +160,8 @@ class Agent:
             group.finish_logs(5.0)
         if self._page is not None:
             self._page.close()
+        if self._standby is not None:
+            self._standby.close()
         if self._link is not None:
             self._link.finish(5.0)
         if self._channel is not None:
@@ -222,6 +226,20 @@ class Agent:
 
         return bool(_matches_machine_hostname(self._launch.meeting.host))
 
+    def _make_standby(self) -> Standby | None:
+        launch = self._launch
+        if not launch.hold.standby or self._link is None or self._spec.numa_options is not None:
+            return None  # without a Session there is no first finished step to warm up for
+        if not can_stand_by(launch.arguments):
+            return None
+        return Standby(
+            launch.command,
+            guard=self._guard,
+            names=self._seat.directory / "imports",
+            log=self._seat.directory / "standby.log",
+            user_path=user_path(launch.arguments),
+        )
+
     # --- the loop
 
     def _done(self) -> bool:
@@ -240,6 +258,8 @@ class Agent:
             self._hear()
         if self._link is not None:
             self._hear_daemon(self._link)
+        if self._standby is not None:
+            self._hear_standby(self._standby)
         self._fire_faults()
         now = time.monotonic()
         if self._group is not None and self._group.tick(now):
@@ -260,6 +280,8 @@ class Agent:
             poller.register(self._link.socket, zmq.POLLIN)
             if self._link.pidfd is not None:
                 poller.register(self._link.pidfd, zmq.POLLIN)
+        if self._standby is not None and self._standby.descriptor is not None:
+            poller.register(self._standby.descriptor, zmq.POLLIN)
         return dict(poller.poll(math.ceil(self._timeout_s() * 1000)))
 
     def _timeout_s(self) -> float:
@@ -327,6 +349,7 @@ class Agent:
         assert self._generation is not None, "a group without a generation"
         self._group = None
         self._old_groups.append(group)
+        self._reap_orphans()
         generation, now = self._generation, time.monotonic()
         if self._link is not None:
             self._link.request(EndGeneration(generation=generation))
@@ -334,6 +357,12 @@ class Agent:
             self._do(self._member.gone(generation, now))
         else:
             self._do(self._member.done(generation, now))
+
+    def _reap_orphans(self) -> None:
+        own = {self._guard.pid}
+        own |= {self._standby.pid} if self._standby is not None else set()
+        own |= {self._link.pid} if self._link is not None else set()
+        reap_orphans(frozenset(own))
 
     def _hear(self) -> None:
         assert self._channel is not None, "nobody to hear"
@@ -363,6 +392,7 @@ class Agent:
                         self._do(self._member.session(self._sessions.state, now))
                 case SessionPhase():
                     if self._sessions.reached(message):
+                        self._warm_up()
                         self._do(self._member.session(self._sessions.state, now))
                 case Notice():
                     self._write(events.Noticed(severity=message.severity, text=message.text))
@@ -375,6 +405,22 @@ class Agent:
                     pass
         if self._starting is not None:
             self._try_start()
+
+    def _warm_up(self) -> None:
+        """Everything that the script needs for a step has been imported: the standby may import it too."""
+        all_stepped = self._sessions.state.first_step == self._spec.num_workers
+        if self._standby is not None and self._group is not None and all_stepped:
+            self._standby.warm_up(self._group.common_variables())
+
+    def _hear_standby(self, standby: Standby) -> None:
+        change = standby.changed()
+        if change is None:
+            return
+        word = "ready" if change.ready else "failed"
+        self._write(events.StandbyEvent(change=word, pid=change.pid, modules=change.num_modules, text=change.text))
+        if not change.ready:
+            say(f"no standby for restarts: {change.text}")
+            self._standby = None
 
     def _refused(self, message: Refused) -> None:
         self._write(events.Noticed(severity="error", text=message.reason))
@@ -527,6 +573,7 @@ class Agent:
             guard=self._guard,
             extra_variables=self._extra_variables(plan, place),
             inherited=self._inherited,
+            standby=self._standby,
         )
         try:
             group.start()
@@ -542,6 +589,7 @@ class Agent:
                 restart_count=plan.restart_count,
                 store=plan.store,
                 pids=tuple(group.pids().values()),
+                forked=group.num_forked,
             )
         )
         self._do(self._member.started(plan.generation, started_s, time.monotonic()))

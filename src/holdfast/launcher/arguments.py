@@ -56,6 +56,12 @@ def _parse_exit_code(text: str) -> int:
     return int(text)
 
 
+def _parse_switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+    return text == "1"
+
+
 def _parse_faults(text: str) -> str:
     try:
         parse_schedule(text)
@@ -88,6 +94,8 @@ class HoldOptions:
     """Silence after which a node counts as lost."""
     no_progress: int = 3
     """Restarts without progress after which the job stops, where --max-restarts is not given."""
+    standby: bool = False
+    """Whether a warm process stands by, from which the workers of later generations are forked."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,13 @@ _FLAGS = (
     _Flag("grace", parse_duration, "TIME", "how long a job that is asked to stop may take (default 30s)"),
     _Flag("heartbeat", parse_duration, "TIME", "interval of heartbeats between nodes (default 0.5s)"),
     _Flag("dead_after", parse_duration, "TIME", "silence after which a node counts as lost (default 2s)"),
+    _Flag(
+        "standby",
+        _parse_switch,
+        "0|1",
+        "1: a process that has imported what the script imports stands by for restarts, "
+        "with its own 0.2 GB and more of memory (default 0)",
+    ),
     _Flag("no_progress", int, "N", "restarts without progress that end the job without --max-restarts (default 3)"),
 )
 

@@ -15,7 +15,8 @@ Every line has these fields:
 Kinds, and the fields that each one adds (fields that have their default are left out):
 
     run_started         run_id, command, arguments, nproc, job
-    generation_started  members (hosts by node rank), world_size, restart_count, store, pids (of this node)
+    generation_started  members (hosts by node rank), world_size, restart_count, store, pids (of this node),
+                        forked (how many of them the standby gave)
     worker_failed       global_rank, local_rank, pid, exit_code (negative: signal), signal (name), message, step
     membership          text, change (node_joined, node_lost, forming, running, stopping, stopped, asked_to_stop,
                         leader_lost)
@@ -25,6 +26,7 @@ Kinds, and the fields that each one adds (fields that have their default are lef
                         opened), restored, first_step (all ranks finished one). Phases that were not reached are absent;
                         without a Session only the first three are there. Written by the leader's agent only.
     daemon              change (started, adopted, died, off, failed), pid, text
+    standby             change (ready, failed), pid, modules (that it has imported), text
     notice              severity (info, warning, error), text
     stop_requested      signal (name), urgent
     fault               fault (the entry of the schedule that this agent is about to carry out), step
@@ -73,6 +75,7 @@ class GenerationStarted(Event, frozen=True, kw_only=True, tag="generation_starte
     restart_count: int
     store: str
     pids: tuple[int, ...]
+    forked: int = 0
 
 
 class WorkerFailed(Event, frozen=True, kw_only=True, tag="worker_failed", omit_defaults=True):
@@ -110,6 +113,15 @@ class DaemonChanged(Event, frozen=True, kw_only=True, tag="daemon", omit_default
 
     change: str
     pid: int = 0
+    text: str = ""
+
+
+class StandbyEvent(Event, frozen=True, kw_only=True, tag="standby", omit_defaults=True):
+    """This node's standby can fork workers, or cannot any more."""
+
+    change: str
+    pid: int = 0
+    modules: int = 0
     text: str = ""
 
 
@@ -151,6 +163,7 @@ AnyEvent = (
     | Membership
     | Recovery
     | DaemonChanged
+    | StandbyEvent
     | Noticed
     | StopRequested
     | FaultFired

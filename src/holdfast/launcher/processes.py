@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from types import TracebackType
 from typing import IO
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 class Guard:
@@ -59,6 +61,12 @@ class Guard:
         assert self._process.stdin is not None, "stdin is a pipe"
         return self._process.stdin.fileno()
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._process is not None, "the guard was not started"
+        return self._process.pid
+
     def ended(self, group: int) -> None:
         """The group has ended and its leader was reaped."""
         self.tell(b"-%d\n" % group)
@@ -70,37 +78,49 @@ class Guard:
 
 
 class Child:
-    """One spawned process and its group. Used by the thread that spawned it, which must be the main thread.
+    """One child process and its group. Used by the thread that spawned it, which must be the main thread.
 
     PR_SET_PDEATHSIG fires when the *thread* that forked ends, hence the main thread.
     """
 
-    def __init__(
-        self,
+    def __init__(self, pid: int, guard: Guard, process: subprocess.Popen[bytes] | None = None) -> None:
+        """Watch the child `pid`, which leads a session and has named itself to the guard.
+
+        Raises:
+            OSError: there is no such process.
+        """
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._guard = guard
+        self._process = process
+        self._exit_code: int | None = None
+
+    @classmethod
+    def spawn(
+        cls,
         command: Sequence[str],
         *,
         environment: Mapping[str, str],
         guard: Guard,
         stdout: IO[str] | None = None,
         stderr: IO[str] | None = None,
-    ) -> None:
-        """Start `command`.
+        passed: Sequence[int] = (),
+    ) -> Child:
+        """Start `command`; it inherits the descriptors in `passed` beside its standard ones.
 
         Raises:
             OSError: it cannot be executed.
         """
-        self._guard = guard
-        self._exit_code: int | None = None
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             list(command),
             env=dict(environment),
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
+            pass_fds=passed,
             preexec_fn=_bind_to_parent(guard.descriptor),
         )
-        self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
+        return cls(process.pid, guard, process)
 
     def exit_code(self) -> int | None:
         """Exit code (negative: the signal that ended it), None while it runs. Does not reap."""
@@ -115,11 +135,24 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
+    def end(self, timeout_s: float) -> None:
+        """Wait for the process, kill it after `timeout_s`, and forget it."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        if not poller.poll(timeout_s * 1000):
+            self.signal_group(signal.SIGKILL)
+            poller.poll(timeout_s * 1000)
+        if self.exit_code() is not None:
+            self.reap()
+
     def reap(self) -> None:
         """Forget the process, which has ended: what is left of its group is killed first, while the id is ours."""
         assert self.exit_code() is not None, f"process {self.pid} has not ended"
         self.signal_group(signal.SIGKILL)
-        self._process.wait()
+        if self._process is not None:
+            self._process.wait()
+        else:
+            os.waitpid(self.pid, 0)
         os.close(self.pidfd)
         self._guard.ended(self.pid)
 
@@ -140,9 +173,29 @@ def _bind_to_parent(guard: int) -> Callable[[], None]:
     return bind
 
 
+def become_subreaper() -> None:
+    """Make this process the parent of every orphan below it, rather than init."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, *[ctypes.c_ulong(n) for n in (1, 0, 0, 0)]):
+        raise OSError(ctypes.get_errno(), "this process cannot be made a subreaper")
+
+
+def reap_orphans(own: frozenset[int]) -> None:
+    """Reap the zombies that fell to this process as a subreaper: all but its `own` children."""
+    for pid, (state, parent, _) in _process_table().items():
+        if state == "Z" and parent == os.getpid() and pid not in own:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
 def groups_in_use(groups: frozenset[int]) -> frozenset[int]:
     """Those of the process groups that have a member which is not a zombie."""
-    found = set()
+    table = _process_table().values()
+    return frozenset(group for state, _, group in table if state not in "ZX" and group in groups)
+
+
+def _process_table() -> dict[int, tuple[str, int, int]]:
+    """State, parent and group of every process by its id."""
+    found = {}
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
@@ -150,7 +203,6 @@ def groups_in_use(groups: frozenset[int]) -> frozenset[int]:
             stat = Path("/proc", name, "stat").read_text()
         except OSError:
             continue
-        state, _, group = stat[stat.rindex(")") + 2 :].split()[:3]
-        if state not in "ZX" and int(group) in groups:
-            found.add(int(group))
-    return frozenset(found)
+        state, parent, group = stat[stat.rindex(")") + 2 :].split()[:3]
+        found[int(name)] = (state, int(parent), int(group))
+    return found

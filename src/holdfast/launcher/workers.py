@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.utils.api import macros
 
 from holdfast.launcher.processes import Child, Guard, groups_in_use
+from holdfast.launcher.standby import Standby
 from holdfast.launcher.wire import Place, Plan
 
 LEFTOVER_POLL_S = 0.02
@@ -106,6 +107,7 @@ class WorkerGroup(PContext):
         guard: Guard,
         extra_variables: Mapping[int, Mapping[str, str]],
         inherited: Mapping[str, str],
+        standby: Standby | None = None,
     ) -> None:
         """Lay out logs and environments.
 
@@ -116,11 +118,15 @@ class WorkerGroup(PContext):
             guard: ends groups that outlive the agent.
             extra_variables: by local rank, variables beside torchrun's.
             inherited: the environment that workers inherit.
+            standby: forks workers once it is ready; until then it is told what they import.
         """
         local_ranks = range(spec.num_workers)
         self._spec = spec
         self._guard = guard
         self._inherited = inherited
+        self._standby = standby
+        self.num_forked = 0
+        """Workers that came from the standby."""
         self._place = place
         self._children: dict[int, Child] = {}
         self._exits: dict[int, WorkerExit] = {}
@@ -167,13 +173,30 @@ class WorkerGroup(PContext):
     def _start(self) -> None:
         for local_rank in range(self.nprocs):
             with contextlib.ExitStack() as files:
-                self._children[local_rank] = Child(
-                    self._bound((self._spec.command, *self.args[local_rank]), local_rank),
-                    environment={**self._inherited, **self.envs[local_rank]},
-                    guard=self._guard,
-                    stdout=_open(files, self.stdouts[local_rank]),
-                    stderr=_open(files, self.stderrs[local_rank]),
-                )
+                stdout, stderr = (_open(files, paths[local_rank]) for paths in (self.stdouts, self.stderrs))
+                child = self._forked(local_rank, stdout, stderr)
+                self.num_forked += child is not None
+                self._children[local_rank] = child or self._spawned(local_rank, stdout, stderr)
+
+    def _variables(self, local_rank: int) -> dict[str, str]:
+        return {**self._inherited, **self.envs[local_rank]}
+
+    def _forked(self, local_rank: int, stdout: IO[str] | None, stderr: IO[str] | None) -> Child | None:
+        if self._standby is None or not self._standby.ready:
+            return None
+        return self._standby.fork(self.args[local_rank], self._variables(local_rank), stdout=stdout, stderr=stderr)
+
+    def _spawned(self, local_rank: int, stdout: IO[str] | None, stderr: IO[str] | None) -> Child:
+        arguments = self.args[local_rank]
+        if self._standby is not None and local_rank == 0:
+            arguments = self._standby.recorded(arguments)
+        return Child.spawn(
+            self._bound((self._spec.command, *arguments), local_rank),
+            environment=self._variables(local_rank),
+            guard=self._guard,
+            stdout=stdout,
+            stderr=stderr,
+        )
 
     def _bound(self, command: tuple[str, ...], local_rank: int) -> Sequence[str]:
         if self._spec.numa_options is None:
@@ -186,6 +209,11 @@ class WorkerGroup(PContext):
         if self.running():
             return None
         return RunProcsResult(failures=self.failures(), stdouts=self.stdouts, stderrs=self.stderrs)
+
+    def common_variables(self) -> dict[str, str]:
+        """The environment as far as all workers share it."""
+        environments = [self._variables(local_rank).items() for local_rank in range(self.nprocs)]
+        return dict(set(environments[0]).intersection(*environments[1:]))
 
     def pids(self) -> dict[int, int]:
         """Process ids by local rank."""
