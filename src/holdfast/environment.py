@@ -22,6 +22,7 @@ GENERATION = "HOLDFAST_GENERATION"
 FAULTS = "HOLDFAST_FAULTS"
 TOKEN = "HOLDFAST_TOKEN"
 ISAL = "HOLDFAST_ISAL"
+NODES = "HOLDFAST_NODES"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,17 @@ class WorkerEnvironment:
     node_rank: int
     world_size: int
     local_world_size: int
+    ranks_per_node: tuple[int, ...] = ()
+    """Number of ranks on each node, by node rank; () where all nodes have `local_world_size`."""
+
+    def node_of(self, global_rank: int) -> int:
+        """Node rank of a global rank."""
+        first = 0
+        for node_rank, count in enumerate(self.ranks_per_node):
+            if global_rank < first + count:
+                return node_rank
+            first += count
+        return (global_rank - first) // self.local_world_size + len(self.ranks_per_node)
 
     def variables(self) -> dict[str, str]:
         """The HOLDFAST_* part of the environment of this worker (torchrun's own variables are the launcher's)."""
@@ -52,6 +64,7 @@ class WorkerEnvironment:
             RUN_DIR: str(self.run_dir),
             RUN_ID: self.run_id,
             GENERATION: str(self.generation),
+            **({NODES: ",".join(map(str, self.ranks_per_node))} if self.ranks_per_node else {}),
         }
 
 
@@ -75,11 +88,22 @@ def worker_environment(environ: Mapping[str, str] = os.environ) -> WorkerEnviron
             node_rank=int(environ["GROUP_RANK"]),
             world_size=int(environ["WORLD_SIZE"]),
             local_world_size=int(environ["LOCAL_WORLD_SIZE"]),
+            ranks_per_node=_ranks_per_node(environ.get(NODES, ""), int(environ["WORLD_SIZE"])),
         )
     except KeyError as error:
         raise UsageError(
             f"{DAEMON} is set but {error.args[0]} is not: start the script with `holdfast run`, or unset {DAEMON}"
         ) from error
+
+
+def _ranks_per_node(text: str, world_size: int) -> tuple[int, ...]:
+    try:
+        counts = tuple(int(count) for count in text.split(",")) if text else ()
+    except ValueError as error:
+        raise UsageError(f"{NODES}={text!r}: give the number of ranks of each node, as in 8,8,4") from error
+    if counts and (sum(counts) != world_size or min(counts) < 1):
+        raise UsageError(f"{NODES}={text!r} does not add up to WORLD_SIZE={world_size}")
+    return counts
 
 
 def fault_schedule(environ: Mapping[str, str] = os.environ) -> str:

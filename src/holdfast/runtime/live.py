@@ -24,11 +24,12 @@ from holdfast.runtime.census import Census, HolderWatch, meet
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
+from holdfast.runtime.requests import LiveSave, Wanted, decode_wanted, encode_wanted, persisted_of
 from holdfast.runtime.results import Persisted, Restored, SaveHandle
 from holdfast.runtime.say import plural, say, size
 from holdfast.runtime.snapshotter import Snapshotter
 from holdfast.runtime.storage_tier import StorageTier
-from holdfast.snapshot.client import PendingSave, SnapshotClient
+from holdfast.snapshot.client import SnapshotClient
 from holdfast.snapshot.control import Phase
 from holdfast.snapshot.copier import Ticket
 from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore, SessionConfig
@@ -40,7 +41,9 @@ _GRANT_TIMEOUT = timedelta(minutes=2)
 _PERSIST_TIMEOUT = timedelta(hours=2)
 _SLOTS_TIMEOUT_S = 600.0
 _SETTLE_AFTER_STEPS = 20
-"""Where persist_every names no steps: how many after the start the ranks settle whether memory is there."""
+"""So many steps after the start, then at twice as many each time, the ranks ask each other whether memory is there."""
+_MEET_EVERY_STEPS = 20
+"""Where the ranks write to storage themselves: how often they tell each other of saves that were asked for."""
 _FAILED_COPY_S = 10.0
 """How long the script's own exception waits for a copy that runs: it may make a newer version whole."""
 _HOLDERS_AFTER_STEPS = 20
@@ -50,29 +53,6 @@ _FINAL_POLL = timedelta(milliseconds=20)
 
 _sessions = itertools.count()
 _SEVERITY = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-
-
-def _persisted(message: PersistedMessage) -> Persisted:
-    return Persisted(step=message.version.step, path=Path(message.path), tag=message.tag, seconds=message.seconds)
-
-
-class _ClientSave:
-    """A save that the daemons make."""
-
-    def __init__(self, pending: PendingSave) -> None:
-        self._pending = pending
-
-    def done(self) -> bool:
-        """Whether it is in storage, or failed."""
-        return self._pending.done()
-
-    def result(self, timeout: timedelta) -> Persisted:
-        """Wait for it."""
-        return _persisted(self._pending.result(timeout))
-
-    def step(self) -> int | None:
-        """The agreed step."""
-        return self._pending.step
 
 
 class LiveMode(Mode):
@@ -87,9 +67,11 @@ class LiveMode(Mode):
         self._client = SnapshotClient.connect(environment, timeout=_OPEN_TIMEOUT)
         self._shots = Snapshotter(
             context.state,
-            node_of=lambda rank: rank // environment.local_world_size,
+            node_of=environment.node_of,
+            global_rank=context.global_rank,
+            world_size=environment.world_size,
             session_rank=context.session_rank,
-            world_size=len(context.ranks),
+            session_size=len(context.ranks),
             injector=context.injector,
             on_done=self._on_done,
         )
@@ -105,6 +87,7 @@ class LiveMode(Mode):
         self._step = 0
         self._start_step = 0
         self._stored_step: int | None = None
+        self._requests: list[LiveSave] = []
         self._stopping = False
         self._persist_end = True
         self._said_start = False
@@ -162,14 +145,15 @@ class LiveMode(Mode):
             self._wait_s += time.monotonic() - begun
             self._settle_where_due(previous, step)
         if self._storage is not None:
-            self._storage.boundary(previous, step, metrics)
+            self._store(self._storage, previous, step, metrics)
         return (agreed is not None and agreed.kind == "stop") or self._stopping
 
     def save(self, tag: str | None, metrics: Mapping[str, float]) -> SaveHandle:
-        """At an agreed step; at the next boundary where the ranks write to storage themselves."""
-        if self._storage is not None:
-            return self._storage.request(self._step + 1, tag, metrics)
-        return SaveHandle(_ClientSave(self._client.request_save(tag, dict(metrics))))
+        """At an agreed step; where the ranks write to storage themselves, at the next one at which they meet."""
+        pending = self._client.request_save(tag, dict(metrics)) if self._storage is None else None
+        request = LiveSave(pending, Wanted(tag=tag, metrics=dict(metrics)))
+        self._requests = [*(old for old in self._requests if not old.done()), request]
+        return SaveHandle(request)
 
     def stop(self, *, persist: bool) -> None:
         """At once where this rank is alone, else at an agreed step."""
@@ -191,6 +175,8 @@ class LiveMode(Mode):
                 self._finish(step)
                 outcome = "done"
         finally:
+            for request in self._requests:
+                request.give_up("the Session ended before it was made")
             self._census.close()
             self._shots.close(_FAILED_COPY_S if failed else _SLOTS_TIMEOUT_S)
             self._client.close(step, outcome)
@@ -273,7 +259,7 @@ class LiveMode(Mode):
 
     def _tell(self, message: PersistedMessage) -> None:
         self._stored_step = max(self._stored_step or 0, message.version.step)
-        persisted = _persisted(message)
+        persisted = persisted_of(message)
         say(
             log,
             f"step {persisted.step} is in storage: {persisted.path} ({persisted.seconds:.2f} s)",
@@ -329,25 +315,55 @@ class LiveMode(Mode):
     # --- where there is no memory tier
 
     def _settle_where_due(self, previous: int, step: int) -> None:
-        """At a step that all ranks know beforehand, settle once whether all of them have slots."""
+        """At steps that all ranks know beforehand, settle whether all of them have slots.
+
+        Where a checkpoint is due this waits until that is known; else it only asks, ever more rarely.
+        """
         options = self._context.options
         if self._settled or options.checkpoint_dir is None:
             return
         every = options.persist_every_steps
-        due = step // every > previous // every if every else step >= self._start_step + _SETTLE_AFTER_STEPS
-        if due:
-            self._settle()
+        if every is not None and step // every > previous // every:
+            self._settle(wait=True)
+        elif _rounds(step - self._start_step) > _rounds(previous - self._start_step):
+            self._settle(wait=False)
 
-    def _settle(self) -> None:
-        self._settled = True
-        problems = self._huddle.gather("" if self._wait_for_slots() else "none")
-        if not any(problems):
+    def _settle(self, *, wait: bool) -> None:
+        if wait:
+            self._wait_for_slots()
+        slots = self._client.slots()
+        answers = self._huddle.gather("unknown" if slots is None and not wait else "yes" if slots else "no")
+        self._settled = "no" in answers or "unknown" not in answers
+        if "no" not in answers:
             return
         assert self._context.options.checkpoint_dir is not None
         generation = self._environment.generation
         self._storage = StorageTier(self._context, self._ranks, generation, self._huddle)
+        for request in self._requests:
+            request.withdraw()  # the daemons cannot make it
         # Why there is no memory (bytes and limit) is the daemon's notice, which `_listen` passes on.
         log.info("no memory tier for %s: the ranks write to storage themselves", size(self._asked_bytes))
+
+    def _store(self, storage: StorageTier, previous: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Save what is due, and at steps that all ranks know beforehand what any of them was asked for."""
+        every = self._context.options.persist_every_steps or _MEET_EVERY_STEPS
+        meets = self._context.alone or step // every > previous // every or step % _MEET_EVERY_STEPS == 0
+        wanted = self._wanted() if meets else None
+        outcome = storage.boundary(previous, step, metrics, wanted)
+        if wanted is not None and outcome is not None:
+            self._answer(wanted, outcome)
+
+    def _wanted(self) -> Wanted | None:
+        """The first open request of all ranks, one with a tag before those without."""
+        self._requests = [request for request in self._requests if not request.done()]
+        mine = [request.wanted for request in self._requests]
+        asked = [wanted for text in self._huddle.gather(encode_wanted(mine)) for wanted in decode_wanted(text)]
+        return min(asked, key=lambda wanted: wanted.tag is None, default=None)
+
+    def _answer(self, wanted: Wanted, outcome: Persisted | StorageError) -> None:
+        for request in self._requests:
+            if request.wanted.tag in (None, wanted.tag):
+                request.answer(outcome)
 
     def _wait_for_slots(self) -> bool:
         """Whether this rank has slots, once that is known."""
@@ -365,10 +381,11 @@ class LiveMode(Mode):
         if step == 0 or (step == self._start_step and step == self._stored_step):
             return
         if not self._settled and persist:
-            self._settle()
+            self._settle(wait=True)
         if self._storage is not None:
             if persist and self._storage.saved_step != step:
-                self._storage.save(step)
+                wanted = self._wanted() or Wanted()
+                self._answer(wanted, self._storage.save(step, tag=wanted.tag, metrics=wanted.metrics))
             return
         if not self._wait_for_slots():
             return
@@ -414,6 +431,11 @@ class LiveMode(Mode):
             self._client.missed(version)
             self._ask_for_slots()
         return False
+
+
+def _rounds(steps: int) -> int:
+    """How often the ranks have asked each other, `steps` after the start."""
+    return (steps // _SETTLE_AFTER_STEPS).bit_length()
 
 
 def _restored(restore: Restore, step: int, generation: int) -> Restored:

@@ -85,10 +85,8 @@ class PlainMode(Mode):
 
     def close(self, step: int, *, failed: bool) -> None:
         """Save the final step, unless it is in storage already."""
-        if failed or self._tier is None or not self._persist_end or step == 0:
-            return
-        if self._tier.saved_step != step:
-            self._tier.save(step)
+        if not failed and self._tier is not None and step > 0:
+            self._tier.finish(step, persist=self._persist_end)
 
     # --- inside
 

@@ -32,7 +32,6 @@ from holdfast.runtime.mode import Context, Mode
 from holdfast.runtime.options import Options, make_writable
 from holdfast.runtime.restoring import restore_point
 from holdfast.runtime.results import ListOfCallbacks, Persisted, Restored, SaveHandle
-from holdfast.runtime.say import say
 from holdfast.testing import install_hooks
 
 __all__ = ["InitFrom", "PerRank", "Session", "restore_point"]
@@ -349,10 +348,6 @@ def _models(model: Models) -> list[nn.Module]:
 
 
 def _mode(context: Context, environment: WorkerEnvironment | None) -> Mode:
-    if environment is not None and len(context.ranks) != environment.world_size:
-        # The daemons of a node wait for all its ranks: a version of some of them would never be complete.
-        say(log, f"{len(context.ranks)} of {environment.world_size} ranks train this state", rank=context.session_rank)
-        environment = None
     if environment is None:
         from holdfast.runtime.plain import PlainMode
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +26,9 @@ from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.mode import Context
 from holdfast.runtime.results import Persisted, SaveHandle
 from holdfast.runtime.say import say
+
+if TYPE_CHECKING:
+    from holdfast.runtime.requests import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -85,16 +89,51 @@ class StorageTier:
         self._requests.append(request)
         return SaveHandle(request)
 
-    def boundary(self, previous: int, step: int, metrics: Mapping[str, float]) -> None:
+    def boundary(
+        self, previous: int, step: int, metrics: Mapping[str, float], wanted: Wanted | None = None
+    ) -> Persisted | StorageError | None:
         """Make the saves that were requested, or the one that is due since `previous`.
 
         One that fails in the middle of training is a warning: older checkpoints are there.
+
+        Args:
+            previous: the step of the boundary before.
+            step: the one that has ended.
+            metrics: of the step.
+            wanted: a save that all ranks know to be asked for.
+
+        Returns:
+            What came of `wanted`.
         """
         requests, self._requests = self._requests, []
         for request in requests:
             request.outcome = self._try_save(step, request.tag, {**metrics, **request.metrics})
-        if not requests and self._is_due(previous, step):
+        outcome = self._try_save(step, wanted.tag, {**metrics, **wanted.metrics}) if wanted is not None else None
+        if not requests and wanted is None and self._is_due(previous, step):
             self._try_save(step, None, metrics)
+        return outcome
+
+    def finish(self, step: int, *, persist: bool) -> None:
+        """The end: answer requests that were made after the last boundary, and save the final step.
+
+        Args:
+            step: the final one.
+            persist: whether it is saved though nobody asked.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        requests, self._requests = self._requests, []
+        if self.saved_step == step:
+            for request in requests:
+                request.outcome = StorageError(f"step {step} is in storage already; ask before its end for a tag")
+        elif requests or persist:
+            wanted = [(request.tag, request.metrics) for request in requests] or [(None, {})]
+            tag, metrics = min(wanted, key=lambda one: one[0] is None)
+            saved = self.save(step, tag=tag, metrics=metrics)
+            for request in requests:
+                same = request.tag in (None, tag)
+                request.outcome = saved if same else StorageError(f"step {step} was saved as {tag}")
 
     def _is_due(self, previous: int, step: int) -> bool:
         options = self._context.options

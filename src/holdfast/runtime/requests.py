@@ -1,0 +1,117 @@
+"""Saves that somebody asked for while training: what was asked, and who answers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import msgspec
+
+from holdfast.errors import FenceError, PeerTimeout, StorageError
+from holdfast.runtime.results import Persisted
+from holdfast.snapshot.client import PendingSave
+from holdfast.snapshot.messages import PersistedMessage
+
+_LOOK_S = 0.2
+"""How long a wait for the daemons lasts before it looks whether the ranks have taken the request over."""
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """What a save is to be."""
+
+    tag: str | None = None
+    metrics: dict[str, float] = {}
+
+
+def encode_wanted(wanted: Sequence[Wanted]) -> str:
+    """For the other ranks."""
+    return msgspec.json.encode(wanted).decode()
+
+
+def decode_wanted(text: str) -> list[Wanted]:
+    """The inverse of `encode_wanted`."""
+    return msgspec.json.decode(text, type=list[Wanted])
+
+
+class LiveSave:
+    """A save under ``holdfast run``: made by the daemons, or by the ranks where there turns out to be no memory tier.
+
+    Any thread may ask; the training thread answers.
+    """
+
+    def __init__(self, pending: PendingSave | None, wanted: Wanted) -> None:
+        """
+        Args:
+            pending: what the daemons were asked for; None: the ranks make it.
+            wanted: what was asked for.
+        """
+        self.wanted = wanted
+        self._changed = threading.Condition()
+        # Guarded by _changed.
+        self._pending = pending
+        self._outcome: Persisted | StorageError | FenceError | None = None
+
+    def withdraw(self) -> None:
+        """The daemons will not make it: the ranks do."""
+        with self._changed:
+            if self._pending is not None and not self._pending.done():
+                self._pending = None
+            self._changed.notify_all()
+
+    def answer(self, outcome: Persisted | StorageError | FenceError) -> None:
+        """It was made, or it failed."""
+        with self._changed:
+            self._outcome = self._outcome or outcome
+            self._changed.notify_all()
+
+    def give_up(self, reason: str) -> None:
+        """Nobody will make it: an answer for who waits, where there is none yet."""
+        if not self.done():
+            self.answer(FenceError(f"the save was not made: {reason}"))
+
+    def done(self) -> bool:
+        """Whether it is in storage, or failed."""
+        with self._changed:
+            return self._outcome is not None or (self._pending is not None and self._pending.done())
+
+    def step(self) -> int | None:
+        """The step that is saved, None while that is open."""
+        with self._changed:
+            if isinstance(self._outcome, Persisted):
+                return self._outcome.step
+            return None if self._pending is None else self._pending.step
+
+    def result(self, timeout: timedelta) -> Persisted:
+        """Wait for it.
+
+        Raises:
+            StorageError: it could not be written.
+            FenceError: the Session ended before it was made.
+            PeerTimeout: not within `timeout`.
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            with self._changed:
+                pending, outcome = self._pending, self._outcome
+                if outcome is None and pending is None:
+                    self._changed.wait(min(left, _LOOK_S))
+            if isinstance(outcome, Persisted):
+                return outcome
+            if pending is not None and (outcome is None or pending.done()):
+                try:
+                    return persisted_of(pending.result(timedelta(seconds=min(left, _LOOK_S))))
+                except PeerTimeout:
+                    pass  # said below, where the time is over
+            elif outcome is not None:
+                raise outcome
+            if left == 0.0:
+                raise PeerTimeout(f"the save was not made within {timeout}")
+
+
+def persisted_of(message: PersistedMessage) -> Persisted:
+    """What the Session tells of a daemon's message."""
+    return Persisted(step=message.version.step, path=Path(message.path), tag=message.tag, seconds=message.seconds)
