@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,26 @@ def test_a_node_without_a_rank_of_the_session_holds_nobody_up(nodes: list[Node],
     job.finish()
     assert worker.event("persisted")["step"] == 30
     assert len(worker.event("done")["committed"]) >= 20
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_successor_that_listens_elsewhere_is_found_by_the_other_nodes(
+    nodes: list[Node], tmp_path: Path, which: int
+) -> None:
+    job = Job(nodes, 1)
+    job.start(Plan(until=300, ranks=(0, 1), step_s=0.02, checkpoint_dir=str(tmp_path / "c")))
+    nodes[0].complete(30)
+    before = nodes[which].endpoint
+    nodes[which].kill_daemon()
+    with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        squatter.bind(("127.0.0.1", int(before.rpartition(":")[2])))
+        squatter.listen()
+        nodes[which].start_daemon()
+        nodes[which].hello()
+        assert nodes[which].endpoint != before
+        for worker in job.finish():
+            assert worker.event("persisted")["step"] == 300
 
 
 def test_nodes_without_agents_persist_their_newest_version_together(nodes: list[Node], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -420,8 +421,11 @@ class SnapshotClient:
             time.sleep(0.0005)
         return slot
 
-    def committed(self, version: Version, slot: int, wait_s: float, step_s: float) -> None:
-        """Doorbell: `Slot.finish` was called. Thread-safe, does not block."""
+    def committed(
+        self, version: Version, slot: int, wait_s: float, step_s: float, metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Doorbell: `Slot.finish` was called. `metrics` of the step go into its checkpoint, where it gets one.
+        Thread-safe, does not block."""
         self._tell(
             Committed(
                 version=version,
@@ -429,6 +433,7 @@ class SnapshotClient:
                 slot=slot,
                 wait_s=wait_s,
                 step_s=step_s,
+                metrics=dict(metrics or {}),
             )
         )
 

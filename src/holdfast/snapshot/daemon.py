@@ -38,6 +38,7 @@ from holdfast.snapshot.messages import (
     AnyMessage,
     AskNode,
     Bye,
+    DaemonMoved,
     EndGeneration,
     Hello,
     Inventory,
@@ -140,12 +141,23 @@ class Daemon:
     def _repeat(self) -> None:
         """What may have been lost with a connection to the leader's daemon."""
         start = self.node.start
-        if start is None or start.leader == start.node_rank:
+        if start is None:
+            return
+        if self.node.member(start.node_rank).daemon != self.transport.endpoint:
+            self._say_where(start)
+        if start.leader == start.node_rank:
             return
         if self.node.restore is None:
             self.transport.send_node(start.leader, self.node.inventory())
         else:
             self.node.repeat_report()
+
+    def _say_where(self, start: StartGeneration) -> None:
+        """We could not take over the endpoint of our predecessor, and the other nodes know no other."""
+        moved = DaemonMoved(generation=start.generation, node_rank=start.node_rank, daemon=self.transport.endpoint)
+        for member in start.members:
+            if member.node_rank != start.node_rank:
+                self.transport.send_node(member.node_rank, moved)
 
     def _adopt(self) -> None:
         state = self.arena.state
@@ -200,6 +212,10 @@ class Daemon:
                 self._for_leader(message)
             case RestoreFailed():
                 self._restore_failed(peer, message)
+            case DaemonMoved():
+                self.node.moved(message)
+                if self.leading is not None and self.node.start is not None:
+                    self.leading.start = self.node.start
             case OpenSession():
                 self.node.open_session(peer, message)
             case _:

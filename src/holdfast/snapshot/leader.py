@@ -196,8 +196,10 @@ class LeaderLedger:
         self._newest = config.start_step
         self._calm = 0
         self._persist_due = False
-        self._offered: dict[int, bool] = {}
-        """Steps that went to the persist queue: whether as mandatory."""
+        self._offered: dict[int, Pin] = {}
+        """By step: what went to the persist queue."""
+        self._metrics: dict[str, float] = {}
+        """Of the newest complete version."""
         self._sent: dict[int, Orders] = {}
 
     @property
@@ -257,12 +259,13 @@ class LeaderLedger:
         held = {one.step for state in self._reports.values() for one in state.held}
         self.outstanding = {step for step in held if self._complete is None or step > self._complete}
         self._granted_through = max((self._granted_through, *held))
+        self._metrics = self._metrics_at(self._complete)
         self.agreement.restore(state.agreed for state in self._reports.values())
         pins = {pin.version: pin for state in self._reports.values() for pin in state.pinned}
         own = [pin for version, pin in sorted(pins.items()) if version.generation == self.config.generation]
         for pin in (*self.config.carried, *own):
             if pin.version.generation == self.config.generation:
-                self._offered[pin.version.step] = pin.mandatory
+                self._offered[pin.version.step] = pin
             out += self.persists.offer(pin)
         if self._complete is not None:
             self._offer_if_wanted(self._complete, out)
@@ -302,6 +305,7 @@ class LeaderLedger:
         self.counters.superseded += len(superseded)
         self.counters.complete += 1
         self._complete = step
+        self._metrics = self._metrics_at(step)
         version = self.config.generation.at(step)
         out.append(VersionCompleted(version=version))
         self._offer_if_wanted(step, out)
@@ -317,19 +321,27 @@ class LeaderLedger:
 
     def _offer_if_wanted(self, step: int, out: list[LeaderInstruction]) -> None:
         """Persist the complete step where somebody wants it (known now, or since the last look)."""
-        if self._offered.get(step):
-            return
+        known = self._offered.get(step)
         agreed = self.agreement.current
         agreed_here = agreed is not None and agreed.confirmed and agreed.persist and agreed.step == step
         finals = [rank.final for rank in self._ranks if rank.final is not None]
         final = any(one.step == step and one.persist for one in finals)
         mandatory = agreed_here or final
-        if not mandatory and (step in self._offered or not (self._persist_due or self._is_multiple(step))):
-            return
-        self._offered[step] = mandatory
-        self._persist_due = False
         tag, metrics = (agreed.tag, agreed.metrics) if agreed is not None and agreed_here else (None, {})
-        pin = Pin(version=self.config.generation.at(step), mandatory=mandatory, tag=tag, metrics=metrics)
+        if known is None:
+            wanted = mandatory or self._persist_due or self._is_multiple(step)
+        else:
+            wanted = (mandatory and not known.mandatory) or (tag is not None and known.tag is None)
+        if not wanted:
+            return
+        self._persist_due = False
+        pin = Pin(
+            version=self.config.generation.at(step),
+            mandatory=mandatory,
+            tag=known.tag if known is not None and known.tag is not None else tag,
+            metrics={**self._metrics, **(known.metrics if known is not None else {}), **metrics},
+        )
+        self._offered[step] = pin
         out += self.persists.offer(pin)
 
     def _is_multiple(self, step: int) -> bool:
@@ -444,6 +456,14 @@ class LeaderLedger:
 
     def _num_slots(self) -> int:
         return min((state.num_slots for state in self._writing), default=0)
+
+    def _metrics_at(self, step: int | None) -> dict[str, float]:
+        """What all ranks reported; the smallest node counts where they differ."""
+        merged: dict[str, float] = {}
+        for _, state in sorted(self._reports.items(), reverse=True):
+            held = self._held(state, step) if step is not None else None
+            merged |= held.metrics if held is not None else {}
+        return merged
 
     @staticmethod
     def _held(state: NodeState, step: int) -> Held | None:

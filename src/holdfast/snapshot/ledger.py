@@ -196,6 +196,8 @@ class NodeLedger:
             case PoolPaused():
                 self._num_slots = 0
             case RankCommitted():
+                if event.metrics:
+                    self.table.note_metrics(event.version, event.global_rank, event.metrics)
                 self.table.committed(event.version, event.global_rank, event.wait_s, event.step_s)
             case RankMissed():
                 self.table.missed(event.version, event.global_rank)
@@ -377,7 +379,7 @@ class NodeLedger:
 
     def _state(self, generation: GenerationId) -> NodeState:
         held = [
-            Held(step=row.version.step, state=row.state, wait_s=row.wait_s, step_s=row.step_s)
+            Held(step=row.version.step, state=row.state, wait_s=row.wait_s, step_s=row.step_s, metrics=row.metrics)
             for row in self.table.granted()
             if row.version is not None
         ]

@@ -5,7 +5,7 @@ The machine between them is `holdfast.snapshot.ledger`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot.reports import Agreed, NodeState, Orders, Pin, Request, SlotRef
@@ -129,6 +129,7 @@ class RankCommitted:
     global_rank: int
     wait_s: float = 0.0
     step_s: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -268,6 +268,8 @@ class Committed(Message, frozen=True, kw_only=True):
     """Training thread's wait for this version."""
     step_s: float = 0.0
     """Duration of the last step."""
+    metrics: dict[str, float] = {}
+    """What `end_step` was given at this step; stored with its checkpoint."""
 
 
 class Missed(Message, frozen=True, kw_only=True):
@@ -426,6 +428,16 @@ class AskNode(Message, frozen=True, kw_only=True):
     leader_epoch: int
 
 
+class DaemonMoved(Message, frozen=True, kw_only=True):
+    """D -> D, from a successor that could not take over its predecessor's endpoint; repeated while the generation
+    lasts."""
+
+    generation: GenerationId
+    node_rank: int
+    daemon: str
+    """tcp:// endpoint where it listens now."""
+
+
 class NodeReport(Message, frozen=True, kw_only=True):
     """D -> L: the whole state of a node's ledger; only the newest one counts."""
 
@@ -504,6 +516,7 @@ AnyMessage = (
     | RangeData
     | RanksOpened
     | LeaderRestore
+    | DaemonMoved
     | NodeReport
     | LeaderOrders
     | PersistOrder

@@ -27,6 +27,7 @@ from holdfast.snapshot.messages import (
     CleanImage,
     CloseSession,
     Committed,
+    DaemonMoved,
     FinalStep,
     Inventory,
     LeaderRestore,
@@ -147,6 +148,21 @@ class Node:
         """A member of the generation."""
         assert self._generation is not None
         return next(member for member in self._generation.start.members if member.node_rank == node_rank)
+
+    def moved(self, message: DaemonMoved) -> None:
+        """The daemon of another node listens elsewhere now."""
+        generation = self._generation
+        if generation is None or message.generation != generation.start.generation:
+            return
+        members = tuple(
+            msgspec.structs.replace(one, daemon=message.daemon) if one.node_rank == message.node_rank else one
+            for one in generation.start.members
+        )
+        if members != generation.start.members:
+            _log.info("the daemon of node %d listens at %s now", message.node_rank, message.daemon)
+            generation.start = msgspec.structs.replace(generation.start, members=members)
+            self._save(start=generation.start)
+            self._transport.meet(members, generation.start.node_rank)
 
     def start_generation(self, start: StartGeneration) -> None:
         """Fence everything older; the leader gets our inventory."""
@@ -462,8 +478,14 @@ class Node:
     def from_worker(self, peer: Peer, message: AnyMessage) -> None:
         """A message of a worker, less OpenSession. What belongs to another generation is the ledger's to refuse."""
         match message:
-            case Committed(version=version, global_rank=rank, wait_s=wait_s, step_s=step_s):
-                committed = ledger.RankCommitted(version=version, global_rank=rank, wait_s=wait_s, step_s=step_s)
+            case Committed():
+                committed = ledger.RankCommitted(
+                    version=message.version,
+                    global_rank=message.global_rank,
+                    wait_s=message.wait_s,
+                    step_s=message.step_s,
+                    metrics=message.metrics,
+                )
                 self._feed(*self._page_events(), committed)
             case Missed(version=version, global_rank=rank):
                 self._feed(*self._page_events(), ledger.RankMissed(version=version, global_rank=rank))

@@ -87,6 +87,8 @@ class Held(msgspec.Struct, frozen=True, kw_only=True):
     """Largest wait of any local training thread for this version."""
     step_s: float = 0.0
     """Largest step duration of any local rank at this version."""
+    metrics: dict[str, float] = {}
+    """What the ranks of the node reported; the smallest rank counts where they differ."""
 
 
 class NodeState(msgspec.Struct, frozen=True, kw_only=True):

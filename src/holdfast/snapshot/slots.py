@@ -86,6 +86,18 @@ class Row:
     """By local rank."""
     wait_s: float = 0.0
     step_s: float = 0.0
+    reported: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Metrics by global rank; ranks without any have no entry."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those of all ranks; the smallest rank counts where they differ."""
+        merged: dict[str, float] = {}
+        if not self.reported:  # the usual case, asked for at every event
+            return merged
+        for _, metrics in sorted(self.reported.items(), reverse=True):
+            merged |= metrics
+        return merged
 
     @property
     def state(self) -> str:
@@ -106,6 +118,7 @@ class Row:
         self.version, self.abandoned = version, False
         self.writers = dict.fromkeys(ranks, Writer.MAY_WRITE)
         self.wait_s = self.step_s = 0.0
+        self.reported = {}
 
     def release(self) -> None:
         """Forget the grant: nobody writes it any more and nobody needs it."""
@@ -182,6 +195,12 @@ class SlotTable:
             row.images = {local: image for local, image in row.images.items() if needed(image[0])}
 
     # --- what writers did
+
+    def note_metrics(self, version: Version, global_rank: int, metrics: dict[str, float]) -> None:
+        """What the rank's script reported at the step of `version`."""
+        for row in self:
+            if row.version == version and global_rank in row.writers:
+                row.reported[global_rank] = metrics
 
     def committed(self, version: Version, global_rank: int, wait_s: float, step_s: float) -> None:
         """The rank's image of `version` is whole; it has let go of everything older."""

@@ -365,6 +365,14 @@ def test_pins_are_recorded_and_a_restarted_daemon_keeps_the_pinned_images():
     assert [image.version for image in successor.clean()] == [G1.at(4)]
 
 
+def test_metrics_of_the_ranks_are_reported_with_their_version_the_smallest_rank_first():
+    machine = started()
+    machine.handle(orders(5))
+    for rank, metrics in ((0, {"loss": 1.0}), (1, {"loss": 2.0, "other": 3.0})):
+        out = machine.handle(ledger.RankCommitted(version=G1.at(5), global_rank=rank, metrics=metrics))
+    assert report(out).held[0].metrics == {"loss": 1.0, "other": 3.0}
+
+
 def test_nothing_new_means_no_report():
     machine = started()
     machine.handle(orders(5))

@@ -310,3 +310,27 @@ def test_a_node_without_a_rank_of_the_session_is_asked_for_no_slot_and_no_image(
     assert orders(machine.handle(report(node=0))).grants == (1, 2, 3)
     out = machine.handle(report(1, node=0, clean=(1,), granted=(2, 3)))
     assert [one.version.step for one in of(leader.VersionCompleted, out)] == [1]
+
+
+def test_the_metrics_of_a_step_go_into_its_periodic_checkpoint():
+    machine = made(nodes=(0, 1), persist_every_steps=2)
+    for node in (0, 1):
+        machine.handle(report(node=node))
+    held = [Held(step=2, state="clean", metrics={"loss": float(node), f"of-{node}": 1.0}) for node in (0, 1)]
+    machine.handle(report(2, node=0, held=(held[0],)))
+    out = machine.handle(report(2, node=1, held=(held[1],)))
+    [order] = of(OrderPersist, out)
+    assert order.metrics == {"loss": 0.0, "of-0": 1.0, "of-1": 1.0}
+
+
+def test_a_tagged_save_that_falls_on_a_step_which_is_being_persisted_keeps_its_tag():
+    machine = made(persist_every_steps=2)
+    machine.handle(report())
+    end = RankState(global_rank=0, step=2, entered=True, final=Final(step=2, persist=True))
+    [order] = of(OrderPersist, machine.handle(report(2, clean=(2,), rank=end)))
+    assert order.tag is None
+    request = Request(id="r", kind="save", tag="best", metrics={"loss": 1.0})
+    machine.handle(report(2, clean=(2,), rank=end, requests=(request,)))
+    out = machine.handle(leader.PartEnded(version=G.at(2), attempt=order.attempt, node_rank=0))
+    [commit] = of(CommitPersist, out)
+    assert (commit.tag, commit.metrics) == ("best", {"loss": 1.0})
