@@ -8,12 +8,13 @@ from collections.abc import Sequence
 _HELP = """usage: holdfast COMMAND …
 
   holdfast run [torchrun's flags] [--hold-…] script.py args…   run a training script, restart it from memory
+  holdfast ckpt ls|inspect|verify|diff|export|import|…           look at checkpoints, check, convert and tend them
   holdfast --version
 
 example:
   holdfast run --nproc-per-node 2 train.py --lr 3e-4
 
-`holdfast run --help` lists the flags.
+`holdfast run --help` lists the flags, `holdfast ckpt --help` the commands for checkpoints.
 """
 
 
@@ -25,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from holdfast.launcher.run import main as run
 
             return run(arguments[1:])
+        case ["ckpt"]:
+            from holdfast.checkpoint.tools.cli import main as ckpt
+
+            return ckpt(arguments[1:])
         case ["--version"]:
             from importlib.metadata import version
 
@@ -37,5 +42,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(_HELP)
             return 2
         case _:
-            sys.stderr.write(f"holdfast: error: unknown command {arguments[0]!r}, the only one yet is `holdfast run`\n")
+            sys.stderr.write(f"holdfast: error: unknown command {arguments[0]!r}: `holdfast run` or `holdfast ckpt`\n")
             return 2

@@ -66,7 +66,8 @@ def reasons(policy: Retention, info: StepInfo, steps: list[StepInfo]) -> list[st
         else None,
     }
     named = [(name, rule) for name, rule in rules.items() if rule is not None]
-    found += [name for name, rule in named if info in rule.choose(complete)[0]]
+    # Every rule keeps the newest one, whatever it says.
+    found += [name for name, rule in named if info is not complete[-1] and info in rule.choose(complete)[0]]
     if policy.tagged and info.tag is not None:
         found.append("tagged")
     if not named and not found:

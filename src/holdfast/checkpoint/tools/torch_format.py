@@ -28,7 +28,8 @@ class TorchState:
         self.fingerprint = fingerprint_of([path])
         try:
             # Files from before torch 1.6 are no zip files and cannot be mapped: they are read whole.
-            mapped = path.open("rb").read(4) == b"PK\x03\x04"
+            with open(path, "rb") as file:
+                mapped = file.read(4) == b"PK\x03\x04"
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
             first = str(error).strip().split("\n")[0]

@@ -1,0 +1,107 @@
+"""The offline tools as processes: killed between any two file operations, and within their memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import holdfast.checkpoint
+from holdfast.checkpoint.tools.cli import main
+
+_KILLED = 77
+_OPERATIONS = ("open", "fsync", "replace", "link", "unlink", "mkdir", "rename")
+
+
+def _dies_at(number: int, arguments: list[str]) -> int:
+    """Exit code of a command in a child that is gone, without any cleaning up, before file operation `number`."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def counted(operation: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == number:
+                    os._exit(_KILLED)
+                return operation(*args, **kwargs)
+
+            return run
+
+        for name in _OPERATIONS:
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            os._exit(main(arguments))
+        except BaseException:  # noqa: BLE001  # a child of fork must not go on in pytest
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("command", ["reshard", "edit", "copy", "export"])
+def test_a_kill_between_any_two_file_operations_leaves_source_and_way_on(tmp_path: Path, command: str) -> None:
+    source = tmp_path / "s" / "step-00000003"
+    holdfast.checkpoint.save({"model": {"w": torch.randn(40, 3), "b": torch.arange(4)}, "n": 1}, source)
+    before = _contents(source)
+    options = {"reshard": ["--world", "2"], "edit": ["--drop", "model.b"], "copy": [], "export": ["--shard-size", "99"]}
+    arguments = [command, str(source), str(tmp_path / "whole"), *options[command]]
+    assert main(arguments) == 0
+    expected = _contents(tmp_path / "whole")
+    last = "model.safetensors.index.json" if command == "export" else "root"
+    number = 0
+    while True:
+        number += 1
+        to = tmp_path / f"d{number}"
+        arguments[2] = str(to)
+        code = _dies_at(number, arguments)
+        assert _contents(source) == before
+        if code == 0:
+            break
+        assert code == _KILLED
+        if not (to / last).exists():
+            assert main(arguments) == 0
+        found = _contents(to)
+        # Roots and indices say when they were made; the rest is the same to the bit, leftovers aside.
+        for name, data in expected.items():
+            assert name in found
+            if name.endswith(".safetensors"):
+                assert found[name] == data
+        if command != "export":
+            assert main(["verify", str(to)]) == 0
+    assert number > 10, "the operations were not counted"
+
+
+def test_a_state_four_times_the_bound_passes_through(tmp_path: Path) -> None:
+    size, bound = 256 << 20, 64 << 20
+    rows = size // (4 << 16)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [rows, 1 << 16], "data_offsets": [0, size]}}).encode()
+    with open(tmp_path / "m.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    for arguments in (
+        ["import", tmp_path / "m.safetensors", tmp_path / "step-00000001"],
+        ["reshard", tmp_path / "step-00000001", tmp_path / "r", "--world", "3"],
+    ):
+        code = (
+            "import resource, sys, numpy, holdfast.checkpoint.tools.building\n"
+            "from holdfast.checkpoint.tools.cli import main\n"
+            "idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "assert main(sys.argv[1:]) == 0\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle)"
+        )
+        command = [sys.executable, "-c", code, *map(str, arguments), "--max-memory", str(bound)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        used = int(done.stdout.splitlines()[-1]) << 10
+        assert used < bound, f"{arguments[0]} took {used >> 20} MiB beside what the interpreter takes"
