@@ -8,8 +8,6 @@ STAMP := .venv/.installed
 # The first of these that is Python 3.11 or later; `make env PYTHON=/path/to/python` overrides.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$name -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
-# Where the CPU build of torch is published; used only where the configured index does not have it.
-TORCH_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 .PHONY: help env demo test check bench chaos clean lint
@@ -23,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "holdfast needs Python 3.11 or later with venv: put one on PATH, or make env PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; }
 	@echo "installing holdfast and its tools into .venv (torch is a download of some 200 MB the first time)"
-	@$(PIP) -e '.[dev]' 2>.venv/pip.log || $(PIP) --extra-index-url $(TORCH_INDEX) -e '.[dev]' || { cat .venv/pip.log >&2; exit 1; }
+	@$(PIP) -e '.[dev]' 2>.venv/pip.log || { cat .venv/pip.log >&2; exit 1; }
 	@touch $@
 
 demo: $(STAMP) ## train two workers, kill one, resume from memory, compare with stock torchrun
@@ -41,8 +39,9 @@ check: $(STAMP) ## what CI runs: lint, types, tests, build
 	.ci/run
 
 bench: $(STAMP) ## benchmarks against memcpy and rivals; rivals that do not install are left out
-	@$(PIP) torchsnapshot torch_checkpointing 2>/dev/null || echo "some rivals do not install here and are left out"
+	@for rival in torchsnapshot torch_checkpointing zfec; do $(PIP) $$rival 2>/dev/null || echo "$$rival does not install here and is left out"; done
 	$(BIN)/python benchmarks/stall.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/erasure.py $(BENCH_ARGS)
 
 chaos: $(STAMP) ## the whole kill matrix and the long campaigns
 	$(BIN)/python -m pytest -m campaign
