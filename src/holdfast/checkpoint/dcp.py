@@ -60,6 +60,7 @@ from holdfast.checkpoint.saving import Ranks, write_own
 from holdfast.checkpoint.steps import step_of
 from holdfast.checkpoint.tensors import contiguous_on_cpu, dtype_name, empty_for, tensor_bytes, torch_dtype
 from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.environment import run_attempt
 from holdfast.errors import CorruptError, MismatchError, StateError, StorageError, UsageError
 
 OBJECTS = "dcp.objects"
@@ -114,10 +115,9 @@ class HoldfastWriter(StorageWriter):
             raise UsageError("a HoldfastWriter needs use_collectives=True: one rank commits what all wrote")
         place = str(self._directory)
         _saves[place] += 1
-        run = f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         # Not from the coordinator: with DCP's plan caching, what it puts into plans does not reach ranks whose plan has
         # not changed.
-        nonce = f"{xxhash.xxh3_64_intdigest(f'{place}/{run}'.encode()) & 0xFFFFFFFF:08x}"
+        nonce = f"{xxhash.xxh3_64_intdigest(f'{place}/{run_attempt()}'.encode()) & 0xFFFFFFFF:08x}"
         self._generation = GenerationId(incarnation=1, nonce=nonce, generation=_saves[place])
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from holdfast.checkpoint.objects import TensorRef, join_tensors
+from holdfast.checkpoint.objects import join_tensors
 from holdfast.checkpoint.storage import TEMPORARY_PREFIX, make_folders, refuse, sync_folder
 from holdfast.checkpoint.tensors import torch_dtype
 from holdfast.checkpoint.tools.exported import Export
-from holdfast.errors import StorageError
+from holdfast.checkpoint.tools.states import tensor_names
+from holdfast.errors import StateError, StorageError
 
 
 def export_torch(export: Export, path: Path) -> None:
@@ -33,7 +34,7 @@ def export_torch(export: Export, path: Path) -> None:
         make_folders(folder.absolute())
         tree = export.nested()
         _write_skeleton(export, tree, temporary)
-        _fill(export, _offsets(tree, temporary), temporary)
+        _fill(export, _offsets(export, tree, temporary), temporary)
         os.link(temporary, path)
         sync_folder(path.absolute().parent)
     except OSError as error:
@@ -59,30 +60,17 @@ def _write_skeleton(export: Export, tree: Any, path: Path) -> None:
             torch.save(skeleton, path)
 
 
-def _offsets(tree: Any, path: Path) -> dict[str, int]:
-    """Where the data of each tensor starts in the file. It was written just now, by us: reading it back is safe."""
-    loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    pointers: dict[str, int] = {}
-    _walk(tree, loaded, pointers)
-    if not pointers:
-        return {}
-    # All are parts of one map of the file, and torch writes storages in the order of their keys.
+def _offsets(export: Export, tree: Any, path: Path) -> dict[str, int]:
+    """Where the data of each tensor starts in the file: torch numbers storages in the order in which it meets them."""
     reader: Any = torch._C.PyTorchFileReader(str(path))
-    records = [name for name in reader.get_all_records() if name.startswith("data/")]
-    base = min(pointers.values()) - min(int(reader.get_record_offset(name)) for name in records)
-    return {name: pointer - base for name, pointer in pointers.items()}
-
-
-def _walk(tree: Any, loaded: Any, pointers: dict[str, int]) -> None:
-    if type(tree) is TensorRef:
-        if loaded.numel():
-            pointers[tree.name] = loaded.data_ptr()
-    elif isinstance(tree, dict):
-        for key, item in tree.items():
-            _walk(item, loaded[key], pointers)
-    elif type(tree) in (list, tuple):
-        for item, value in zip(tree, loaded, strict=True):
-            _walk(item, value, pointers)
+    sizes = {item.name: item.size_bytes for item in export.items}
+    names = list(dict.fromkeys(tensor_names(tree)))
+    offsets = {name: int(reader.get_record_offset(f"data/{number}")) for number, name in enumerate(names)}
+    ends = [*sorted(offsets.values())[1:], path.stat().st_size]
+    for (name, start), end in zip(sorted(offsets.items(), key=lambda item: item[1]), ends, strict=True):
+        if start + sizes[name] > end:
+            raise StateError(f"this torch ({torch.__version__}) leaves no room for {name}: export dcp or hf instead")
+    return offsets
 
 
 def _fill(export: Export, offsets: dict[str, int], path: Path) -> None:
