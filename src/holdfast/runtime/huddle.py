@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
@@ -13,6 +14,18 @@ from holdfast.errors import PeerError, PeerTimeout
 
 _FIRST_PAUSE_S = 0.0005
 _LAST_PAUSE_S = 0.05
+
+
+_sessions: Counter[tuple[int, ...]] = Counter()
+
+
+def session_name(ranks: tuple[int, ...]) -> str:
+    """Names a Session of these ranks so that no two of this process are named alike, and all ranks the same.
+
+    Counted for each set of ranks, which open their Sessions in the same order; in others' they take no part.
+    """
+    _sessions[ranks] += 1
+    return f"session/{'-'.join(map(str, ranks[:8]))}/{_sessions[ranks]}"
 
 
 class Huddle:

@@ -9,7 +9,6 @@ that at different times; they settle it together, at a step that all know before
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from holdfast.environment import WorkerEnvironment
 from holdfast.errors import CorruptError, PeerError, PeerTimeout, StorageError
 from holdfast.faults import When
 from holdfast.runtime.census import Census, HolderWatch, meet
-from holdfast.runtime.huddle import Huddle
+from holdfast.runtime.huddle import Huddle, session_name
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
 from holdfast.runtime.requests import LiveSave, Wanted, decode_wanted, encode_wanted, persisted_of
@@ -48,10 +47,10 @@ _FAILED_COPY_S = 10.0
 """How long the script's own exception waits for a copy that runs: it may make a newer version whole."""
 _HOLDERS_AFTER_STEPS = 20
 """Slots are asked for after so many steps even where it is not clear yet which ranks share which new tensors."""
+_KEPT_METRICS = 64
 _POLL_S = 0.01
 _FINAL_POLL = timedelta(milliseconds=20)
 
-_sessions = itertools.count()
 _SEVERITY = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -62,7 +61,7 @@ class LiveMode(Mode):
         self._context = context
         self._environment = environment
         self._ranks = Ranks.alone() if context.alone else Ranks.of(context.process_group)
-        name = f"holdfast/{environment.generation}/session/{next(_sessions)}"
+        name = f"holdfast/{environment.generation}/{session_name(context.ranks)}"
         self._huddle = Huddle(self._ranks, name)
         self._client = SnapshotClient.connect(environment, timeout=_OPEN_TIMEOUT)
         self._shots = Snapshotter(
@@ -88,6 +87,8 @@ class LiveMode(Mode):
         self._start_step = 0
         self._stored_step: int | None = None
         self._requests: list[LiveSave] = []
+        self._metrics: dict[int, dict[str, float]] = {}
+        """By step; the copying thread reads."""
         self._stopping = False
         self._persist_end = True
         self._said_start = False
@@ -129,6 +130,7 @@ class LiveMode(Mode):
         now = time.monotonic()
         self._step_s, self._boundary_at = now - self._boundary_at, now
         self._wait_s = 0.0
+        self._keep_metrics(step, metrics)
         previous, self._step = self._step, step
         self._client.publish_step(step)
         self._client.beat()
@@ -267,6 +269,13 @@ class LiveMode(Mode):
         )
         self._context.callbacks.call(persisted)
 
+    def _keep_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Until the version of the step is clean, which may be some steps later; the final one is copied again."""
+        if metrics:
+            self._metrics[step] = dict(metrics)
+        for old in list(self._metrics)[:-_KEPT_METRICS]:
+            del self._metrics[old]
+
     def _ask_for_slots(self) -> None:
         self._asked_bytes = self._shots.size_bytes(self._step)
         self._client.need_slots(self._asked_bytes, self._until)
@@ -308,7 +317,8 @@ class LiveMode(Mode):
     def _on_done(self, ticket: Ticket) -> None:
         """Copying thread: ring the doorbell."""
         if ticket.whole:
-            self._client.committed(ticket.version, ticket.slot, self._wait_s, self._step_s)
+            metrics = self._metrics.get(ticket.version.step)
+            self._client.committed(ticket.version, ticket.slot, self._wait_s, self._step_s, metrics)
         else:
             self._client.missed(ticket.version)
 

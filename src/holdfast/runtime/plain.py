@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from holdfast.checkpoint.version import GenerationId, new_nonce
 from holdfast.errors import CorruptError, StorageError
 from holdfast.faults import When
 from holdfast.runtime.census import meet
-from holdfast.runtime.huddle import Huddle
+from holdfast.runtime.huddle import Huddle, session_name
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
 from holdfast.runtime.restoring import candidates, resume_path
@@ -23,9 +22,6 @@ from holdfast.runtime.storage_tier import StorageTier
 
 log = logging.getLogger(__name__)
 
-_sessions = itertools.count()
-"""Numbers the Sessions of this process, so that no two use the same keys; ranks open Sessions in the same order."""
-
 
 class PlainMode(Mode):
     """Saves to storage at intervals and at the end; resumes from there."""
@@ -33,7 +29,7 @@ class PlainMode(Mode):
     def __init__(self, context: Context) -> None:
         self._context = context
         self._ranks = Ranks.alone() if context.alone else Ranks.of(context.process_group)
-        self._huddle = Huddle(self._ranks, f"holdfast/session/{next(_sessions)}")
+        self._huddle = Huddle(self._ranks, f"holdfast/{session_name(context.ranks)}")
         self._tier: StorageTier | None = None
         self._step = 0
         self._stopping = False

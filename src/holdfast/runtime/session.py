@@ -111,6 +111,10 @@ class Session:
         """Completed steps where a body with an update was left early: by ``break``, or by an exception, which does not
         count it. A generator cannot tell the two apart; `__exit__` can."""
         self._looping = False
+        self._mutating = 0
+        """Depth of `mutating` blocks."""
+        self._pid = 0
+        """Of the process that entered: a forked child has the object, but not its threads."""
         self._rng_pending = False
         """Whether nothing has been trained since the state was restored: iterators may have drawn numbers meanwhile."""
 
@@ -129,6 +133,9 @@ class Session:
         if Session._active is not None:
             raise UsageError("a Session is already open in this process: close it first, or give it all models")
         Session._active = self
+        self._pid = os.getpid()
+        self._should_stop = self._looping = self._updated = False
+        self._left_at, self._mutating = None, 0
         try:
             self._open()
         except BaseException:
@@ -145,17 +152,23 @@ class Session:
     ) -> None:
         """End the Session; where no exception is on its way, wait until the final step is in storage.
 
+        ``sys.exit()`` without an error is an ending that the script chose, too. An update after the last boundary (a
+        body left early) makes one more step.
+
         Raises:
             StorageError: the final step could not be written; older checkpoints are as they were.
         """
+        if os.getpid() != self._pid:
+            return  # a forked child unwinds: the Session is its parent's
         mode, self._mode = self._mode, None
         Session._active = None
-        if kind is None:
-            self._step = self.step
+        chosen = error is None or (isinstance(error, SystemExit) and error.code in (None, 0))
+        if chosen:
+            self._step = self._step + 1 if self._updated else self.step
         self._left_at = None
         try:
             with self._cleanup:
-                if mode is not None and kind is None:
+                if mode is not None and chosen:
                     mode.close(self._step, failed=False)
                 elif mode is not None:
                     _close_after_failure(mode, self._step)
@@ -292,7 +305,11 @@ class Session:
         """Declare in-place changes of parameters or optimizer state outside ``optimizer.step()``."""
         mode, _ = self._live()
         mode.before_update()
-        yield
+        self._mutating += 1
+        try:
+            yield
+        finally:
+            self._mutating -= 1
 
     @contextlib.contextmanager
     def section(self, name: str, limit: timedelta | None = None) -> Iterator[None]:
@@ -328,6 +345,8 @@ class Session:
         context.injector.at(When.BOUNDARY, step)
         if mode.boundary(step, metrics):
             self._should_stop = True
+        if self._mutating:
+            mode.before_update()  # changes go on: nothing may be left to copy
 
     def _left_by_break(self, step: int) -> None:
         """A body that has updated the state is a completed step, though it did not reach its end."""
@@ -336,9 +355,10 @@ class Session:
 
     def _before_update(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # Any: torch's hook signature
         """Runs before each step of any optimizer: even one we were not given may change what is being copied."""
+        if self._mode is None or os.getpid() != self._pid:
+            return
         self._updated = True
-        if self._mode is not None:
-            self._mode.before_update()
+        self._mode.before_update()
 
 
 def _models(model: Models) -> list[nn.Module]:

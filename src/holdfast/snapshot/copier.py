@@ -428,6 +428,8 @@ class Copier:
         ticket._copied.set()
         try:
             self._on_clean(ticket)
+        except Exception:  # nothing may end the copying thread; the slot's header tells the daemon too
+            log.exception("the end of the copy of %s could not be told", ticket.version)
         finally:
             ticket._done.set()
 

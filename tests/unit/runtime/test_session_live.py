@@ -15,7 +15,7 @@ import holdfast.runtime.live as live
 from holdfast.checkpoint.commit import list_steps
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.environment import WorkerEnvironment
-from holdfast.errors import PeerTimeout, StorageError
+from holdfast.errors import FenceError, PeerTimeout, StorageError
 from holdfast.faults import Injector
 from holdfast.runtime.mode import Context, Mode
 from holdfast.runtime.results import Persisted
@@ -23,6 +23,7 @@ from holdfast.runtime.session import Session
 from holdfast.snapshot.arena import Slot, SlotState
 from holdfast.snapshot.client import AgreedAt
 from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore, SessionConfig
+from holdfast.snapshot.outcomes import Outcomes, PendingSave
 
 GENERATION = GenerationId(incarnation=1, nonce="0123abcd", generation=4)
 
@@ -40,6 +41,7 @@ class PlayedDaemon:
         self.heard: list[tuple[Any, ...]] = []
         self.clean: list[int] = []
         self.refused: list[int] = []
+        self.metrics: dict[int, dict[str, float]] = {}
         self.storage_error: str | None = None
         self.on_final: Callable[[int], None] = lambda step: self.granted.setdefault(step, 0)
 
@@ -81,8 +83,15 @@ class PlayedDaemon:
     def wait_grant(self, step: int, timeout: timedelta) -> int | None:
         return self.granted.setdefault(step, 1)
 
-    def committed(self, version: Version, slot: int, wait_s: float, step_s: float) -> None:
+    def committed(
+        self, version: Version, slot: int, wait_s: float, step_s: float, metrics: dict[str, float] | None = None
+    ) -> None:
         self.clean.append(version.step)
+        if metrics:
+            self.metrics[version.step] = metrics
+
+    def request_save(self, tag: str | None, metrics: dict[str, float]) -> PendingSave:
+        return PendingSave("never answered", Outcomes())
 
     def missed(self, version: Version) -> None:
         self.refused.append(version.step)
@@ -281,3 +290,54 @@ def test_tensor_changed_outside_of_optimizers_is_copied_at_the_boundary_from_the
     assert daemon.refused == [1]
     assert daemon.clean == [2, 3]
     assert caplog.text.count("model.bias changed in place outside of optimizer.step()") == 1
+
+
+def test_tagged_save_is_made_by_the_ranks_where_there_turns_out_to_be_no_memory(
+    daemon: PlayedDaemon, tmp_path: Path
+) -> None:
+    job = Job(checkpoint_dir=tmp_path / "checkpoints", persist_every=50)
+    with job.session as session:
+        for step in session.steps(25):
+            if step == 1:
+                handle = session.save(tag="kept", metrics={"loss": 0.5})
+                daemon.ready = ()  # not known before
+            if step == 22:
+                late = session.save(tag="late")
+            job.body()
+        assert handle.done()
+        last = session.save(tag="last")
+    saved = {info.step: (info.tag, info.metrics) for info in list_steps(tmp_path / "checkpoints") if info.complete}
+    assert saved == {20: ("kept", {"loss": 0.5}), 23: ("late", {}), 25: ("last", {})}
+    assert (handle.step, handle.result().step, late.result().step, last.result().step) == (20, 20, 23, 25)
+
+
+def test_save_that_nobody_made_is_answered_when_the_session_ends(daemon: PlayedDaemon, tmp_path: Path) -> None:
+    job = Job(checkpoint_dir=tmp_path / "checkpoints")
+    handles = []
+
+    def train() -> None:
+        with job.session as session:
+            for _ in session.steps(3):
+                handles.append(session.save(tag="lost"))
+                assert not handles[0].done()
+                with pytest.raises(PeerTimeout):
+                    handles[0].result(timedelta(0))
+                raise RuntimeError("power")
+
+    with pytest.raises(RuntimeError, match="power"):
+        train()
+    (handle,) = handles
+    with pytest.raises(FenceError, match="Session ended"):
+        handle.result()
+
+
+def test_metrics_of_a_step_come_with_its_version(daemon: PlayedDaemon) -> None:
+    daemon.make_slots(1 << 20)
+    daemon.granted = {1: 0, 3: 1}
+    job = Job()
+    with job.session as session:
+        for step in session.steps(4):
+            job.body()
+            if step != 1:
+                session.end_step(metrics={"loss": float(step)})
+    assert daemon.metrics == {1: {"loss": 0.0}, 3: {"loss": 2.0}, 4: {"loss": 3.0}}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -267,3 +268,121 @@ def test_init_from_renames_the_longest_prefix_and_skips() -> None:
     assert init.source_name("backbone.norm.bias") == "final_norm.bias"
     assert init.source_name("head.weight") is None
     assert init.source_name("embed.weight") == "embed.weight"
+
+
+def updating() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    return model, optimizer
+
+
+def leave(how: Callable[[], None], *, at: int) -> None:
+    model, optimizer = updating()
+    with Session(model=model, optimizer=optimizer) as session:
+        for step in session.steps(10):
+            optimizer.step()
+            if step == at:
+                how()
+
+
+@pytest.mark.parametrize("code", [0, None])
+def test_exit_without_an_error_is_an_ending_that_the_script_chose(mode: ListeningMode, code: int | None) -> None:
+    with pytest.raises(SystemExit):
+        leave(lambda: sys.exit(code), at=2)
+    assert mode.heard[-1] == ("close", 3, False)
+
+
+def test_exit_with_an_error_is_a_failure(mode: ListeningMode) -> None:
+    with pytest.raises(SystemExit):
+        leave(lambda: sys.exit(3), at=2)
+    assert mode.heard[-1] == ("close", 2, True)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit])
+def test_interrupt_is_a_failure_that_goes_up_unchanged(mode: ListeningMode, error: type[BaseException]) -> None:
+    def interrupt() -> None:
+        raise error
+
+    with pytest.raises(error):
+        leave(interrupt, at=2)
+    assert mode.heard[-1] == ("close", 2, True)
+
+
+def test_break_counts_where_the_loop_is_still_held_by_a_variable(mode: ListeningMode) -> None:
+    model, optimizer = updating()
+    with Session(model=model, optimizer=optimizer) as session:
+        steps = session.steps(10)
+        for step in steps:
+            optimizer.step()
+            if step == 4:
+                break
+    assert mode.heard[-1] == ("close", 5, False)
+    steps.close()  # type: ignore[attr-defined]
+    assert session.step == 5
+
+
+def test_update_after_the_last_boundary_is_a_step_of_its_own(mode: ListeningMode) -> None:
+    """What is stored as step n is what a run without the session has after n steps."""
+    model, optimizer = updating()
+    with Session(model=model, optimizer=optimizer) as session:
+        optimizer.step()
+        session.end_step()
+        optimizer.step()
+    assert mode.heard[-1] == ("close", 2, False)
+
+
+def test_session_can_be_entered_again_after_a_stop(mode: ListeningMode) -> None:
+    session = Session(model=torch.nn.Linear(2, 2))
+    mode.stop_at = 2
+    with session:
+        assert list(session.steps(5)) == [0, 1]
+    mode.stop_at = None
+    with session:
+        assert not session.should_stop
+        assert list(session.steps(3)) == [0, 1, 2]
+
+
+def test_loop_up_to_a_step_that_is_restored_already_is_empty(mode: ListeningMode) -> None:
+    mode.restored = Restored(step=6, tier="storage", generation=0)
+    with Session(model=torch.nn.Linear(2, 2)) as session:
+        assert list(session.steps(6)) == []
+        assert list(session.steps(4)) == []
+        assert session.step == 6
+    assert mode.heard[-1] == ("close", 6, False)
+
+
+def test_boundary_within_a_declared_change_leaves_nothing_to_copy(mode: ListeningMode) -> None:
+    with Session(model=torch.nn.Linear(2, 2)) as session:
+        with session.mutating(), session.mutating():
+            before = mode.updates
+            session.end_step()
+            assert mode.updates == before + 1
+        session.end_step()
+        assert mode.updates == before + 1
+
+
+def test_failure_while_opening_leaves_nothing_behind(mode: ListeningMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Restored:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mode, "open", fail)
+    model, optimizer = updating()
+    with pytest.raises(KeyboardInterrupt):
+        Session(model=model, optimizer=optimizer).__enter__()
+    assert mode.heard == [("close", 0, True)]
+    optimizer.step()
+    assert mode.updates == 0
+    assert Session._active is None
+
+
+def test_forked_child_neither_waits_for_threads_it_lacks_nor_closes_its_parents_session(mode: ListeningMode) -> None:
+    model, optimizer = updating()
+    with Session(model=model, optimizer=optimizer) as session:
+        session._pid += 1  # as a child sees it
+        optimizer.step()
+        session.__exit__(None, None, None)
+        session._pid -= 1
+        assert mode.updates == 0
+        assert ("close", 0, False) not in mode.heard
+        assert Session._active is session
