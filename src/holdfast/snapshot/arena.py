@@ -229,6 +229,8 @@ def pack_slot_header(header: SlotHeader) -> bytes:
 
 
 def _unpack_copy(copy: memoryview) -> SlotHeader | None:
+    if len(copy) < _FIELDS.size + _DIGEST.size:  # a file that was cut short
+        return None
     fields = copy[: _FIELDS.size]
     (digest,) = _DIGEST.unpack_from(copy, _FIELDS.size)
     if bytes(fields[:8]) != _MAGIC or xxhash.xxh3_64_intdigest(fields) != digest:

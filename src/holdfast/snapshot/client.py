@@ -28,8 +28,6 @@ import zmq
 
 from holdfast.checkpoint.catalog import Catalog, OpenImage
 from holdfast.checkpoint.commit import open_checkpoint
-from holdfast.checkpoint.image import read_header
-from holdfast.checkpoint.source import MemorySource, Source
 from holdfast.checkpoint.version import Version
 from holdfast.environment import WorkerEnvironment
 from holdfast.errors import (
@@ -44,8 +42,9 @@ from holdfast.errors import (
     UsageError,
 )
 from holdfast.snapshot.agreement import Decision, at_boundary
-from holdfast.snapshot.arena import Slot, SlotState
+from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.control import ControlPage, Phase, generation_word
+from holdfast.snapshot.images import open_image
 from holdfast.snapshot.messages import (
     MAX_MESSAGE_BYTES,
     Ack,
@@ -53,7 +52,6 @@ from holdfast.snapshot.messages import (
     CloseSession,
     Committed,
     FinalStep,
-    ImageLocation,
     Missed,
     NeedSlots,
     Notice,
@@ -73,13 +71,14 @@ from holdfast.snapshot.messages import (
     decode,
     encode,
 )
-from holdfast.snapshot.peers import PeerSource
+from holdfast.snapshot.outcomes import Outcomes, PendingSave
 from holdfast.snapshot.reports import Agreed
+
+__all__ = ["AgreedAt", "PendingSave", "SnapshotClient"]
 
 _log = logging.getLogger(__name__)
 _WATCH_S: Final = 0.05
 """How often the thread looks whether the daemon was replaced or the generation has ended."""
-_PEER_TIMEOUT: Final = timedelta(seconds=60)
 _CLOSE_TIMEOUT_S: Final = 5.0
 _AGREED_LIMIT_S: Final = 1800.0
 _KEPT_EVENTS: Final = 1000
@@ -106,89 +105,6 @@ class AgreedAt:
     """Whether the version is written to storage."""
 
 
-class _Outcomes:
-    """What became of versions that are persisted: the client's thread writes, any thread waits."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._by_step: dict[int, PersistedMessage | PersistFailedMessage] = {}
-        self._agreed: dict[str, int] = {}
-        self._over: str | None = None
-
-    def put(self, message: PersistedMessage | PersistFailedMessage) -> bool:
-        """Take it; False where it is old news."""
-        with self._changed:
-            known = self._by_step.get(message.version.step)
-            if isinstance(known, PersistedMessage) or known == message:
-                return False
-            self._by_step[message.version.step] = message
-            self._changed.notify_all()
-            return True
-
-    def agree(self, request: str, step: int) -> None:
-        with self._changed:
-            self._agreed[request] = step
-            self._changed.notify_all()
-
-    def end(self, reason: str) -> None:
-        """Nothing will come any more."""
-        with self._changed:
-            self._over = self._over or reason
-            self._changed.notify_all()
-
-    def agreed(self, request: str) -> int | None:
-        with self._changed:
-            return self._agreed.get(request)
-
-    def of(self, step: int | None) -> PersistedMessage | PersistFailedMessage | None:
-        with self._changed:
-            return None if step is None else self._by_step.get(step)
-
-    def wait(self, request: str | None, step: int | None, timeout: timedelta) -> PersistedMessage:
-        """Wait for the checkpoint of `step`, or of the step that was agreed for `request`."""
-
-        def ready() -> bool:
-            at = self._agreed.get(request) if request is not None else step
-            return (at is not None and at in self._by_step) or self._over is not None
-
-        with self._changed:
-            if not self._changed.wait_for(ready, timeout.total_seconds()):
-                raise PeerTimeout(f"the checkpoint was not there within {timeout.total_seconds():.0f} s")
-            at = self._agreed.get(request) if request is not None else step
-            message = self._by_step.get(at) if at is not None else None
-        if message is None:
-            raise FenceError(self._over or "the Session is over")
-        if isinstance(message, PersistFailedMessage):
-            raise StorageError(f"step {message.version.step} could not be written: {message.reason}")
-        return message
-
-
-class PendingSave:
-    """A save that was asked for; thread-safe."""
-
-    def __init__(self, request: str, outcomes: _Outcomes) -> None:
-        self._request, self._outcomes = request, outcomes
-
-    @property
-    def step(self) -> int | None:
-        """The agreed step, None until there is one."""
-        return self._outcomes.agreed(self._request)
-
-    def done(self) -> bool:
-        """Whether it is persisted or failed."""
-        return self._outcomes.of(self.step) is not None
-
-    def result(self, timeout: timedelta) -> PersistedMessage:
-        """Wait for the checkpoint.
-
-        Raises:
-            StorageError: it could not be written; older checkpoints are as they were.
-            PeerTimeout: not within `timeout`.
-            FenceError: the generation has ended meanwhile.
-        """
-        return self._outcomes.wait(self._request, None, timeout)
-
-
 class SnapshotClient:
     """A worker's connection. Made by `connect`; the training thread calls everything that is not marked thread-safe."""
 
@@ -204,7 +120,7 @@ class SnapshotClient:
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._answers: queue.SimpleQueue[Restore | Refused | Ack] = queue.SimpleQueue()
         self._events: deque[PersistedMessage | PersistFailedMessage | Notice] = deque(maxlen=_KEPT_EVENTS)
-        self._outcomes = _Outcomes()
+        self._outcomes = Outcomes()
         self._slots: tuple[Slot, ...] | None = None  # the thread writes, the training thread reads
         self._said: dict[str, AnyMessage] = {}  # what a successor of the daemon must hear again; under _sending
         self._opened: OpenSession | None = None
@@ -324,21 +240,12 @@ class SnapshotClient:
         images: list[OpenImage] = []
         try:
             for location in restore.images:
-                images.append(self._open_image(location, restore.version))
+                images.append(open_image(self._context, location, restore.version))
         except BaseException:
             for image in images:
                 image.source.close()
             raise
         return Catalog(images)
-
-    def _open_image(self, location: ImageLocation, version: Version) -> OpenImage:
-        if location.local:
-            return _local_image(location, version)
-        source = PeerSource(
-            self._context, location.daemon, location.path, version, location.offset, timeout=_PEER_TIMEOUT
-        )
-        name = f"{location.path} on node {location.node_rank}"
-        return OpenImage(name=name, meta=read_header(source.read), source=source)
 
     # --- slots
 
@@ -679,31 +586,3 @@ def _page(path: Path, deadline: float) -> ControlPage:
             if time.monotonic() >= deadline:
                 raise PeerTimeout(f"no snapshot daemon has made {path}: {error}") from error
             time.sleep(0.005)
-
-
-class _LocalSource:
-    """An image in a slot of this node, mapped for reading while the source is open."""
-
-    def __init__(self, slot: Slot, image: memoryview) -> None:
-        self._slot, self._memory = slot, MemorySource(image)
-
-    def read(self, offset: int, length: int) -> memoryview:
-        return self._memory.read(offset, length)
-
-    def close(self) -> None:
-        self._memory.close()
-        self._slot.close()
-
-
-def _local_image(location: ImageLocation, version: Version) -> OpenImage:
-    try:
-        slot = Slot.open(location.path)
-    except OSError as error:
-        raise CorruptError(f"{version} is gone from memory: {error}") from error
-    header = slot.read_header()
-    if header.state is not SlotState.CLEAN or header.version != version:
-        slot.close()
-        raise CorruptError(f"{location.path} holds {header.version} ({header.state.name.lower()}), not {version}")
-    source: Source = _LocalSource(slot, slot.image[: header.size_bytes])
-    meta = read_header(source.read, expected_digest=header.header_digest)
-    return OpenImage(name=location.path, meta=meta, source=source)

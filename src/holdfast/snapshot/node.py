@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +16,9 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot import ledger
-from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, FoundSlot, SlotState, process_start, read_header_of
+from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, process_start
 from holdfast.snapshot.control import Phase, generation_word
+from holdfast.snapshot.headers import SlotHeaders
 from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.messages import (
     Ack,
@@ -49,7 +48,6 @@ from holdfast.snapshot.messages import (
     RequestSave,
     Restore,
     SaveAgreed,
-    SessionConfig,
     SessionPhase,
     SlotsMapped,
     SlotsReady,
@@ -59,43 +57,13 @@ from holdfast.snapshot.reports import NodeState as LedgerState
 from holdfast.snapshot.reports import Request, SlotRef
 from holdfast.snapshot.room import Room
 from holdfast.snapshot.transport import Peer, Transport
+from holdfast.snapshot.workers import Generation, Looks, Worker
 
 _log = logging.getLogger(__name__)
-_WATCH_S: Final = 1.0
 _ENDED: Final = 4
 _KEPT_GENERATIONS: Final = 1000
 _PROGRESS_S: Final = 0.02
 """Steps may be shorter; the agent needs to know that there is progress, not each step of it."""
-
-
-@dataclass
-class Worker:
-    """A worker that has opened its Session."""
-
-    generation: GenerationId
-    global_rank: int
-    local_rank: int
-    pid: int
-    peer: Peer
-    config: SessionConfig
-    pidfd: int | None = None
-    step: int = -1
-    """Newest finished step that the ledger was told."""
-    acknowledged: int = 0
-    closed: bool = False
-
-
-@dataclass
-class _Generation:
-    """The generation that this node is in."""
-
-    start: StartGeneration
-    word: int
-    first_rank: int
-    local_ranks: tuple[int, ...]
-    """Global ranks of this node; their place is their local rank."""
-    workers: dict[int, Worker] = field(default_factory=dict)
-    """By global rank."""
 
 
 class Node:
@@ -122,12 +90,12 @@ class Node:
         self.complete: Version | None = None
         """Newest complete version of this generation."""
         self._transport, self._to_agent, self._stop_persist = transport, to_agent, stop_persist
-        self._generation: _Generation | None = None
+        self._generation: Generation | None = None
         self._report: LedgerState | None = None
         self._told: Version | None = None  # the newest complete version that the agent was told
         self._told_at = 0.0
-        self._looked_at = 0.0  # when the headers of watched ranks were last read without another reason
-        self._paths: dict[tuple[SlotRef, int], FoundSlot] = {}
+        self._headers = SlotHeaders(arena)
+        self._looks = Looks(arena, self._headers, self.ledger)
         self._room = Room(
             arena,
             lanes,
@@ -185,7 +153,7 @@ class Node:
                 generation=start.generation,
                 node_rank=start.node_rank,
                 local_ranks=self._generation.local_ranks if self._generation else (),
-                headers=self._headers(),
+                headers=self._headers.all(),
             )
         )
         if former is not None:  # grants that came after their death count them as writers
@@ -224,7 +192,7 @@ class Node:
     def _enter(self, start: StartGeneration) -> None:
         me = next(member for member in start.members if member.node_rank == start.node_rank)
         ranks = tuple(range(me.first_global_rank, me.first_global_rank + me.num_ranks))
-        self._generation = _Generation(start, generation_word(start.generation), me.first_global_rank, ranks)
+        self._generation = Generation(start, generation_word(start.generation), me.first_global_rank, ranks)
         self._transport.meet(start.members, start.node_rank)
         self._room.start(tuple(range(me.num_ranks)))
 
@@ -265,7 +233,7 @@ class Node:
                 node_rank=state.start.node_rank,
                 local_ranks=self._generation.local_ranks,
                 parent=self._parent(state.restore),
-                headers=self._headers(),
+                headers=self._headers.all(),
                 published=tuple(
                     ledger.Published(slot=SlotRef(pool, slot), step=step) for slot, step in self.page.grants()
                 ),
@@ -373,7 +341,7 @@ class Node:
         state, start = self.arena.state, self._generation.start
         images = []
         for image in self.ledger.clean():
-            found = self._paths.get((image.slot, image.local_rank)) or self._look((image.slot, image.local_rank))
+            found = self._headers.find(image.slot, image.local_rank)
             if found is not None:
                 images.append(
                     CleanImage(
@@ -431,7 +399,7 @@ class Node:
             self._transport.send(peer, self._local_restore(self.restore.restore))
         self._transport.send_node(generation.start.leader, self.opened())
 
-    def _admit(self, generation: _Generation, peer: Peer, message: OpenSession) -> None:
+    def _admit(self, generation: Generation, peer: Peer, message: OpenSession) -> None:
         known = generation.workers.get(message.global_rank)
         self._forget_pidfd(known)
         worker = Worker(message.generation, message.global_rank, message.local_rank, message.pid, peer, message.config)
@@ -444,27 +412,15 @@ class Node:
             self._transport.watch(worker.pidfd, lambda: self._worker_exited(worker))
         self.poll_page()
         if self.page.rank(message.local_rank).phase >= Phase.RESTORED:  # it reconnects: doorbells may have been lost
-            self._feed(*self._read_rank(worker))
+            self._feed(*self._looks.rank(worker))
         for ended in self.arena.state.ended:
             self._transport.send(peer, _outcome(ended))
-
-    def _read_rank(self, worker: Worker) -> list[ledger.NodeEvent]:
-        """What the rank has published and what its headers say, read in this order."""
-        worker.step = max(worker.step, self.page.rank(worker.local_rank).step)
-        if worker.step < 0:
-            return []
-        headers = self._rank_headers(worker.local_rank)
-        return [
-            ledger.RankRead(
-                generation=worker.generation, global_rank=worker.global_rank, step=worker.step, headers=headers
-            )
-        ]
 
     def _worker_exited(self, worker: Worker) -> None:
         self._forget_pidfd(worker)
         _log.info("rank %d (pid %d) is gone", worker.global_rank, worker.pid)
         died = ledger.WriterDied(generation=worker.generation, global_rank=worker.global_rank)
-        self._feed(*self._page_events(), died)
+        self._feed(*self._looks.page(self._generation), died)
 
     def _writer_died(self, generation: GenerationId, global_rank: int) -> None:
         self._feed(ledger.WriterDied(generation=generation, global_rank=global_rank))
@@ -486,9 +442,9 @@ class Node:
                     step_s=message.step_s,
                     metrics=message.metrics,
                 )
-                self._feed(*self._page_events(), committed)
+                self._feed(*self._looks.page(self._generation), committed)
             case Missed(version=version, global_rank=rank):
-                self._feed(*self._page_events(), ledger.RankMissed(version=version, global_rank=rank))
+                self._feed(*self._looks.page(self._generation), ledger.RankMissed(version=version, global_rank=rank))
             case NeedSlots() if self._current(message.generation):
                 self._need_slots(message)
             case SlotsMapped() if self._current(message.generation):
@@ -497,7 +453,7 @@ class Node:
                 self._reached(message)
             case FinalStep(generation=generation, global_rank=rank, step=step, persist=persist):
                 final = ledger.RankFinished(generation=generation, global_rank=rank, step=step, persist=persist)
-                self._feed(*self._page_events(), final)
+                self._feed(*self._looks.page(self._generation), final)
             case RequestSave(tag=tag, metrics=metrics, request=identity):
                 self.request(Request(id=identity, kind="save", tag=tag, metrics=metrics))
             case RequestEnd(persist=persist, request=identity):
@@ -585,85 +541,7 @@ class Node:
 
     def poll_page(self) -> None:
         """Tell the ledger what workers have published since the last time."""
-        self._feed(*self._page_events())
-
-    def _page_events(self) -> list[ledger.NodeEvent]:
-        """What workers have published since the last time."""
-        generation = self._generation
-        events: list[ledger.NodeEvent] = []
-        if generation is None or not self.arena.state.running:
-            return events
-        now = time.monotonic()
-        look_again = now - self._looked_at > _WATCH_S
-        if look_again:
-            self._looked_at = now
-        for worker in generation.workers.values():
-            part = self.page.rank(worker.local_rank)
-            step, acknowledged = part.step, part.acknowledged
-            if (step > worker.step or look_again) and part.generation == generation.word:
-                events += self._stepped(worker, step)
-            if acknowledged > worker.acknowledged and part.generation == generation.word:
-                worker.acknowledged = acknowledged
-                events.append(
-                    ledger.RankAcknowledged(
-                        generation=worker.generation, global_rank=worker.global_rank, number=acknowledged
-                    )
-                )
-        return events
-
-    def _stepped(self, worker: Worker, step: int) -> list[ledger.NodeEvent]:
-        if worker.global_rank in self.ledger.watched:
-            return self._read_rank(worker)
-        if step <= worker.step:
-            return []
-        worker.step = step
-        return [ledger.RankStepped(generation=worker.generation, global_rank=worker.global_rank, step=step)]
-
-    def _headers(self) -> tuple[ledger.Header, ...]:
-        """Every slot header of the arena that is not FREE."""
-        self._paths = {}
-        headers = []
-        for found in self.arena.scan():
-            slot = SlotRef(found.pool, found.index)
-            self._paths[slot, found.local_rank] = found
-            if found.header.state is not SlotState.FREE and found.header.version is not None:
-                headers.append(
-                    ledger.Header(
-                        slot=slot,
-                        local_rank=found.local_rank,
-                        version=found.header.version,
-                        global_rank=found.header.global_rank,
-                        clean=found.header.state is SlotState.CLEAN,
-                        writer_alive=process_start(found.header.pid) == found.header.pid_start,
-                    )
-                )
-        return tuple(headers)
-
-    def _rank_headers(self, local_rank: int) -> tuple[ledger.Header, ...]:
-        """The headers of a living local rank's slots in the pool in use."""
-        headers = []
-        state = self.arena.state
-        for index in range(state.num_slots):
-            try:
-                header, _ = read_header_of(self.arena.slot_path(state.pool, local_rank, index))
-            except FileNotFoundError:
-                continue
-            if header.state is not SlotState.FREE and header.version is not None:
-                headers.append(
-                    ledger.Header(
-                        slot=SlotRef(state.pool, index),
-                        local_rank=local_rank,
-                        version=header.version,
-                        global_rank=header.global_rank,
-                        clean=header.state is SlotState.CLEAN,
-                        writer_alive=True,
-                    )
-                )
-        return tuple(headers)
-
-    def _look(self, key: tuple[SlotRef, int]) -> FoundSlot | None:
-        self._headers()
-        return self._paths.get(key)
+        self._feed(*self._looks.page(self._generation))
 
     # --- what the ledger says
 
@@ -691,7 +569,7 @@ class Node:
             self._carry_out(instruction)
         if instructions and isinstance(instructions[-1], ledger.ReadRanks) and self._generation is not None:
             living = [worker for worker in self._generation.workers.values() if worker.pidfd is not None]
-            self._feed(*(event for worker in living for event in self._read_rank(worker)))
+            self._feed(*(event for worker in living for event in self._looks.rank(worker)))
 
     def _carry_out(self, instruction: ledger.NodeInstruction) -> None:
         match instruction:

@@ -51,13 +51,14 @@ class Room:
         self._needs: dict[int, int] = {}
         self._mapped: set[int] = set()
         self._round = 0  # a reservation that ends after a newer round has begun announces nothing
+        self._making = 0  # capacity of the slots that are being made in this round
         self._announced = False
         self._said = ""
 
     def start(self, local_ranks: tuple[int, ...]) -> None:
         """A generation starts: nobody has said anything yet."""
         self._local_ranks, self._needs, self._mapped = local_ranks, {}, set()
-        self._announced = False
+        self._announced, self._making = False, 0
         self._round += 1
 
     def adopt(self, local_ranks: tuple[int, ...]) -> None:
@@ -76,7 +77,7 @@ class Room:
             self._announce(local_rank, self._slots_ready(local_rank))  # it has reconnected, or asks again
             return False
         paused, self._announced = self._announced, False
-        if set(self._needs) >= set(self._local_ranks):
+        if set(self._needs) >= set(self._local_ranks) and max(self._needs.values()) > self._making:
             self._plan()
         return paused
 
@@ -110,7 +111,7 @@ class Room:
         if plan.num_slots == 0:
             self._have(self._round, pool, 0, 0)
             return
-        number, ranks = self._round, self._local_ranks
+        number, ranks, self._making = self._round, self._local_ranks, capacity
         self._lanes.submit(
             _LANE,
             lambda: self._arena.reserve(pool, ranks, plan.num_slots, capacity),
@@ -140,7 +141,7 @@ class Room:
             return
         changes = {"pool": pool, "capacity_bytes": capacity, "num_slots": num_slots}
         self._arena.save_state(msgspec.structs.replace(self._arena.state, **changes))
-        self._announced, self._mapped = True, set()
+        self._announced, self._making, self._mapped = True, 0, set()
         for local_rank in self._local_ranks:
             self._announce(local_rank, self._slots_ready(local_rank))
 

@@ -269,7 +269,7 @@ class Simulation:
             actions.append(("ring", zombie))
         if zombie.copying and self.rng.random() < 0.08:
             actions.append(("finish", zombie))
-        if self.rng.random() < 0.03:
+        if self.rng.random() < (0.03 if self.chaos else 0.2):  # in the end the agents see to it
             actions.append(("zombie_dies", zombie))
         return actions
 

@@ -1,0 +1,72 @@
+"""Images of a version, opened where they lie: a slot of this node by mmap, one of another node by ranges."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Final
+
+import zmq
+
+from holdfast.checkpoint.catalog import OpenImage
+from holdfast.checkpoint.image import read_header
+from holdfast.checkpoint.source import MemorySource, Source
+from holdfast.checkpoint.version import Version
+from holdfast.errors import CorruptError
+from holdfast.snapshot.arena import Slot, SlotState
+from holdfast.snapshot.messages import ImageLocation
+from holdfast.snapshot.peers import PeerSource
+
+_PEER_TIMEOUT: Final = timedelta(seconds=60)
+
+
+def open_image(context: zmq.Context[zmq.Socket[bytes]], location: ImageLocation, version: Version) -> OpenImage:
+    """The image of `version` at `location`; its source is the caller's to close.
+
+    Args:
+        context: whose sockets to use for an image of another node.
+
+    Raises:
+        CorruptError: it is not there, or is not what it should be.
+        PeerError, PeerTimeout: the other node does not serve it.
+    """
+    if location.local:
+        return _local_image(location, version)
+    source = PeerSource(context, location.daemon, location.path, version, location.offset, timeout=_PEER_TIMEOUT)
+    try:
+        meta = read_header(source.read)
+    except BaseException:
+        source.close()
+        raise
+    return OpenImage(name=f"{location.path} on node {location.node_rank}", meta=meta, source=source)
+
+
+class _LocalSource:
+    """An image in a slot of this node, mapped for reading while the source is open."""
+
+    def __init__(self, slot: Slot, image: memoryview) -> None:
+        self._slot, self._memory = slot, MemorySource(image)
+
+    def read(self, offset: int, length: int) -> memoryview:
+        return self._memory.read(offset, length)
+
+    def close(self) -> None:
+        self._memory.close()
+        self._slot.close()
+
+
+def _local_image(location: ImageLocation, version: Version) -> OpenImage:
+    try:
+        slot = Slot.open(location.path)
+    except OSError as error:
+        raise CorruptError(f"{version} is gone from memory: {error}") from error
+    header = slot.read_header()
+    if header.state is not SlotState.CLEAN or header.version != version:
+        slot.close()
+        raise CorruptError(f"{location.path} holds {header.version} ({header.state.name.lower()}), not {version}")
+    source: Source = _LocalSource(slot, slot.image[: header.size_bytes])
+    try:
+        meta = read_header(source.read, expected_digest=header.header_digest)
+    except BaseException:
+        source.close()
+        raise
+    return OpenImage(name=location.path, meta=meta, source=source)

@@ -1,0 +1,118 @@
+"""When slots are made, of which size and for whom."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast.snapshot.arena import Arena, round_capacity
+from holdfast.snapshot.messages import Notice, SlotsReady
+from holdfast.snapshot.room import Room
+
+MB = 1 << 20
+_names = itertools.count()
+
+
+class LaterLanes:
+    """Lanes whose jobs run when the test says so."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Callable[[], object], Callable[[object], None]]] = []
+
+    def submit(self, lane: str, job: Callable[[], object], done: Callable[[object], None]) -> None:
+        self.jobs.append((job, done))
+
+    def run(self) -> None:
+        while self.jobs:
+            job, done = self.jobs.pop(0)
+            try:
+                result = job()
+            except OSError as error:
+                result = error
+            done(result)
+
+
+class Made:
+    """A room, and what it said."""
+
+    def __init__(self, directory: Path) -> None:
+        self.arena, self.lanes = Arena.open(directory), LaterLanes()
+        self.announced: dict[int, SlotsReady] = {}
+        self.notices: list[Notice] = []
+        self.ready: list[tuple[int, int]] = []
+        self.room = Room(
+            self.arena,
+            self.lanes,  # type: ignore[arg-type]
+            announce=self.announced.__setitem__,
+            notice=self.notices.append,
+            unused=list,
+            ready=lambda pool, num_slots: self.ready.append((pool, num_slots)),
+        )
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Iterator[Made]:
+    one = Made(tmp_path / f"arena-{next(_names)}")
+    yield one
+    one.arena.control.close()
+    one.arena.remove()
+
+
+def pools(made: Made) -> set[int]:
+    return {found.pool for found in made.arena.scan()}
+
+
+def test_slots_are_made_for_the_ranks_of_the_session_once_all_have_said_what_they_need(made: Made) -> None:
+    made.room.start((0, 2))
+    made.room.need(0, MB)
+    assert made.lanes.jobs == []
+    made.room.need(1, 100 * MB)  # not in the Session
+    made.room.need(2, 3 * MB)
+    made.lanes.run()
+    assert {found.local_rank for found in made.arena.scan()} == {0, 2}
+    assert {found.capacity_bytes for found in made.arena.scan()} == {round_capacity(3 * MB)}
+    for local_rank in (0, 2):
+        made.room.mapped(local_rank, 0)
+    assert made.ready == [(0, 6)]
+
+
+def test_ranks_that_grow_one_after_another_get_one_new_pool(made: Made) -> None:
+    made.room.start((0, 1))
+    for local_rank in (0, 1):
+        made.room.need(local_rank, MB)
+    made.lanes.run()
+    assert made.room.need(0, 9 * MB)
+    made.room.need(1, 9 * MB)
+    assert len(made.lanes.jobs) == 1
+    made.lanes.run()
+    assert pools(made) == {0, 1}
+    assert made.announced[1].capacity_bytes == round_capacity(9 * MB)
+
+
+def test_a_rank_that_grows_further_while_slots_are_made_gets_larger_ones(made: Made) -> None:
+    made.room.start((0, 1))
+    for local_rank in (0, 1):
+        made.room.need(local_rank, MB)
+    made.room.need(1, 9 * MB)
+    made.lanes.run()
+    assert made.announced[0].capacity_bytes == made.announced[1].capacity_bytes == round_capacity(9 * MB)
+
+
+def test_memory_that_ends_in_the_middle_leaves_no_file_and_says_so(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+
+    def full(descriptor: int, offset: int, length: int) -> None:
+        if next(calls) >= 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    made.room.start((0, 1))
+    for local_rank in (0, 1):
+        made.room.need(local_rank, MB)
+    made.lanes.run()
+    assert list(made.arena.directory.glob("*slot-*")) == []
+    assert made.announced[0].paths == ()
+    assert "no snapshots in memory" in made.notices[-1].text
