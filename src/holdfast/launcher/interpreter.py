@@ -39,7 +39,9 @@ def run_as_main(arguments: list[str]) -> None:
     module = type(sys)("__main__")
     names = {"__builtins__": sys.modules["builtins"]}
     module.__dict__.update(names if sys.version_info >= (3, 14) else {**names, "__annotations__": {}})
-    sys.modules["__main__"] = module
+    before = sys.modules["__main__"]
+    for name in [name for name, found in sys.modules.items() if found is before]:
+        sys.modules[name] = module  # multiprocessing keeps it under a second name
     sys.orig_argv = [sys.orig_argv[0], "-u", *arguments]
     try:
         if arguments[0] == "-m":
@@ -65,7 +67,7 @@ def _run_script(module: object, arguments: list[str]) -> None:
     script = arguments[0]
     sys.argv = list(arguments)
     _put_first(os.path.dirname(os.path.realpath(script)))
-    path = script if os.path.isabs(script) else os.path.join(os.getcwd(), script.removeprefix("./"))
+    path = script if os.path.isabs(script) else os.path.join(os.getcwd(), script)
     loader = sys.modules["_frozen_importlib_external"].SourceFileLoader("__main__", path)
     names = {"__file__": path, "__cached__": None, "__loader__": loader, "__package__": None, "__spec__": None}
     module.__dict__.update(names)

@@ -30,6 +30,7 @@ import array
 import contextlib
 import ctypes
 import gc
+import importlib.machinery
 import importlib.util
 import json
 import signal
