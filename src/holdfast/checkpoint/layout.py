@@ -5,20 +5,21 @@ Worked out from the DTensor's placements and mesh alone, so that every rank find
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard, _StridedShard
 
 from holdfast.checkpoint.boxes import Box, whole
 from holdfast.errors import StateError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 Run = tuple[int, int]
 """Consecutive global indices along one dimension: start and length."""
@@ -45,9 +46,15 @@ def plain_layout(shape: tuple[int, ...]) -> Layout:
     return Layout(shape, (whole(shape),), ((0,) * len(shape),), None)
 
 
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor, without importing what only those that use it need: that takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor that holds this rank's elements; no communication."""
-    local: torch.Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    local: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
     return local
 
 
@@ -91,6 +98,8 @@ def shard_runs(
     Raises:
         StateError: a placement that is no state (Partial) or unknown.
     """
+    from torch.distributed.tensor.placement_types import Replicate, Shard, _StridedShard
+
     runs: list[tuple[Run, ...]] = [((0, length),) if length else () for length in shape]
     for mesh_dim, placement in enumerate(placements):
         if isinstance(placement, Replicate):
@@ -151,6 +160,8 @@ def _boxes(runs: Sequence[Sequence[Run]]) -> tuple[tuple[Box, ...], tuple[tuple[
 
 def _holders(mesh: DeviceMesh, coordinate: Sequence[int], placements: Sequence[Placement]) -> tuple[int, ...]:
     """Global ranks with this rank's coordinate on every sharding axis of the mesh."""
+    from torch.distributed.tensor.placement_types import Replicate
+
     index: list[Any] = [  # Any: an int or a slice, as tensor indexing takes them
         slice(None) if isinstance(placement, Replicate) else position
         for position, placement in zip(coordinate, placements, strict=True)
