@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import ProcessException
 
 from holdfast.checkpoint.commit import newest_step, open_checkpoint
 from holdfast.checkpoint.saving import Ranks
-from holdfast.errors import MismatchError
+from holdfast.errors import MismatchError, UsageError
 from holdfast.faults import Injector
 from holdfast.runtime.capture import TrainingState
 from holdfast.runtime.census import Census, HolderWatch, meet
@@ -212,9 +212,47 @@ def a_stranger_is_refused(rank: int, directory: Path) -> None:
         context.state.restore(catalog_of(images))
 
 
+def groups_have_sessions_of_their_own(rank: int, directory: Path) -> None:
+    """A group's second rank saves as the first of one; both together take it up, though one has had more Sessions."""
+    alone = dist.new_group([1])
+    path = directory / "group"
+
+    def run(until: int, group: dist.ProcessGroup | None) -> tuple[Session, dict[str, Any]]:
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        with Session(model=model, optimizer=optimizer, checkpoint_dir=path, process_group=group) as session:
+            for _ in session.steps(until):
+                train({"m": model}, optimizer, 0)
+        return session, state_of({"m": model}, optimizer)
+
+    if rank == 1:
+        with pytest.raises(UsageError, match="nobody/none"):
+            Session(model=nn.Linear(2, 2), checkpoint_dir=path, process_group=alone, resume="nobody/none").__enter__()
+        _, left = run(2, alone)
+        session, again = run(2, alone)
+        assert session.restored is not None
+        expect_same(again, left)
+        with open_checkpoint(path / "step-00000002") as catalog:
+            assert (catalog.world_size, catalog.version.step) == (1, 2)
+    dist.barrier()
+    session, _ = run(4, None)
+    assert session.restored is not None
+    assert session.restored.step == 2
+    with open_checkpoint(path / "step-00000004") as catalog:
+        assert catalog.world_size == WORLD
+        assert catalog.tensors["model.1.running_mean"].per_rank
+    dist.barrier()
+    if rank == 1:
+        session, _ = run(5, alone)
+        assert session.restored is not None
+        assert session.restored.step == 4
+
+
 CASES: dict[str, Callable[[int, Path], None]] = {
     **{f"{name}-storage": lambda rank, at, name=name: through_storage(name, rank, at) for name in KINDS},
     **{f"{name}-memory": lambda rank, at, name=name: through_memory(name, rank, at) for name in KINDS},
+    "groups": groups_have_sessions_of_their_own,
     "one-rank": one_rank_takes_both_stages,
     "stranger": a_stranger_is_refused,
 }

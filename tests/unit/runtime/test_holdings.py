@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.checkpoint.boxes import whole
+from holdfast.checkpoint.boxes import Box, whole
+from holdfast.checkpoint.index import _needed
 from holdfast.checkpoint.ownership import Shard, own
 from holdfast.runtime.holdings import Holders, Holding, Table
 
@@ -100,3 +101,12 @@ def test_whoever_knows_what_every_byte_of_late_state_is_in_some_image(
                 start = piece.box.offsets[0]
                 covered[piece.name].update(range(start, start + piece.box.lengths[0]))
     assert all(rows == set(range(900)) for rows in covered.values())
+
+
+def test_checkpoint_keeps_a_tensor_once_where_one_rank_wrote_all_of_it_and_others_their_parts() -> None:
+    box = whole((900, 900))
+    halves = Box((0, 0), (450, 900)), Box((450, 0), (450, 900))
+    for placed in ({box: 1, halves[1]: 0}, {halves[0]: 0, box: 1, halves[1]: 2}):
+        assert _needed((900, 900), placed) == ([box], [1])
+    parts = {halves[0]: 0, halves[1]: 1}
+    assert _needed((900, 900), parts) == (list(halves), [0, 1])

@@ -262,3 +262,33 @@ def test_close_lets_the_running_copy_end(make: Make) -> None:
     assert ticket.clean
     assert not [thread for thread in threading.enumerate() if thread.name == "holdfast-copier"]
     assert gate.seen == ["copy", "copied", "commit"]
+
+
+def test_doorbell_that_fails_ends_neither_the_ticket_nor_the_thread(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, mixed_state())
+
+    def ring(ticket: Ticket) -> None:
+        raise OSError("the socket is gone")
+
+    copier = Copier(rig.slots, global_rank=0, world_size=1, on_clean=ring)
+    try:
+        for step in (1, 2):
+            ticket = copier.begin(GENERATION.at(step), step % 2, rig.plan(), b"")
+            assert ticket.wait(30)
+            assert ticket.clean
+            assert rig.slots[step % 2].read_header().state is SlotState.CLEAN
+    finally:
+        copier.close()
+
+
+def test_slots_say_the_rank_in_the_job_and_images_the_rank_in_the_session(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, mixed_state())
+    copier = Copier(rig.slots, global_rank=3, world_size=8, session_rank=1, session_size=2, on_clean=rig.clean.append)
+    try:
+        assert copier.begin(GENERATION.at(1), 0, rig.plan(), b"").wait(30)
+    finally:
+        copier.close()
+    header, image = rig.slots[0].read_header(), rig.slots[0].image
+    meta = read_header(lambda offset, length: image[offset : offset + length])
+    assert (header.global_rank, header.world_size) == (3, 8)
+    assert (meta.global_rank, meta.world_size) == (1, 2)
