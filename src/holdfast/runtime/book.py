@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -201,7 +200,7 @@ class EntryBook:
         """What this rank has, by name.
 
         Args:
-            sample: with a hash of some bytes of each plain tensor in host memory.
+            sample: with a hash of some bytes of each plain tensor.
         """
         return {
             name: Holding(
@@ -301,15 +300,15 @@ def _detached(local: torch.Tensor) -> torch.Tensor:
 
 
 def _sample(tensor: torch.Tensor) -> str:
-    """Hash of the first, middle and last bytes of a tensor in host memory; "" elsewhere, where it would wait."""
-    if not tensor.is_cpu or not tensor.is_contiguous() or not tensor.numel():
+    """Hash of the first, middle and last bytes; on an accelerator this waits for it, which is why it is done once."""
+    if not tensor.numel() or tensor.is_conj() or tensor.is_neg():
         return ""
-    address, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    length = min(size, _SAMPLE_BYTES)
-    found = xxhash.xxh3_64()
-    for start in (0, (size - length) // 2, size - length):
-        found.update(ctypes.string_at(address + start, length))
-    return found.hexdigest()
+    with torch.no_grad():
+        flat = tensor.reshape(-1).view(torch.uint8)
+        length = min(flat.numel(), _SAMPLE_BYTES)
+        starts = (0, (flat.numel() - length) // 2, flat.numel() - length)
+        picked = torch.cat([flat[start : start + length] for start in starts]).cpu()
+    return xxhash.xxh3_64_hexdigest(picked.numpy().data)
 
 
 def total_bytes(entries: Sequence[TensorEntry]) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.index import _needed
 from holdfast.checkpoint.ownership import Shard, own
+from holdfast.runtime.book import _sample
 from holdfast.runtime.holdings import Holders, Holding, Table
 
 RANKS = (2, 3, 7)
@@ -110,3 +113,18 @@ def test_checkpoint_keeps_a_tensor_once_where_one_rank_wrote_all_of_it_and_other
         assert _needed((900, 900), placed) == ([box], [1])
     parts = {halves[0]: 0, halves[1]: 1}
     assert _needed((900, 900), parts) == (list(halves), [0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(), (3,), (70, 90)])
+def test_samples_of_values_tell_tensors_apart_and_agree_for_equal_ones(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    zeros, ones = torch.zeros(shape).to(dtype), torch.ones(shape).to(dtype)
+    assert _sample(zeros) == _sample(zeros.clone())
+    assert _sample(zeros) != _sample(ones)
+    if len(shape) == 2:
+        last = zeros.clone()
+        last[-1, -1] = 1
+        assert _sample(last) != _sample(zeros)
+        assert _sample(zeros.t()) == _sample(zeros.t().contiguous())
