@@ -15,7 +15,7 @@ import zmq
 
 from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.commit import list_steps, open_checkpoint
-from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.arena import Arena, SlotState
 from holdfast.snapshot.messages import Bye, Notice, RestoreChosen, Shutdown
 from support.snapshot_worker import Plan
 from support.snapshots import TIMEOUT_S, Job, Node, wait_for
@@ -279,9 +279,74 @@ def test_memory_of_a_removed_checkpoint_directory_is_not_resumed_from(node: Node
     job.start(plan)
     job.finish()
     shutil.rmtree(tmp_path / "c")
-    [worker] = job.start(plan)
-    job.finish()
+    [worker] = Job([node], 1, incarnation=2, nonce="00000001").start(plan)
+    worker.wait()
     assert worker.event("restored")["tier"] == "none"
+
+
+def test_a_checkpoint_directory_that_is_removed_while_the_job_runs_costs_no_step(node: Node, tmp_path: Path) -> None:
+    plan = Plan(until=100000, ranks=(0,), checkpoint_dir=str(tmp_path / "c"), step_s=0.005)
+    job = Job([node], 1)
+    job.start(plan)
+    complete = node.complete(30).version.step
+    shutil.rmtree(tmp_path / "c")
+    job.end()
+    [worker] = job.start(Plan(until=complete + 200, ranks=(0,), checkpoint_dir=str(tmp_path / "c"), step_s=0.002))
+    job.finish()
+    assert worker.event("restored")["tier"] == "memory"
+    assert worker.event("restored")["step"] >= complete
+    assert worker.event("persisted")["step"] == complete + 200
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["without checkpoint_dir", "directory removed"])
+def test_a_lingering_daemon_that_has_nowhere_to_persist_goes_and_leaves_nothing(
+    node: Node, tmp_path: Path, removed: bool
+) -> None:
+    agent = subprocess.Popen(["sleep", "600"])
+    node.hello(agent_pid=agent.pid, linger_s=1.0)
+    job = Job([node], 1)
+    job.start(Plan(until=100000, ranks=(0,), step_s=0.01, checkpoint_dir=str(tmp_path / "c") if removed else None))
+    node.complete(20)
+    agent.kill()
+    agent.wait()
+    job.workers[0].kill()
+    shutil.rmtree(tmp_path / "c", ignore_errors=True)
+    node.assert_gone()
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_step_that_cannot_be_written_costs_no_older_checkpoint_and_no_training(node: Node, tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    directory.mkdir()
+    (directory / "step-00000020").write_text("a file where the step directory should be")
+    job = Job([node], 1)
+    plan = Plan(until=30, ranks=(0,), checkpoint_dir=str(directory), persist_every_steps=10, step_s=0.05)
+    [worker] = job.start(plan)
+    notice = node.expect(Notice, where=lambda message: "step 20 is not in storage" in message.text)
+    assert notice.severity == "warning"
+    job.finish()
+    assert worker.event("failed")["step"] == 20
+    assert worker.event("persisted")["step"] == 30
+    assert [info.step for info in list_steps(directory) if info.complete] == [10, 30]
+
+
+def test_a_flipped_bit_in_the_newest_version_costs_that_version_only_and_is_told(node: Node) -> None:
+    job = Job([node], 1)
+    job.start(Plan(until=100000, ranks=(0,), step_s=0.01))
+    node.complete(20)
+    job.end()
+    clean = [found for found in Arena.open(node.arena).scan() if found.header.state is SlotState.CLEAN]
+    newest = max(clean, key=lambda found: found.header.version.step)
+    with open(newest.path, "r+b") as file:
+        file.seek(4096 + newest.header.size_bytes // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 16]))
+    [worker] = job.start(Plan(until=newest.header.version.step + 20, ranks=(0,)))
+    job.finish()
+    assert worker.event("restored")["tier"] == "memory"
+    assert worker.event("restored")["step"] == newest.header.version.step - 1
+    assert any("cannot be restored" in one.text for one in node.pushed if isinstance(one, Notice))
 
 
 def test_garbage_on_the_sockets_is_dropped(node: Node) -> None:

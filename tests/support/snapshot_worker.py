@@ -20,10 +20,11 @@ from holdfast.checkpoint.image import ImageLayout, block_checksums, header_diges
 from holdfast.checkpoint.objects import ObjectRecord, encode_objects
 from holdfast.checkpoint.pieces import Piece
 from holdfast.environment import worker_environment
+from holdfast.errors import CorruptError
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.client import SnapshotClient
 from holdfast.snapshot.control import Phase
-from holdfast.snapshot.messages import Restore, SessionConfig
+from holdfast.snapshot.messages import PersistFailedMessage, Restore, SessionConfig
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -108,12 +109,17 @@ def restore(client: SnapshotClient, plan: Plan, rank: int, answer: Restore) -> R
             assert answer.version is not None
             answer = client.restore_failed(answer.version, "the test says so", timeout=TIMEOUT)
             continue
-        with client.catalog(answer) as catalog:
-            shape = catalog.tensors["w"].shape
-            for row in range(shape[0]):
-                out = bytearray(shape[1])
-                catalog.read("w", Box((row, 0), (1, shape[1])), out)
-                assert set(out) == {(answer.step * 7 + row) % 251}, (answer, row, set(out))
+        try:
+            with client.catalog(answer) as catalog:
+                shape = catalog.tensors["w"].shape
+                for row in range(shape[0]):
+                    out = bytearray(shape[1])
+                    catalog.read("w", Box((row, 0), (1, shape[1])), out)
+                    assert set(out) == {(answer.step * 7 + row) % 251}, (answer, row, set(out))
+        except CorruptError as error:
+            assert answer.version is not None
+            answer = client.restore_failed(answer.version, str(error), timeout=TIMEOUT)
+            continue
         break
     return answer
 
@@ -176,6 +182,9 @@ def main() -> None:
             say(event="agreed", kind=agreed.kind, step=step)
             if agreed.kind == "stop":
                 break
+        for message in client.poll():
+            if isinstance(message, PersistFailedMessage):
+                say(event="failed", step=message.version.step, reason=message.reason)
         if plan.save_at == step:
             save = client.request_save("tagged", {"loss": 1.5})
         if plan.stop_at == step:

@@ -321,7 +321,7 @@ class Arena:
         """Make the directory, or adopt what a predecessor left there (a damaged `node.state` counts as none).
 
         Raises:
-            StorageError: the directory belongs to someone else or is open to others.
+            StorageError: the directory belongs to someone else, is open to others, or has no room.
         """
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
@@ -335,19 +335,29 @@ class Arena:
                 f"the arena {directory} is no private directory of this user (mode {stat.filemode(status.st_mode)}, "
                 f"owner {status.st_uid}): remove it"
             )
-        for leftover in directory.glob("making-*"):
-            leftover.unlink(missing_ok=True)
-        return cls(directory, ControlPage.create(directory / "control"), _load_state(directory / "node.state"))
+        try:
+            for leftover in directory.glob("making-*"):
+                leftover.unlink(missing_ok=True)
+            page = ControlPage.create(directory / "control")
+        except OSError as error:
+            raise StorageError(f"cannot make {directory}/control: {error}; free some of the shared memory") from error
+        return cls(directory, page, _load_state(directory / "node.state"))
 
     def save_state(self, state: NodeState) -> None:
-        """Replace `node.state` atomically."""
+        """Replace `node.state` atomically. Where /dev/shm is full the file stays as it was until the next call: a
+        successor would know less, which is better than a daemon that dies of it."""
+        self.state = state
         data = msgspec.msgpack.encode(state)
         temporary = self.directory / "making-node.state"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(xxhash.xxh3_128_digest(data) + data)
-        os.replace(temporary, self.directory / "node.state")
-        self.state = state
+        try:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "wb") as file:
+                file.write(xxhash.xxh3_128_digest(data) + data)
+            os.replace(temporary, self.directory / "node.state")
+        except OSError as error:
+            _log.error("%s/node.state cannot be written: %s; the node goes on without", self.directory, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def slot_path(self, pool: int, local_rank: int, index: int) -> Path:
         """Where that slot lies."""

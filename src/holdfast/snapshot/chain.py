@@ -7,7 +7,8 @@ after the point from which its successor started is off the chain, in memory and
 Candidates are
 
 - versions in memory on the chain of which every image (one per rank of the world that wrote it) is clean somewhere, if
-  the memory belongs to the history of the checkpoint directory as it is now (after ``rm -rf`` it does not);
+  the memory belongs to the history of the checkpoint directory as it is now (after ``rm -rf`` it does not). An
+  incarnation that runs goes on from its own memory, whatever happened to the directory meanwhile;
 - steps in storage, unless their generation is known and they are off its chain.
 
 The newest step wins, memory on ties. ``resume`` decides an incarnation's first generation only. A candidate that failed
@@ -203,7 +204,7 @@ def carried_persists(inventories: Sequence[Inventory], choice: Choice, *, genera
 def _memory_candidates(question: ChainQuestion, chain: Chain, rejected: list[Rejected]) -> list[Version]:
     ours: list[Inventory] = []
     for inventory in question.inventories:
-        if inventory.clean and inventory.history != question.history:
+        if question.fresh and inventory.clean and inventory.history != question.history:
             reason = (
                 f"the memory of node {inventory.node_rank} belongs to the checkpoint history {inventory.history}, the "
                 f"checkpoint directory is of history {question.history}"

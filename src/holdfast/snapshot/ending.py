@@ -193,7 +193,7 @@ class Rescue:
         history = survey.history_of(directory)
         question = chain.ChainQuestion(
             generation=after,
-            fresh=False,
+            fresh=True,  # memory of another life of the checkpoint directory is not written into it
             resume="auto",
             inventories=tuple(self._inventories.values()),
             stored=survey.stored_steps(directory, "auto"),

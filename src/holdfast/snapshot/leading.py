@@ -96,6 +96,7 @@ class Leading:
         self._excluded_paths: set[str] = set()
         self._chosen: LeaderRestore | None = None
         self._attempts: dict[Version, _Attempt] = {}
+        self._fed: deque[leader.LeaderEvent] = deque()  # the first one is being carried out
         self._worlds: dict[Version, int] = {}
         self._orders: dict[int, LeaderOrders] = {}
         self._epochs: dict[int, int] = {}
@@ -325,8 +326,16 @@ class Leading:
         self._carry_out(self.ledger.start())
 
     def _feed(self, event: leader.LeaderEvent) -> None:
-        assert self.ledger is not None
-        self._carry_out(self.ledger.handle(event))
+        """Tell the ledger; where that is called while its instructions are carried out, after these."""
+        self._fed.append(event)
+        if len(self._fed) > 1:
+            return
+        while self._fed:
+            try:
+                if self.ledger is not None:
+                    self._carry_out(self.ledger.handle(self._fed[0]))
+            finally:
+                self._fed.popleft()
 
     def _carry_out(self, instructions: list[leader.LeaderInstruction]) -> None:
         for instruction in instructions:

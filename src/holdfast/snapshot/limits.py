@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import psutil
-
 WANTED_SLOTS: Final = 6
 """A slot each for: newest complete, two being filled, old protected, being protected, pinned."""
 LEAST_SLOTS: Final = 2
@@ -68,6 +66,8 @@ def plan_slots(slot_bytes: int, limit: Limit, *, wanted: int = WANTED_SLOTS) -> 
 
 def least_limit(directory: Path, *, used_bytes: int, allowed_bytes: int | None) -> Limit:
     """The tightest limit on more memory for an arena in `directory` that already takes `used_bytes`."""
+    import psutil  # late: a daemon that starts needs it later, if at all
+
     shm = os.statvfs(directory)
     hint = _KUBERNETES_HINT if shm.f_blocks * shm.f_frsize <= _KUBERNETES_SHM_BYTES else ""
     limits = [

@@ -7,6 +7,7 @@ decode is counted and dropped. Only the event loop's thread touches anything her
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from typing import Final
 
 import zmq
 
-from holdfast.errors import PeerError
+from holdfast.errors import PeerError, UsageError
 from holdfast.snapshot.messages import MAX_MESSAGE_BYTES, AnyMessage, Member, decode, encode
 
 _log = logging.getLogger(__name__)
 _BATCH: Final = 256
 _LOGGED_GARBAGE: Final = 10
+_MAX_IPC_BYTES: Final = 107
+"""sun_path of unix(7), less its final zero."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,12 @@ class Transport:
     """
 
     def __init__(self, socket_dir: Path, address: str, endpoint: str = "") -> None:
+        self.ipc_path = socket_dir / "daemon.sock"
+        if len(os.fsencode(self.ipc_path)) > _MAX_IPC_BYTES:
+            raise UsageError(
+                f"the path of the socket {self.ipc_path} has {len(os.fsencode(self.ipc_path))} bytes, the system takes "
+                f"{_MAX_IPC_BYTES}: set TMPDIR or XDG_RUNTIME_DIR to a shorter path, or --hold-job to a shorter name"
+            )
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._callbacks: dict[int, Callable[[], None]] = {}
@@ -56,7 +65,6 @@ class Transport:
         """Messages that did not decode."""
         self.dropped = 0
         """Messages that a peer's full or missing queue refused."""
-        self.ipc_path = socket_dir / "daemon.sock"
         self._routers["node"].bind(f"ipc://{self.ipc_path}")
         self.endpoint = self._bind(address, endpoint)
 

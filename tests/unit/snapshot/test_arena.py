@@ -150,3 +150,22 @@ def test_removal_leaves_nothing_even_while_a_slot_is_mapped(arena: Arena, slot: 
 def test_capacity_has_room_for_a_slightly_larger_layout() -> None:
     for size in (1, 1 << 20, (1 << 30) + 1):
         assert size < round_capacity(size) <= size * 66 // 64 + (4 << 20)
+
+
+def test_a_full_shared_memory_costs_the_daemon_no_more_than_what_a_successor_would_know(tmp_path, monkeypatch):
+    arena = Arena.open(tmp_path / "arena")
+    arena.save_state(NodeState(run_id="before"))
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        arena.save_state(NodeState(run_id="now"))
+    assert arena.state.run_id == "now"
+    assert sorted(path.name for path in arena.directory.iterdir()) == ["control", "node.state"]
+    assert Arena.open(tmp_path / "arena").state.run_id == "before"
+
+
+def test_a_slot_file_that_was_cut_short_counts_as_empty():
+    assert read_slot_header(b"") == read_slot_header(bytes(2050)) == EMPTY_HEADER

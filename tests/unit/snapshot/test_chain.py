@@ -122,9 +122,13 @@ def test_a_generation_that_started_from_storage_keeps_that_step_as_a_candidate()
 
 
 def test_memory_of_another_history_is_refused():
-    choice = ask(inventory(image(G1.at(8)), history="old"), history="new")
+    choice = ask(inventory(image(G1.at(8)), history="old"), history="new", fresh=True)
     assert choice.tier == "none"
     assert "belongs to the checkpoint history old" in reasons(choice)
+
+
+def test_an_incarnation_that_runs_keeps_its_memory_when_the_checkpoint_directory_is_removed():
+    assert ask(inventory(image(G1.at(8)), history="old"), history=None).step == 8
 
 
 def test_excluded_candidates_give_way_to_the_next():

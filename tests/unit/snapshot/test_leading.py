@@ -1,0 +1,108 @@
+"""The shell of the leader: what it sends, with a node's daemon played by the test."""
+
+from __future__ import annotations
+
+import msgspec
+
+from holdfast.checkpoint.version import GenerationId
+from holdfast.snapshot.lanes import Lanes
+from holdfast.snapshot.leading import Leading
+from holdfast.snapshot.messages import (
+    AnyMessage,
+    AskNode,
+    CleanImage,
+    Inventory,
+    LeaderOrders,
+    LeaderRestore,
+    Member,
+    NodeReport,
+    Parentage,
+    PersistEnded,
+    Restore,
+    SessionConfig,
+    StartGeneration,
+)
+from holdfast.snapshot.reports import Final, Held, NodeState, Pin, RankState
+
+OLD = GenerationId(incarnation=1, nonce="00000abc", generation=1)
+NOW = GenerationId(incarnation=1, nonce="00000abc", generation=2)
+
+
+class Told:
+    """A leader whose daemon was restarted in `NOW`, and what it has sent."""
+
+    def __init__(self, checkpoint_dir: str | None) -> None:
+        self.sent: list[AnyMessage] = []
+        member = Member(node_rank=0, daemon="tcp://127.0.0.1:1", first_global_rank=0, num_ranks=1)
+        start = StartGeneration(generation=NOW, run_id="run", members=(member,), node_rank=0, leader=0, fresh=False)
+        config = SessionConfig(
+            ranks=(0,),
+            checkpoint_dir=checkpoint_dir,
+            snapshot_every=1,
+            persist_every_steps=None,
+            persist_every_s=None,
+            keep="",
+            resume="auto",
+            has_init_from=False,
+        )
+        self.lanes = Lanes()
+        self.leading = Leading(
+            start, 1, self.lanes, send=lambda _, message: self.sent.append(message), to_agent=lambda _: None
+        )
+        restore = Restore(tier="memory", version=OLD.at(5), step=5)
+        self.leading.resume(LeaderRestore(generation=NOW, restore=restore, history=None, config=config), config)
+
+    def of(self, kind: type) -> list[AnyMessage]:
+        return [message for message in self.sent if isinstance(message, kind)]
+
+    def inventory(self, *pins: Pin) -> None:
+        image = CleanImage(version=OLD.at(4), global_rank=0, world_size=1, path="s", offset=4096, size_bytes=1)
+        parents = (
+            Parentage(generation=OLD, parent=None, step=0),
+            Parentage(generation=NOW, parent=OLD.at(5), step=5),
+        )
+        images = (image, msgspec.structs.replace(image, version=OLD.at(5)))
+        self.leading.receive(
+            Inventory(
+                generation=NOW, node_rank=0, clean=images, parents=parents, history=None, newest_step=5, pinned=pins
+            )
+        )
+
+    def report(self, step: int, **more: object) -> None:
+        rank = RankState(global_rank=0, step=step, entered=True)
+        state = NodeState(
+            generation=NOW,
+            node_rank=0,
+            epoch=1,
+            leader_epoch=1,
+            num_slots=6,
+            free=5,
+            held=(),
+            complete=None,
+            pinned=(),
+            ranks=(rank,),
+        )
+        self.leading.receive(NodeReport(state=msgspec.structs.replace(state, **more)))
+
+
+def test_a_successor_asks_what_nodes_hold_and_goes_on_with_what_was_being_persisted() -> None:
+    told = Told("/nowhere/c")
+    told.leading.tick(1000.0)
+    assert told.of(AskNode)
+    told.report(5)
+    assert told.of(LeaderOrders) == []
+    told.inventory(Pin(version=OLD.at(4), mandatory=True, tag="best"))
+    told.report(5)
+    assert told.of(LeaderOrders)[-1].orders.pinned == (Pin(version=OLD.at(4), mandatory=True, tag="best"),)
+    told.lanes.close(5.0)
+
+
+def test_orders_of_one_moment_never_overtake_those_of_the_next() -> None:
+    told = Told(None)
+    told.inventory()
+    told.report(5)
+    end = RankState(global_rank=0, step=6, entered=True, final=Final(step=6, persist=True))
+    told.report(6, held=(Held(step=6, state="clean"),), ranks=(end,))
+    [ended] = told.of(PersistEnded)
+    assert ended.error == "node 0: no checkpoint_dir"
+    assert told.of(LeaderOrders)[-1].orders.pinned == ()
