@@ -7,13 +7,10 @@ loop never blocks for longer than a heartbeat, because a silent agent is a dead 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import signal
-import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -26,24 +23,25 @@ import zmq
 
 from holdfast import environment
 from holdfast.checkpoint.version import GenerationId, new_nonce
-from holdfast.environment import WorkerEnvironment
-from holdfast.errors import HoldfastError, PeerError
-from holdfast.faults import NODE_KINDS, Injector, Kind, parse_schedule
+from holdfast.errors import PeerError
 from holdfast.launcher import events, leader, member
 from holdfast.launcher.arguments import Launch
 from holdfast.launcher.budget import RestartBudget
 from holdfast.launcher.channel import Channel
+from holdfast.launcher.console import say
 from holdfast.launcher.daemons import DaemonDied, DaemonLink
+from holdfast.launcher.orders import OURS, holdfast_variables, node_info, start_message, worker_spec
 from holdfast.launcher.processes import Guard, reap_orphans
+from holdfast.launcher.recoveries import RecoveryBook
+from holdfast.launcher.rehearsal import Rehearsal, StepReader
 from holdfast.launcher.seats import RunRecord, Seat
 from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.signals import SignalPipe
 from holdfast.launcher.standby import Standby, can_stand_by, user_path
-from holdfast.launcher.timeline import Timeline, describe_failure, signal_name
+from holdfast.launcher.timeline import describe_failure, signal_name
 from holdfast.launcher.wire import (
     DaemonInfo,
     Failure,
-    NodeInfo,
     Place,
     Plan,
     Rejected,
@@ -51,12 +49,10 @@ from holdfast.launcher.wire import (
     StopRequest,
     Verdict,
 )
-from holdfast.launcher.workers import WorkerExit, WorkerGroup, WorkerSpec, message_of
-from holdfast.snapshot.control import ControlPage
+from holdfast.launcher.workers import WorkerExit, WorkerGroup, message_of
 from holdfast.snapshot.messages import (
     Bye,
     EndGeneration,
-    Member,
     Notice,
     Progress,
     Refused,
@@ -86,13 +82,6 @@ class Ending:
     bye: Bye | None
 
 
-def say(text: str) -> None:
-    """One line for people."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.write(f"holdfast: {text}\n")
-        sys.stderr.flush()
-
-
 class Agent:
     """See the module's head. `run` is called once, on the main thread."""
 
@@ -118,11 +107,11 @@ class Agent:
         self._signals = signals
         self._link = link
         self._context = context
-        self._spec = _worker_spec(launch)
-        self._node = _node_info(launch)
-        self._inherited = {k: v for k, v in os.environ.items() if k not in _OURS}
+        self._spec = worker_spec(launch)
+        self._node = node_info(launch)
+        self._inherited = {k: v for k, v in os.environ.items() if k not in OURS}
         self._faults = launch.hold.faults or environment.fault_schedule()
-        self._injector: Injector | None = None
+        self._rehearsal = Rehearsal(self._faults, run_dir, self._write)
         self._queue: deque[leader.Instruction | member.Instruction] = deque()
         self._member = member.Member(node=self._node, limits=launch.limits, now=time.monotonic())
         self._leader: leader.Leader | None = None
@@ -132,10 +121,9 @@ class Agent:
         self._standby = self._make_standby()
         self._starting: tuple[Plan, Place, StartGeneration | None] | None = None
         self._old_groups: deque[WorkerGroup] = deque(maxlen=1)
-        self._page: ControlPage | None = None
+        self._steps = StepReader(seat.arena) if link is not None else None
         self._sessions = SessionBook()
-        self._timeline: Timeline | None = None
-        self._had_session = False
+        self._recoveries = RecoveryBook(self._write)
         self._store: object | None = None
         self._stops = 0
         self._verdict: Verdict | None = None
@@ -154,12 +142,12 @@ class Agent:
         self._meet()
         while not self._done():
             self._step()
-        self._write_recovery()
+        self._recoveries.close()
         failures = self._old_groups[0].failures() if self._old_groups else {}
         for group in self._old_groups:
             group.finish_logs(5.0)
-        if self._page is not None:
-            self._page.close()
+        if self._steps is not None:
+            self._steps.close()
         if self._standby is not None:
             self._standby.close()
         if self._link is not None:
@@ -260,7 +248,8 @@ class Agent:
             self._hear_daemon(self._link)
         if self._standby is not None:
             self._hear_standby(self._standby)
-        self._fire_faults()
+        if self._group is not None and self._rehearsal.due:
+            self._rehearsal.fire(self._group.pids(), self._steps, self._link.pid if self._link is not None else 0)
         now = time.monotonic()
         if self._group is not None and self._group.tick(now):
             self._group_gone(self._group)
@@ -292,7 +281,7 @@ class Agent:
         if self._group is not None:
             wake = self._group.next_wake(now)
             wakes += [wake] if wake is not None else []
-        if self._injector is not None:
+        if self._rehearsal.due:
             wakes.append(FAULT_POLL_S)
         return max(0.0, min(wakes))
 
@@ -329,7 +318,7 @@ class Agent:
             pid=exit_.pid,
             exit_code=exit_.exit_code,
             message=message_of(record),
-            step=self._step_of(exit_.local_rank, exit_.pid),
+            step=self._steps.step(exit_.local_rank, exit_.pid) if self._steps is not None else -1,
             time_s=time.time(),
         )
         self._write(
@@ -370,7 +359,7 @@ class Agent:
             now = time.monotonic()
             match message:
                 case Report() if self._leader is not None:
-                    self._observe(message)
+                    self._recoveries.observe(message)
                     self._do(self._leader.reported(message, now))
                 case Plan():
                     self._do(self._member.planned(message, now))
@@ -451,29 +440,6 @@ class Agent:
         else:
             self._bye = Bye(error=text)
 
-    def _step_of(self, local_rank: int, pid: int | None = None) -> int:
-        """Newest finished step that the worker published, -1 where there is none."""
-        if self._page is None and self._link is not None:
-            with contextlib.suppress(OSError, HoldfastError):
-                self._page = ControlPage.open(self._seat.arena / "control")
-        if self._page is None:
-            return -1
-        part = self._page.rank(local_rank)
-        return part.step if pid is None or part.pid == pid else -1
-
-    def _fire_faults(self) -> None:
-        if self._injector is None or self._group is None:
-            return
-        step = max((self._step_of(rank, pid) for rank, pid in self._group.pids().items()), default=-1)
-        fault = self._injector.node_fault(step) if step >= 0 else None
-        if fault is None:
-            return
-        self._write(events.FaultFired(fault=str(fault), step=step))
-        if fault.kind is Kind.KILL_AGENT:
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif self._link is not None and self._link.pid:
-            os.kill(self._link.pid, signal.SIGKILL)
-
     # --- instructions
 
     def _do(self, instructions: list[leader.Instruction] | list[member.Instruction]) -> None:
@@ -490,7 +456,7 @@ class Agent:
             case leader.Broadcast(plan):
                 if self._channel is not None:
                     self._channel.broadcast(plan)
-                self._agreed(plan)
+                self._recoveries.agreed(plan)
                 self._do(self._member.planned(plan, now))
             case member.SendReport(report):
                 self._send_report(report, now)
@@ -518,7 +484,7 @@ class Agent:
 
     def _send_report(self, report: Report, now: float) -> None:
         if self._leader is not None:
-            self._observe(report)
+            self._recoveries.observe(report)
             self._do(self._leader.reported(report, now))
         elif self._channel is not None:
             self._channel.report(report)
@@ -545,15 +511,10 @@ class Agent:
         self._seat.write_record(RunRecord(run_id=plan.run_id, run_dir=str(self._run_dir), generation=plan.generation))
         self._sessions.begin(plan.generation)
         self._log.enter(place.node_rank, str(plan.generation))
-        schedule = parse_schedule(self._faults)
-        self._injector = None
-        if any(fault.kind in NODE_KINDS and fault.node == place.node_rank for fault in schedule):
-            self._injector = Injector(
-                schedule, self._run_dir, node=place.node_rank, generation=plan.generation.generation
-            )
+        self._rehearsal.begin(plan.generation, place.node_rank)
         message = None
         if self._link is not None:
-            message = _start_message(plan, place)
+            message = start_message(plan, place)
             self._link.start_generation(message)
         self._starting = (plan, place, message)
         self._try_start()
@@ -571,7 +532,18 @@ class Agent:
             plan,
             place,
             guard=self._guard,
-            extra_variables=self._extra_variables(plan, place),
+            extra_variables={
+                local_rank: holdfast_variables(
+                    plan,
+                    place,
+                    local_rank,
+                    seat=self._seat,
+                    run_dir=self._run_dir,
+                    daemon=self._link.endpoint if self._link is not None else "",
+                    faults=self._faults,
+                )
+                for local_rank in range(self._spec.num_workers)
+            },
             inherited=self._inherited,
             standby=self._standby,
         )
@@ -610,29 +582,6 @@ class Agent:
         self._do(self._member.failed(generation, failure, now))
         self._do(self._member.gone(generation, now))
 
-    def _extra_variables(self, plan: Plan, place: Place) -> dict[int, dict[str, str]]:
-        assert plan.generation is not None, "workers belong to a generation"
-        faults = {environment.FAULTS: self._faults} if self._faults else {}
-        result = {}
-        for local_rank in range(self._spec.num_workers):
-            where = WorkerEnvironment(
-                daemon=self._link.endpoint if self._link is not None else "",
-                arena=self._seat.arena,
-                run_dir=self._run_dir,
-                run_id=plan.run_id,
-                generation=plan.generation,
-                global_rank=place.first_global_rank + local_rank,
-                local_rank=local_rank,
-                node_rank=place.node_rank,
-                world_size=sum(other.num_ranks for other in plan.places),
-                local_world_size=self._spec.num_workers,
-            )
-            variables = where.variables()
-            if self._link is None:
-                variables = {name: variables[name] for name in (environment.RUN_ID, environment.RUN_DIR)}
-            result[local_rank] = variables | faults
-        return result
-
     def _stop_workers(self, order: member.StopWorkers) -> None:
         if self._starting is not None and self._generation == order.generation:
             self._starting = None
@@ -652,96 +601,15 @@ class Agent:
     # --- what the leader's agent tells
 
     def _note(self, note: leader.Note) -> None:
-        now = time.time()
         text = describe_failure(note.failure) if note.failure is not None else note.text
         self._write(events.Membership(change=note.kind, text=f"{note.text}: {text}" if note.failure else text))
         match note.kind:
             case "stopping":
-                self._write_recovery()
-                detected = note.failure.time_s if note.failure is not None else now
-                self._timeline = Timeline(text, detected, had_session=self._had_session)
-            case "stopped" if self._timeline is not None:
-                self._timeline.stopped(now)
+                self._recoveries.begin(text, note.failure.time_s if note.failure is not None else time.time())
+            case "stopped":
+                self._recoveries.stopped()
             case "node_lost":
                 say(f"lost node {note.text}")
 
-    def _agreed(self, plan: Plan) -> None:
-        if self._timeline is None or plan.generation is None or plan.phase != "run":
-            return
-        if self._timeline.generation is None:
-            self._timeline.agreed(plan, time.time())
-
-    def _observe(self, report: Report) -> None:
-        """Follow the recovery through what all nodes report."""
-        self._had_session = self._had_session or report.session.opened > 0
-        if self._timeline is None:
-            return
-        self._timeline.observe(report)
-        line = self._timeline.line()
-        if line is not None:
-            say(line)
-        if self._timeline.complete:
-            self._write_recovery()
-
-    def _write_recovery(self) -> None:
-        """Close the books of the recovery that is under way: it is complete, or the next failure came first."""
-        if self._timeline is not None and self._timeline.generation is not None:
-            self._write(self._timeline.event())
-        self._timeline = None
-
     def _write(self, event: events.AnyEvent) -> None:
         self._log.write(event, time.time())
-
-
-_OURS = (environment.DAEMON, environment.ARENA, environment.RUN_DIR, environment.RUN_ID, environment.GENERATION)
-
-
-def _worker_spec(launch: Launch) -> WorkerSpec:
-    config = launch.config
-    return WorkerSpec(
-        command=launch.command,
-        arguments=launch.arguments,
-        num_workers=config.nproc_per_node,
-        role=config.role,
-        run_id=config.run_id,
-        max_restarts=config.max_restarts,
-        virtual_local_rank=getattr(config, "virtual_local_rank", False),
-        signals_to_handle=getattr(config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"),
-        log_prefix=config.log_line_prefix_template,
-        logs_specs=config.logs_specs,
-        numa_options=getattr(config, "numa_options", None),
-        stdout_filters=tuple(getattr(config, "duplicate_stdout_filters", None) or ()),
-        stderr_filters=tuple(getattr(config, "duplicate_stderr_filters", None) or ()),
-    )
-
-
-def _node_info(launch: Launch) -> NodeInfo:
-    return NodeInfo(
-        node_id=f"{socket.gethostname()}-{os.getpid()}-{new_nonce()}",
-        job=launch.meeting.rendezvous_id or "",
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        role=launch.config.role,
-        num_workers=launch.config.nproc_per_node,
-        rank_hint=launch.meeting.node_rank,
-    )
-
-
-def _start_message(plan: Plan, place: Place) -> StartGeneration:
-    assert plan.generation is not None, "a run without a generation"
-    return StartGeneration(
-        generation=plan.generation,
-        run_id=plan.run_id,
-        members=tuple(
-            Member(
-                node_rank=other.node_rank,
-                daemon=other.daemon,
-                first_global_rank=other.first_global_rank,
-                num_ranks=other.num_ranks,
-            )
-            for other in plan.places
-        ),
-        node_rank=place.node_rank,
-        leader=0,
-        fresh=plan.fresh,
-    )

@@ -16,8 +16,9 @@ import zmq
 
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.launcher import events
-from holdfast.launcher.agent import Agent, Ending, say
+from holdfast.launcher.agent import Agent, Ending
 from holdfast.launcher.arguments import HoldOptions, Launch, Meeting, hold_options, launch_from, parse, settle
+from holdfast.launcher.console import say
 from holdfast.launcher.daemons import DaemonLink
 from holdfast.launcher.processes import Guard
 from holdfast.launcher.seats import RunRecord, Seat, Tenant, default_run_directory, job_key, private
