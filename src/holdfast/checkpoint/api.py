@@ -191,6 +191,25 @@ class _Attempt:
         )
 
 
+class _Bytes:
+    """The bytes of pieces of the caller's tensors; views are kept, because a save asks twice, copies are not."""
+
+    def __init__(self, held: Mapping[str, _Held]) -> None:
+        self._held = held
+        self._views: dict[Piece, memoryview] = {}
+
+    def __call__(self, piece: Piece) -> memoryview:
+        known = self._views.get(piece)
+        if known is not None:
+            return known
+        view = self._held[piece.name].view(piece.box)
+        part = contiguous_on_cpu(view)
+        data = tensor_bytes(part)
+        if part.data_ptr() == view.data_ptr() and part.device == view.device:
+            self._views[piece] = data
+        return data
+
+
 def _prepare(state: Mapping[str, Any], ranks: Ranks, process_group: Any, copy: bool) -> _Prepared:
     tree, tensors = split_tensors("", _state_of(state))
     local, shards = _local(tensors, ranks, process_group)
@@ -198,7 +217,7 @@ def _prepare(state: Mapping[str, Any], ranks: Ranks, process_group: Any, copy: b
     held = {shard.name: part for shard, part in zip(shards, local, strict=True)}
     encoded = encode(tree)
     if not copy:
-        return _Prepared(pieces, lambda piece: tensor_bytes(held[piece.name].part(piece.box)), encoded)
+        return _Prepared(pieces, _Bytes(held), encoded)
     copies = {piece: held[piece.name].copy(piece.box) for piece in pieces}
     return _Prepared(pieces, lambda piece: tensor_bytes(copies[piece]), encoded)
 
@@ -268,10 +287,6 @@ class _Held:
                     view = view.narrow(dim, start - first + place, box.lengths[dim])
                 return view
         raise AssertionError(f"{box} does not lie in {self.boxes}")
-
-    def part(self, box: Box) -> torch.Tensor:
-        """The elements of a region, contiguous on the CPU; a view where they lie so."""
-        return contiguous_on_cpu(self.view(box))
 
     def copy(self, box: Box) -> torch.Tensor:
         """The elements of a region in memory of their own."""

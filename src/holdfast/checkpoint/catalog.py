@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from holdfast.checkpoint.boxes import Box, whole
@@ -262,6 +263,14 @@ class Catalog:
         return entry
 
     def _fill(self, entry: Saved, box: Box, target: _Target) -> None:
+        if entry.placement.only is not None:
+            # One tile, so one place to read from; there is no other that could stand in for it.
+            tile, number = entry.placement.only
+            try:
+                self._copy(entry, tile, number, box, target)
+            except HoldfastError as error:
+                raise type(error)(f"{_label(entry)}{box} cannot be read: {error}") from error
+            return
         rest = [box]
         failures: list[HoldfastError] = []
         for tile, number in entry.placement.overlapping(box):
@@ -293,6 +302,9 @@ class Catalog:
         image = self._images[number]
         offset = self._piece_offset(entry, tile, number)
         size = itemsize(entry.dtype)
+        if wanted == tile and target.is_of(tile):
+            target.put_all(image.windows(offset, tile.volume * size))
+            return
         strides = strides_of(tile.lengths, size)
         plan = segments(
             tile,
@@ -341,10 +353,24 @@ class _Target:
         self._buffer = buffer
         self._box = box
         self._itemsize = size
-        self._strides = strides_of(box.lengths, size)
+
+    @cached_property
+    def _strides(self) -> tuple[int, ...]:
+        return strides_of(self._box.lengths, self._itemsize)
 
     def _start(self, box: Box) -> int:
         return sum((o - b) * s for o, b, s in zip(box.offsets, self._box.offsets, self._strides, strict=True))
+
+    def is_of(self, box: Box) -> bool:
+        """Whether exactly the elements of `box` are wanted."""
+        return self._box == box
+
+    def put_all(self, windows: Iterator[memoryview]) -> None:
+        """Take the bytes of all elements."""
+        start = 0
+        for window in windows:
+            self._buffer[start : start + len(window)] = window
+            start += len(window)
 
     def holds_in_a_row(self, box: Box) -> bool:
         """Whether the elements of `box` have no others between them here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.layout import Layout
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Its name without ``torch.``.
 
@@ -57,7 +59,9 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where `tensor_bytes` takes it, else a copy that it takes."""
+    """The same storage where `tensor_bytes` takes it, else a copy that it takes."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        return tensor.detach()
     return tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
 
 

@@ -53,6 +53,9 @@ Tiling = Grid | Tiles
 
 def tiling(shape: tuple[int, ...], boxes: Sequence[Box], images: Sequence[int]) -> Tiling:
     """The shortest description of these boxes."""
+    if len(boxes) == 1 and boxes[0].lengths == shape and 0 not in shape:
+        # Most tensors of most states; what _as_grid gives, sooner.
+        return Grid(shape, EvenImages(images[0], 0))
     tiles = Tiles(tuple(boxes), tuple(images))
     return _as_grid(shape, tiles) or tiles
 
@@ -98,8 +101,12 @@ class Placement:
         """
         self._shape = shape
         self._tiling = tiling
+        self.only: tuple[Box, int] | None = None
+        """The tile that is the whole tensor, and its image; None where there are more."""
         if isinstance(tiling, Grid):
-            self._edges = _edges(shape, tiling.axes)
+            if tiling.axes == shape and isinstance(tiling.images, EvenImages) and 0 not in shape:
+                self.only = (whole(shape), tiling.images.first)
+            self._edges = _edges(shape, tiling.axes) if self.only is None else [(0, n) for n in shape]
             count = prod(len(e) - 1 for e in self._edges)
             images = tiling.images
             used = (
@@ -124,6 +131,9 @@ class Placement:
                     yield tile, self._tiling.images[number]
             return
         if box.is_empty or 0 in self._shape:
+            return
+        if self.only is not None:
+            yield self.only
             return
         counts = [len(e) - 1 for e in self._edges]
         ranges = [
