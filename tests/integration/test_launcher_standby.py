@@ -7,9 +7,12 @@ import ctypes
 import json
 import os
 import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+import holdfast
 from holdfast.launcher import standby as standbys
 from holdfast.launcher.processes import Child, Guard
 from holdfast.launcher.standby import Standby, StandbyChanged, can_stand_by, user_path
@@ -289,29 +293,65 @@ def test_a_silent_spawner_is_given_up_and_its_late_worker_runs_nothing(
     assert not (warm.root / "ran").exists()
 
 
-def test_a_worker_dies_with_its_agent(warm: Warm) -> None:
-    text = f"""
+AGENT = """
 import os, signal, sys, time
 from pathlib import Path
 from holdfast.launcher.processes import Guard
 from holdfast.launcher.standby import Standby
+root, script, ending = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+(root / "names").write_text("json")
 with Guard() as guard:
-    root = Path({str(warm.root)!r})
     standby = Standby(sys.executable, guard=guard, names=root / "names", log=root / "log", user_path=str(root))
     standby.warm_up(os.environ)
-    while (change := standby.changed()) is None: time.sleep(0.01)
-    child = standby.fork(("-u", {script(warm, "import time; time.sleep(600)")!r}), os.environ, stdout=None, stderr=None)
+    while standby.changed() is None: time.sleep(0.01)
+    child = standby.fork(("-u", script), os.environ, stdout=None, stderr=None)
     print(standby.pid, child.pid, flush=True)
-    os.kill(os.getpid(), signal.SIGKILL)
+    if ending == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    child.end(60)
+    print("code", child.exit_code())
+    standby.close()
 """
-    (warm.root / "names").write_text("json\n")
-    agent = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=WAIT_S, check=False)
+
+
+def test_a_worker_dies_with_its_agent(warm: Warm) -> None:
+    command = [sys.executable, "-c", AGENT, str(warm.root), script(warm, "import time; time.sleep(600)"), "killed"]
+    agent = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     deadline = time.monotonic() + WAIT_S
     pids = agent.stdout.split()
     assert len(pids) == 2, agent.stderr
     while any(_lives(pid) for pid in pids):
         assert time.monotonic() < deadline, "a process outlives its agent"
         time.sleep(0.01)
+
+
+def test_a_user_without_privileges_has_a_standby_too() -> None:
+    if os.getuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv to become another user")
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    places = [str(Path(holdfast.__file__).parents[1]), *sys.path]
+    variables = {"PYTHONPATH": os.pathsep.join(place for place in places if place), "PYTHONDONTWRITEBYTECODE": "1"}
+    with tempfile.TemporaryDirectory(prefix="nobody-", dir="/tmp") as folder:
+        path = Path(folder, "script.py")
+        path.write_text("import os\nprint('user', os.getuid(), 'policy', os.sched_getscheduler(0))\n")
+        os.chown(folder, 65534, 65534)
+        for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
+            line = shlex.join(
+                [python, "-c", AGENT, folder, str(path), "awaited"]
+            )  # by a shell: it has no powers of root
+            found = subprocess.run(
+                [*as_nobody, "sh", "-c", line],
+                env=os.environ | variables | {"HOME": folder},
+                capture_output=True,
+                text=True,
+                timeout=WAIT_S,
+                check=False,
+            )
+            if found.returncode == 0:
+                assert f"user 65534 policy {os.SCHED_OTHER}" in found.stdout
+                assert "code 0" in found.stdout
+                return
+    pytest.skip("another user cannot run this environment")
 
 
 def _lives(pid: str) -> bool:

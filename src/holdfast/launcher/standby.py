@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -188,6 +189,7 @@ class Standby:
             self._socket.close()
             self._socket = None
         if self._child is not None:
+            self._child.signal_group(signal.SIGKILL)  # it keeps nothing, and may be in the middle of an import
             self._child.end(END_S)
             self._child = None
 
