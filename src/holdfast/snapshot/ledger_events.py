@@ -1,11 +1,12 @@
 """What goes into the ledger of a node and what comes out of it: frozen events and instructions (pure).
 
-The machine between them is `holdfast.snapshot.ledger`.
+The machine between them is `holdfast.snapshot.ledger`. Structs, because a daemon starts the sooner the less code its
+classes generate.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot.reports import Agreed, NodeState, Orders, Pin, Request, SlotRef
@@ -14,8 +15,7 @@ from holdfast.snapshot.slots import Header
 # --- events: what the shell of the daemon feeds ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerationStarted:
+class GenerationStarted(msgspec.Struct, frozen=True, kw_only=True):
     """Feed at StartGeneration, after reading all slot headers again (the header is the truth: doorbells may be lost).
 
     Fences everything older. Yields `ClearGrants` and `SendInventory`. No slots until the next `PoolReady`.
@@ -28,16 +28,14 @@ class GenerationStarted:
     headers: tuple[Header, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Published:
+class Published(msgspec.Struct, frozen=True, kw_only=True):
     """A grant that stands on the control page of the current generation: the newest one of its slot."""
 
     slot: SlotRef
     step: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adopted:
+class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     """Feed once, first, in a restarted daemon whose arena has a generation (node.state), before anything else.
 
     Feed afterwards `PoolReady`, then from the control page `RankEntered`, `RankStepped`, `RankAcknowledged` and
@@ -61,8 +59,7 @@ class Adopted:
     """Versions kept for a persist as recorded there (`StorePins`)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RestoreDecided:
+class RestoreDecided(msgspec.Struct, frozen=True, kw_only=True):
     """Feed when the leader's choice arrives (LeaderRestore) and its Parentage is recorded, before workers hear of it.
     Again when the leader chooses anew (RestoreFailed). Yields `StopPersist` for what lies above the restored step."""
 
@@ -75,8 +72,7 @@ class RestoreDecided:
     """Global ranks of the Session, of all nodes: only these write images. None: every rank does."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PoolReady:
+class PoolReady(msgspec.Struct, frozen=True, kw_only=True):
     """Feed when slot files 0..num_slots-1 of `pool` are there for all local ranks, just before SlotsReady goes out.
 
     Slots of other pools are never granted again; each is dropped (`DropSlot`) once nothing in it is needed. Feed it
@@ -87,13 +83,11 @@ class PoolReady:
     num_slots: int
 
 
-@dataclass(frozen=True)
-class PoolPaused:
+class PoolPaused(msgspec.Struct, frozen=True):
     """Feed when some rank needs larger slots: no grants until the next `PoolReady`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankEntered:
+class RankEntered(msgspec.Struct, frozen=True, kw_only=True):
     """Feed when a rank reported the phase ``restored`` (its Session is entered)."""
 
     generation: GenerationId
@@ -102,8 +96,7 @@ class RankEntered:
     until: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankStepped:
+class RankStepped(msgspec.Struct, frozen=True, kw_only=True):
     """Feed when a rank's newest finished step on the control page has changed (polled, or with a doorbell), unless the
     rank is in `NodeLedger.watched` (then `RankRead`)."""
 
@@ -112,8 +105,7 @@ class RankStepped:
     step: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankUntil:
+class RankUntil(msgspec.Struct, frozen=True, kw_only=True):
     """Feed when a rank says (NeedSlots) what the last step of its loop will be."""
 
     generation: GenerationId
@@ -121,27 +113,24 @@ class RankUntil:
     until: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankCommitted:
+class RankCommitted(msgspec.Struct, frozen=True, kw_only=True):
     """Feed at `Committed`. Idempotent; a worker repeats its newest ones when it reconnects to a restarted daemon."""
 
     version: Version
     global_rank: int
     wait_s: float = 0.0
     step_s: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankMissed:
+class RankMissed(msgspec.Struct, frozen=True, kw_only=True):
     """Feed at `Missed`: the worker saw, at a boundary after `version.step`, a grant of it that it had not taken."""
 
     version: Version
     global_rank: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankRead:
+class RankRead(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's published step, read first, then its headers. Feed it when a worker reconnects (its doorbells may be
     lost), at `ReadRanks`, and instead of `RankStepped` for ranks in `NodeLedger.watched`.
 
@@ -156,8 +145,7 @@ class RankRead:
     headers: tuple[Header, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankAcknowledged:
+class RankAcknowledged(msgspec.Struct, frozen=True, kw_only=True):
     """Feed when a rank's acknowledged number on the control page has changed."""
 
     generation: GenerationId
@@ -165,8 +153,7 @@ class RankAcknowledged:
     number: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankFinished:
+class RankFinished(msgspec.Struct, frozen=True, kw_only=True):
     """Feed at `FinalStep`: the loop of the rank ended by itself."""
 
     generation: GenerationId
@@ -175,28 +162,24 @@ class RankFinished:
     persist: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class WriterDied:
+class WriterDied(msgspec.Struct, frozen=True, kw_only=True):
     """Feed when a worker process is gone (pidfd), with the generation it belonged to."""
 
     generation: GenerationId
     global_rank: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Requested:
+class Requested(msgspec.Struct, frozen=True, kw_only=True):
     """Feed at RequestSave, RequestEnd and RequestStop. Survives generations."""
 
     request: Request
 
 
-@dataclass(frozen=True)
-class LeaderConnected:
+class LeaderConnected(msgspec.Struct, frozen=True):
     """Feed when the connection to the leader's daemon is (re)made: yields a `SendReport`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class OrdersReceived:
+class OrdersReceived(msgspec.Struct, frozen=True, kw_only=True):
     """Feed when orders of the leader arrive (in order of arrival)."""
 
     orders: Orders
@@ -225,86 +208,74 @@ NodeEvent = (
 # --- instructions: what the shell must do, in this order ------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClearGrants:
+class ClearGrants(msgspec.Struct, frozen=True, kw_only=True):
     """Erase the page's grants and agreed step and write the generation: workers of older ones see nothing."""
 
     generation: GenerationId
 
 
-@dataclass(frozen=True)
-class SendInventory:
+class SendInventory(msgspec.Struct, frozen=True):
     """Send the leader an Inventory: images from `NodeLedger.clean()`, pins from `NodeLedger.pinned`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishGrant:
+class PublishGrant(msgspec.Struct, frozen=True, kw_only=True):
     """Write the grant of `version.step` in `slot` on the page, visible to the workers at once."""
 
     slot: SlotRef
     version: Version
 
 
-@dataclass(frozen=True, kw_only=True)
-class WithdrawGrant:
+class WithdrawGrant(msgspec.Struct, frozen=True, kw_only=True):
     """Erase the grant from the page: nobody needs the version any more. Who has not seen it yet never will."""
 
     slot: SlotRef
     version: Version
 
 
-@dataclass(frozen=True)
-class ReadRanks:
+class ReadRanks(msgspec.Struct, frozen=True):
     """Now that grants are withdrawn, feed `RankRead` of every living local rank: who has not reached an abandoned step
     cannot take it any more. Ranks in `NodeLedger.watched` need `RankRead` instead of `RankStepped` from now on."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class PublishAgreed:
+class PublishAgreed(msgspec.Struct, frozen=True, kw_only=True):
     """Write the agreed step on the page; workers that wait in ``agreed()`` look again. Where it is confirmed and of
     kind save, send SaveAgreed to the workers."""
 
     agreed: Agreed
 
 
-@dataclass(frozen=True, kw_only=True)
-class SendReport:
+class SendReport(msgspec.Struct, frozen=True, kw_only=True):
     """Send the state to the leader. A newer one replaces one that is not sent yet, but `ask` of either must stay set
     (send at most one per few ms)."""
 
     state: NodeState
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreRequests:
+class StoreRequests(msgspec.Struct, frozen=True, kw_only=True):
     """Record the open requests in node.state."""
 
     requests: tuple[Request, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class StorePins:
+class StorePins(msgspec.Struct, frozen=True, kw_only=True):
     """Record in node.state which versions are kept for a persist: a successor of the daemon must keep them too."""
 
     pinned: tuple[Pin, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DropSlot:
+class DropSlot(msgspec.Struct, frozen=True, kw_only=True):
     """Unlink the files of a slot of a former pool: nothing in it is needed and nobody writes it."""
 
     slot: SlotRef
 
 
-@dataclass(frozen=True, kw_only=True)
-class StopPersist:
+class StopPersist(msgspec.Struct, frozen=True, kw_only=True):
     """Stop reading this version for a persist: its pin is gone, the slot may be written again."""
 
     version: Version
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completed:
+class Completed(msgspec.Struct, frozen=True, kw_only=True):
     """For people, agents (Progress) and workers: the version is complete on all ranks of the job."""
 
     version: Version

@@ -193,6 +193,7 @@ class Simulation:
         self.ranks_per_node = self.plan.ranks_per_node
         self.pools = 0
         self.chaos = True
+        self.late = False
         self.faults_left = self.plan.faults
         self.requests_left = self.plan.requests
         self.num_requests = 0
@@ -214,7 +215,8 @@ class Simulation:
         self.chaos = False
         if any(not worker.alive for node in self.nodes for worker in node.workers):
             self._new_generation()
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
+            self.late = number > ROUNDS // 2  # agents see to it that nobody lingers for ever
             if self._ended():
                 return
             entities = self._entities()
@@ -269,7 +271,7 @@ class Simulation:
             actions.append(("ring", zombie))
         if zombie.copying and self.rng.random() < 0.08:
             actions.append(("finish", zombie))
-        if self.rng.random() < (0.03 if self.chaos else 0.2):  # in the end the agents see to it
+        if self.rng.random() < (0.3 if self.late else 0.03):
             actions.append(("zombie_dies", zombie))
         return actions
 

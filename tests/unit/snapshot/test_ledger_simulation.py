@@ -8,7 +8,6 @@ failing seed is named in the error and reproduces alone:
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -236,7 +235,7 @@ class PersistOfAbandoned(leader.LeaderLedger):
 @mutant("page ignored: a restarted daemon does not adopt the grants on the page")
 class PageIgnored(ledger.NodeLedger):
     def _adopt(self, event: ledger.Adopted) -> None:
-        super()._adopt(dataclasses.replace(event, published=()))
+        super()._adopt(msgspec.structs.replace(event, published=()))
 
 
 @mutant("headers ignored: a restarted daemon takes granted slots for clean ones")
