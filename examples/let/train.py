@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpt.train import GPT, batch_of, loss_of, read_text, validate
 
 import holdfast
+from holdfast.runtime.guidance import LateToEarly
 
 SIZES = {  # width, layers, heads
     "teacher": (64, 2, 2),
@@ -55,9 +56,9 @@ def model_of(role: str, context: int) -> GPT:
     return GPT(width, layers, heads, context)
 
 
-def guide_of(model: GPT, args: argparse.Namespace) -> holdfast.LateToEarly:
+def guide_of(model: GPT, args: argparse.Namespace) -> LateToEarly:
     """The larger model's early layer follows the small model's last states until `--stop`."""
-    return holdfast.LateToEarly(
+    return LateToEarly(
         model,
         teacher=lambda: model_of("teacher", args.context),
         teacher_weights=args.out / "teacher" / "checkpoints",

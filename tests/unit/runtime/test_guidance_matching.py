@@ -87,12 +87,13 @@ def test_a_given_number_of_tokens_divides_the_sum() -> None:
     torch.testing.assert_close(value(ours, theirs, num_tokens=12), value(ours, theirs) / 2)
 
 
-def test_low_precision_states_are_compared_in_float32() -> None:
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_low_precision_states_are_compared_in_float32(side: str) -> None:
     ours, theirs = pair(dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = value(ours, theirs)
+        found = value(ours, theirs, match=LinearMatch(side))
     assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(-reference_cosine(ours.double(), theirs.double()), rel=1e-5)
+    assert found.item() == pytest.approx(-reference_cosine(ours.double(), theirs.double(), side=side), rel=1e-5)
 
 
 def test_the_divergence_is_that_of_the_definition() -> None:
