@@ -72,6 +72,7 @@ def test_a_kill_between_any_two_file_operations_leaves_source_and_way_on(tmp_pat
         assert code == _KILLED
         if not (to / last).exists():
             assert main(arguments) == 0
+            assert not list(to.glob(".tmp-*"))
         found = _contents(to)
         # Roots and indices say when they were made; the rest is the same to the bit, leftovers aside.
         for name, data in expected.items():

@@ -145,6 +145,17 @@ class PosixStorage:
             refuse("removed", path, error)
 
 
+def remove_leftovers(storage: Storage, folder: str | Path) -> None:
+    """Remove writes that did not end; called by whoever is about to finish what belongs into the folder.
+
+    Raises:
+        StorageError: one cannot be removed.
+    """
+    for entry in storage.list(folder):
+        if entry.name.startswith(TEMPORARY_PREFIX) and not entry.is_folder:
+            storage.remove(Path(folder) / entry.name)
+
+
 _ADVICE = {
     errno.ENOSPC: "no space is left: free some, or keep fewer checkpoints",
     errno.EDQUOT: "the disk quota is used up: free some space, or keep fewer checkpoints",

@@ -13,7 +13,7 @@ from holdfast.checkpoint.commit import open_checkpoint, read_step_info, refuse_c
 from holdfast.checkpoint.root import ROOT_NAME, decode_root, encode_root
 from holdfast.checkpoint.source import FileSource
 from holdfast.checkpoint.steps import MAX_SMALL_BYTES
-from holdfast.checkpoint.storage import PosixStorage
+from holdfast.checkpoint.storage import PosixStorage, remove_leftovers
 from holdfast.checkpoint.tools.native import open_native
 from holdfast.checkpoint.tools.units import Progress, human, parse_size
 from holdfast.checkpoint.verified import OpenImage
@@ -59,6 +59,7 @@ def copy_checkpoint(source: Path, destination: Path) -> None:
     data = _sound_index(storage, source, root.index_copies[0].size_bytes, root.index_digest)
     for copy in root.index_copies:
         storage.write(destination / copy.name, [data])
+    remove_leftovers(storage, destination)
     storage.write(destination / ROOT_NAME, [encode_root(root)], exclusive=True)
 
 

@@ -11,7 +11,7 @@ import msgspec
 import xxhash
 
 from holdfast.checkpoint.dtypes import dtype_info
-from holdfast.checkpoint.storage import PosixStorage
+from holdfast.checkpoint.storage import PosixStorage, remove_leftovers
 from holdfast.checkpoint.tools.exported import Export, Item
 from holdfast.checkpoint.tools.safetensors_format import INDEX_NAME
 from holdfast.errors import StateError, StorageError
@@ -38,6 +38,7 @@ def export_hf(export: Export, directory: Path, shard_bytes: int) -> None:
         if not _is_there(directory / name, header, shard):
             storage.write(directory / name, _file(export, header, shard))
         weight_map.update((item.name, name) for item in shard)
+    remove_leftovers(storage, directory)
     index = {"metadata": {"total_size": export.size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     storage.write(directory / INDEX_NAME, [json.dumps(index, indent=2).encode() + b"\n"], exclusive=True)
 
