@@ -126,7 +126,7 @@ def chain_of(inventories: Sequence[Inventory], *, before: GenerationId) -> Chain
 
 def choose(question: ChainQuestion) -> Choice:
     """The newest candidate on the chain; memory on ties. The caller refines memory to "peers" per node (`tier_of`)."""
-    newest = max((inventory.newest_step for inventory in question.inventories), default=0)
+    newest = max([0, *(inventory.newest_step for inventory in question.inventories)])
     standing = _standing(question, newest)
     if standing is not None:
         return standing
