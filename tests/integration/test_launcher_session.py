@@ -30,7 +30,7 @@ def main():
                 raise ValueError("always here")
             model(torch.ones(1, 4)).sum().backward()
             optimizer.step()
-            time.sleep(0.02)
+            time.sleep(0.05)  # a version has to be complete before the failure
             if step == 5:
                 open("under-way", "w").close()
     print("to", session.step, flush=True)
@@ -70,15 +70,15 @@ def test_a_stop_signal_ends_at_an_agreed_step_in_storage_and_a_new_run_goes_on_f
 
 
 def test_the_same_exception_at_the_same_step_stops_the_job_with_its_newest_version_in_storage(job: Job) -> None:
-    assert job.run(command(job, 8, 20)) == 1
-    assert "the same failure came twice at step 8" in job.output()
+    assert job.run(command(job, 40, 60)) == 1
+    assert "the same failure came twice at step 40" in job.output()
     assert "ValueError: always here" in job.output().split("Root Cause")[1]
-    assert "from 8 memory" in job.output()
-    assert (job.root / "checkpoints" / "step-00000008" / "root").exists()
+    assert "from 40 memory" in job.output()
+    assert (job.root / "checkpoints" / "step-00000040" / "root").exists()
     (recovery,) = [event for event in job.events() if event["kind"] == "recovery"]
-    assert (recovery["tier"], recovery["step"]) == ("memory", 8)
+    assert (recovery["tier"], recovery["step"]) == ("memory", 40)
     (end,) = [event for event in job.events() if event["kind"] == "run_ended"]
     assert (end["outcome"], end["exit_code"]) == ("failed", 1)
     assert leftovers(job) == []
-    assert job.run(command(job, -1, 10), log="again.txt") == 0, job.output("again.txt")
-    assert "from 8 storage" in job.output("again.txt")
+    assert job.run(command(job, -1, 42), log="again.txt") == 0, job.output("again.txt")
+    assert "from 40 storage" in job.output("again.txt")

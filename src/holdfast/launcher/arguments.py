@@ -94,7 +94,7 @@ class HoldOptions:
     """Silence after which a node counts as lost."""
     no_progress: int = 3
     """Restarts without progress after which the job stops, where --max-restarts is not given."""
-    standby: bool = False
+    standby: bool = True
     """Whether a warm process stands by, from which the workers of later generations are forked."""
 
 
@@ -120,8 +120,8 @@ _FLAGS = (
         "standby",
         _parse_switch,
         "0|1",
-        "1: a process that has imported what the script imports stands by for restarts, "
-        "with its own 0.2 GB and more of memory (default 0)",
+        "whether a process that has imported what the script imports stands by for restarts, "
+        "which costs 0.2 GB of memory and more (default 1)",
     ),
     _Flag("no_progress", int, "N", "restarts without progress that end the job without --max-restarts (default 3)"),
 )
