@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpt.train import GPT, batch_of, loss_of, read_text, validate
 
 import holdfast
-from holdfast.runtime.guidance import LateToEarly
+from holdfast import LateToEarly
 
 SIZES = {  # width, layers, heads
     "teacher": (64, 2, 2),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.retention import Retention
     from holdfast.errors import HoldfastError
     from holdfast.runtime.extra import PerRank
+    from holdfast.runtime.guidance import LateToEarly
     from holdfast.runtime.results import Persisted, Restored, SaveHandle
     from holdfast.runtime.session import InitFrom, Session, restore_point
 
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "HoldfastError",
     "InitFrom",
+    "LateToEarly",
     "PerRank",
     "Persisted",
     "Restored",
@@ -41,6 +43,7 @@ _SUBMODULES = frozenset({"checkpoint", "errors", "testing"})
 _HOMES = {
     "HoldfastError": "holdfast.errors",
     "InitFrom": "holdfast.runtime.session",
+    "LateToEarly": "holdfast.runtime.guidance",
     "PerRank": "holdfast.runtime.extra",
     "Persisted": "holdfast.runtime.results",
     "Restored": "holdfast.runtime.results",

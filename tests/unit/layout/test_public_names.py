@@ -14,6 +14,7 @@ import holdfast
 PUBLIC = {
     "HoldfastError",
     "InitFrom",
+    "LateToEarly",
     "PerRank",
     "Persisted",
     "Restored",
