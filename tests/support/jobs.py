@@ -45,7 +45,9 @@ class Job:
         }
         temporary = self.root / "tmp"
         temporary.mkdir(exist_ok=True)
-        return kept | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), MARKER: self.name, **self.environment}
+        own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), MARKER: self.name}
+        # torch's compiler keeps a cache in TMPDIR wherever an optimizer steps; it is torch's, and no leftover of ours.
+        return kept | own | {"TORCHINDUCTOR_CACHE_DIR": str(self.root / "inductor"), **self.environment}
 
     def holdfast(self, *arguments: str | os.PathLike[str]) -> list[str]:
         """The command line of `holdfast run` for this job."""

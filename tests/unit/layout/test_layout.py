@@ -44,8 +44,10 @@ ALLOWED = {
     # For the class of the error that torch.load raises.
     "holdfast.checkpoint.tools.torch_format": {"pickle", "torch.load"},
     "holdfast.checkpoint.tools.export_torch": {"torch.save"},
+    # Runs the script that the user names, as python itself would.
+    "holdfast.launcher.interpreter": {"exec", "compile"},
 }
-"""What a module uses for the sake of others' formats. Every torch.load is one with weights_only=True."""
+"""What a module uses for the sake of others' formats, and the one place that runs a script. Every torch.load is one with weights_only=True."""
 UNSAFE_METHODS = {
     "all_gather_object",
     "broadcast_object_list",
