@@ -89,6 +89,7 @@ def holdfast_variables(
         node_rank=place.node_rank,
         world_size=sum(other.num_ranks for other in plan.places),
         local_world_size=place.num_ranks,
+        ranks_per_node=tuple(other.num_ranks for other in sorted(plan.places, key=lambda other: other.node_rank)),
     )
     variables = where.variables()
     if not daemon:

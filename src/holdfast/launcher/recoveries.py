@@ -19,10 +19,12 @@ class RecoveryBook:
         self._write = write
         self._timeline: Timeline | None = None
         self._had_session = False
+        self._began = False
 
     def begin(self, cause: str, detected_s: float) -> None:
         """A generation ends for this `cause`, noticed at `detected_s` (time.time())."""
         self.close()
+        self._began = True
         self._timeline = Timeline(cause, detected_s, had_session=self._had_session)
 
     def stopped(self) -> None:
@@ -31,8 +33,16 @@ class RecoveryBook:
             self._timeline.stopped(time.time())
 
     def agreed(self, plan: Plan) -> None:
-        """A plan goes to all members; the first one with a new generation counts."""
-        if self._timeline is None or plan.generation is None or plan.phase != "run":
+        """A plan goes to all members; the first one with a new generation counts.
+
+        The first generation of a run is told of too where its Sessions resume what an earlier run left.
+        """
+        if plan.generation is None or plan.phase != "run":
+            return
+        if not self._began:
+            self._began = True
+            self._timeline = Timeline("the job was started again", time.time(), had_session=True, first=True)
+        if self._timeline is None:
             return
         if self._timeline.generation is None:
             self._timeline.agreed(plan, time.time())
@@ -51,6 +61,7 @@ class RecoveryBook:
 
     def close(self) -> None:
         """Close the recovery that is under way: it is complete, or the next failure came first."""
-        if self._timeline is not None and self._timeline.generation is not None:
-            self._write(self._timeline.event())
+        timeline = self._timeline
+        if timeline is not None and timeline.generation is not None and timeline.is_recovery:
+            self._write(timeline.event())
         self._timeline = None

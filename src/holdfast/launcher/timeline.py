@@ -29,8 +29,10 @@ def signal_name(number: int) -> str:
 class Timeline:
     """From a failure to the first step that all ranks have finished again. Times are time.time()."""
 
-    def __init__(self, cause: str, detected_s: float, *, had_session: bool) -> None:
+    def __init__(self, cause: str, detected_s: float, *, had_session: bool, first: bool = False) -> None:
+        """`first`: this is the start of a run, a recovery only where its Sessions find something to resume."""
         self.cause = cause
+        self._first = first
         self._detected_s = detected_s
         self._had_session = had_session
         self._phases: dict[str, float] = {}
@@ -73,9 +75,14 @@ class Timeline:
         """All ranks have finished a step again."""
         return "first_step" in self._phases
 
+    @property
+    def is_recovery(self) -> bool:
+        """Whether anything was recovered, or had to be."""
+        return not self._first or self._session.tier not in ("", "none")
+
     def line(self) -> str | None:
         """The one line for people, once it can be said; None before and after."""
-        if self._announced or self._plan is None or self._plan.generation is None:
+        if not self.is_recovery or self._announced or self._plan is None or self._plan.generation is None:
             return None
         number, session = self._plan.generation.generation, self._session
         if self.complete:

@@ -7,7 +7,9 @@ import pytest
 
 from holdfast.checkpoint.version import GenerationId
 from holdfast.launcher.budget import RestartBudget
+from holdfast.launcher.events import AnyEvent, Recovery
 from holdfast.launcher.ranks import node_ranks, places
+from holdfast.launcher.recoveries import RecoveryBook
 from holdfast.launcher.seats import Tenant, job_key
 from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.timeline import Timeline, describe_failure
@@ -173,6 +175,22 @@ def test_without_a_session_the_line_comes_when_workers_have_started() -> None:
     timeline, report = recovery(had_session=False)
     timeline.observe(report)
     assert timeline.line() == "generation 2 started (restart 1), 0.5 s since rank 1 was killed (SIGKILL)"
+
+
+@pytest.mark.parametrize(("tier", "told"), [("memory", True), ("storage", True), ("none", False), ("", False)])
+def test_the_start_of_a_run_is_a_recovery_only_where_something_is_resumed(tier: str, told: bool) -> None:
+    written: list[AnyEvent] = []
+    book = RecoveryBook(written.append)
+    ranks = places([node("a")], {"a": 0}, {})
+    plan = Plan(leader_id="a", sequence=1, phase=Phase.RUN, generation=GENERATION, places=ranks, store="h:1")
+    book.agreed(plan)
+    state = SessionState(opened=2, restored=2, first_step=2, tier=tier, step=9)
+    report = Report(
+        node=node("a"), sequence=1, generation=GENERATION, state=WorkerState.RUNNING, alive=True, session=state
+    )
+    book.observe(report)
+    book.close()
+    assert [event.tier for event in written if isinstance(event, Recovery)] == ([tier] if told else [])
 
 
 def test_an_exception_is_told_with_its_message() -> None:

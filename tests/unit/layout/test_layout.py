@@ -47,7 +47,8 @@ ALLOWED = {
     # Runs the script that the user names, as python itself would.
     "holdfast.launcher.interpreter": {"exec", "compile"},
 }
-"""What a module uses for the sake of others' formats, and the one place that runs a script. Every torch.load is one with weights_only=True."""
+"""What a module uses for the sake of others' formats, and the one place that runs a script. Each torch.load is one with
+weights_only=True."""
 UNSAFE_METHODS = {
     "all_gather_object",
     "broadcast_object_list",

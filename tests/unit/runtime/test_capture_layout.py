@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, _StridedShard
 
+from holdfast.checkpoint.layout import _boxes, shard_runs
 from holdfast.errors import StateError
 from holdfast.runtime.entries import box_view
-from holdfast.checkpoint.layout import _boxes, shard_runs
 
 
 @st.composite
