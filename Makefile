@@ -28,7 +28,7 @@ demo: $(STAMP) ## train two workers, kill one, resume from memory, compare with 
 	@$(BIN)/python examples/demo.py
 
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(STAMP) ## ruff, its formatter and mypy
 	$(BIN)/ruff check .

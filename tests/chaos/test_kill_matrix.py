@@ -112,7 +112,7 @@ def test_a_rank_killed_at_every_instant_one_after_another_changes_nothing(
         faults = ";".join(
             f"kill:rank={rank},step={3 + 2 * number},when={instant}" for number, instant in enumerate(INSTANTS)
         )
-        flags = ["--standalone", "--nproc-per-node", str(world), "--hold-faults", faults]
+        flags = ["--standalone", "--nproc-per-node", str(world), "--hold-standby", "1", "--hold-faults", faults]
         longer = [*script(job, parallel), "--steps", str(steps), "--step-seconds", "0.1"]
         assert job.run(job.holdfast(*flags, *longer), timeout_s=1100) == 0, job.output()
         check(job, world, undisturbed(parallel, world, steps), fired=len(INSTANTS))

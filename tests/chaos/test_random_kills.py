@@ -58,7 +58,18 @@ def test_whatever_is_killed_whenever_the_run_ends_as_if_nothing_had_happened(tmp
     (tmp_path / "held").mkdir()
     with job_in(tmp_path / "held") as job:
         out = ["--out", str(job.root / "out"), "--step-seconds", "0.1", "--checkpoints", str(job.checkpoints)]
-        arguments = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "50", str(TRAIN), *options, *out]
+        arguments = [
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--max-restarts",
+            "50",
+            "--hold-standby",
+            "1",
+            str(TRAIN),
+            *options,
+            *out,
+        ]
         process = job.start(job.holdfast(*arguments))
         kills = 0
         deadline = time.monotonic() + 600

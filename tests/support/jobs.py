@@ -46,6 +46,8 @@ class Job:
         temporary = self.root / "tmp"
         temporary.mkdir(exist_ok=True)
         own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), MARKER: self.name}
+        # Failures come here within a second of the start, before any standby is ready: it would only take time.
+        own["PET_HOLD_STANDBY"] = "0"
         # torch's compiler keeps a cache in TMPDIR wherever an optimizer steps; it is torch's, and no leftover of ours.
         return kept | own | {"TORCHINDUCTOR_CACHE_DIR": str(self.root / "inductor"), **self.environment}
 
