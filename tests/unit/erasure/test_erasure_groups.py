@@ -147,7 +147,7 @@ def all_groups() -> list[Group]:
         for spec in ("auto", "mirror", "2+2", "4+2", "1+3")
         for group in form_groups(hosts(n), Redundancy.parse(spec)).groups
     }
-    return sorted(groups, key=lambda group: (len(group.members), group.num_data, group.members))
+    return sorted(groups, key=lambda group: (len(group.members), group.num_data, group.num_parity, group.members))
 
 
 @pytest.mark.parametrize(
