@@ -49,7 +49,7 @@ def script(job: Job, parallel: str) -> list[str]:
         "--out",
         str(job.root / "out"),
         "--step-seconds",
-        "0.02",
+        "0.1",
     ]
 
 
@@ -121,7 +121,7 @@ def test_a_rank_killed_at_every_instant_one_after_another_changes_nothing(
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_three_failures_in_one_run_change_nothing(tmp_path: Path, undisturbed: Reference, parallel: str) -> None:
     with job_in(tmp_path) as job:
-        faults = "kill:rank=1,step=3,when=backward;raise:rank=0,step=6,when=forward;kill:rank=0,step=9,when=copy"
+        faults = "kill:rank=1,step=6,when=backward;raise:rank=0,step=8,when=forward;kill:rank=0,step=10,when=copy"
         flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
         assert job.run(job.holdfast(*flags, *script(job, parallel))) == 0, job.output()
         check(job, 2, undisturbed(parallel, 2), fired=3)
@@ -129,7 +129,7 @@ def test_three_failures_in_one_run_change_nothing(tmp_path: Path, undisturbed: R
 
 def test_a_failure_during_recovery_changes_nothing(tmp_path: Path, undisturbed: Reference) -> None:
     with job_in(tmp_path) as job:
-        faults = "kill:rank=1,step=5,when=backward;kill:rank=0,step=0,when=restore"
+        faults = "kill:rank=1,step=7,when=backward;kill:rank=0,step=0,when=restore"
         flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
         assert job.run(job.holdfast(*flags, *script(job, "ddp"))) == 0, job.output()
         check(job, 2, undisturbed("ddp", 2), fired=2)
@@ -152,7 +152,7 @@ def test_training_goes_on_without_its_daemon_and_the_next_failure_resumes_from_i
     tmp_path: Path, undisturbed: Reference
 ) -> None:
     with job_in(tmp_path) as job:
-        faults = "kill-daemon:node=0,step=4;kill:rank=0,step=9,when=backward"
+        faults = "kill-daemon:node=0,step=5;kill:rank=0,step=9,when=backward"
         flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
         slow = [*script(job, "ddp"), "--step-seconds", "0.2"]
         assert job.run(job.holdfast(*flags, *slow)) == 0, job.output()

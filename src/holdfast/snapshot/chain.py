@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.snapshot.messages import CleanImage, Inventory, Parentage
+from holdfast.snapshot.messages import CleanImage, Inventory, Member, Parentage
 from holdfast.snapshot.reports import Pin
 
 
@@ -175,12 +175,21 @@ def _standing(question: ChainQuestion, newest: int) -> Choice | None:
     return None
 
 
-def tier_of(choice: Choice, inventories: Sequence[Inventory], node_rank: int) -> str:
-    """memory where every image of the version lies on that node, else peers; other tiers as they are."""
+def tier_of(choice: Choice, inventories: Sequence[Inventory], member: Member, world_size: int) -> str:
+    """memory where the ranks of that node find what they want on it, else peers; other tiers as they are.
+
+    They do where all images of the version lie there, and where the world is the one that wrote it and the node's ranks
+    have their own images there: each image holds what its node's replicas share, and its rank's shards.
+    """
     if choice.tier != "memory" or choice.version is None:
         return choice.tier
-    own = [inventory for inventory in inventories if inventory.node_rank == node_rank]
-    return "memory" if _missing_ranks(choice.version, own) == [] else "peers"
+    own = [inventory for inventory in inventories if inventory.node_rank == member.node_rank]
+    if _missing_ranks(choice.version, own) == []:
+        return "memory"
+    images = [image for inventory in own for image in inventory.clean if image.version == choice.version]
+    ranks = set(range(member.first_global_rank, member.first_global_rank + member.num_ranks))
+    at_home = ranks <= {image.global_rank for image in images if image.world_size == world_size}
+    return "memory" if at_home else "peers"
 
 
 def carried_persists(inventories: Sequence[Inventory], choice: Choice, *, generation: GenerationId) -> tuple[Pin, ...]:

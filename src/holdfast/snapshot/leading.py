@@ -252,11 +252,12 @@ class Leading:
         for node_rank in self._members:
             self._send(node_rank, self._chosen)
         inventories = tuple(self._inventories.values())
-        nearby = all(chain.tier_of(choice, inventories, node_rank) == choice.tier for node_rank in self._members)
+        world_size = sum(member.num_ranks for member in self.start.members)
+        tiers = {chain.tier_of(choice, inventories, member, world_size) for member in self.start.members}
         self._to_agent(
             RestoreChosen(
                 generation=self.start.generation,
-                tier=choice.tier if nearby else "peers",
+                tier="peers" if "peers" in tiers else choice.tier,
                 version=choice.version,
                 step=choice.step,
                 steps_lost=choice.steps_lost,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from holdfast.checkpoint.version import GenerationId
 from holdfast.snapshot import chain
 from holdfast.snapshot.chain import ChainQuestion, StoredStep, choose
-from holdfast.snapshot.messages import CleanImage, Inventory, Parentage
+from holdfast.snapshot.messages import CleanImage, Inventory, Member, Parentage
 from holdfast.snapshot.reports import Pin
 
 
@@ -170,8 +170,15 @@ def test_what_a_former_leader_of_the_generation_chose_stands():
 def test_a_node_with_all_images_restores_from_memory_others_from_peers():
     first, second = inventory(image(G1.at(8), 0, 2), image(G1.at(8), 1, 2)), inventory(image(G1.at(8), 1, 2), node=1)
     choice = ask(first, second)
-    assert chain.tier_of(choice, (first, second), 0) == "memory"
-    assert chain.tier_of(choice, (first, second), 1) == "peers"
+    one, other = member(0, 0, 1), member(1, 1, 1)
+    assert chain.tier_of(choice, (first, second), one, 2) == "memory"
+    assert chain.tier_of(choice, (second, first), member(1, 0, 2), 2) == "peers"
+    assert chain.tier_of(choice, (first, second), other, 2) == "memory", "rank 1 has its own image at home"
+    assert chain.tier_of(choice, (first, second), member(1, 1, 2), 3) == "peers", "another world wants other boxes"
+
+
+def member(node_rank: int, first: int, ranks: int) -> Member:
+    return Member(node_rank=node_rank, daemon="tcp://127.0.0.1:1", first_global_rank=first, num_ranks=ranks)
 
 
 def test_image_sources_names_a_node_for_each_rank():
