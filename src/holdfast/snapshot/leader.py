@@ -359,10 +359,12 @@ class LeaderLedger:
             self._granted_from = newest
         room = min(self._room(state) for state in self._writing)
         for step in self._awaited(ranks, newest):
-            if room <= 0:
+            granted = step in self.outstanding
+            if room < 0 or (room == 0 and not granted):
                 self._recall(step)
                 return
-            room = self._give(step, room)
+            if not granted:
+                room = self._give(step, room)
         horizon = self._horizon(newest, ranks)
         while room > 0:
             step = self._next_step(newest, ranks, scarce=room < 2, horizon=horizon)
@@ -384,7 +386,9 @@ class LeaderLedger:
 
     def _recall(self, awaited: int) -> None:
         """Workers wait at `awaited` for a slot, and steps that they cannot reach before hold some: these are taken
-        back. No worker can have taken one of them, for none passes `awaited`."""
+        back. No worker can have taken one of them, for none passes `awaited`. The step may be granted already: where a
+        leader died while it took grants back, some nodes hold `awaited`, others still the later steps, and its
+        successor finds both, more than there are slots."""
         later = {step for step in self.outstanding if step > awaited}
         if later:
             self.outstanding -= later
@@ -401,14 +405,11 @@ class LeaderLedger:
         return state.free - sum(step not in listed for step in self.outstanding)
 
     def _awaited(self, ranks: list[RankState], newest: int) -> list[int]:
-        """Steps at whose boundary workers wait for their grant."""
+        """Steps that no worker passes before they are complete: they wait there for the grant, or for its slot."""
         steps = {rank.final.step for rank in ranks if rank.final is not None}
         if self.agreement.due is not None:
             steps.add(self.agreement.due)
-        return sorted(step for step in steps if step >= newest and self._grantable(step))
-
-    def _grantable(self, step: int) -> bool:
-        return step not in self.outstanding and (self._complete is None or step > self._complete)
+        return sorted(step for step in steps if step >= newest and (self._complete is None or step > self._complete))
 
     def _next_must(self, newest: int, ranks: list[RankState]) -> int | None:
         """The next must step that no grant has reached yet."""

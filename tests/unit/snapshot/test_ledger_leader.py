@@ -11,7 +11,7 @@ from holdfast.snapshot import leader
 from holdfast.snapshot.interval import WINDOW, AutoInterval
 from holdfast.snapshot.leader import LeaderConfig, LeaderLedger
 from holdfast.snapshot.persists import ATTEMPTS_OF_MANDATORY, CommitPersist, OrderPersist, PersistQueue, PersistSettled
-from holdfast.snapshot.reports import Final, Held, NodeState, Pin, RankState, Request
+from holdfast.snapshot.reports import Agreed, Final, Held, NodeState, Pin, RankState, Request
 
 G = GenerationId(incarnation=1, nonce="00000abc", generation=1)
 
@@ -138,6 +138,20 @@ def test_the_final_step_is_granted_where_workers_wait_and_later_grants_are_taken
     assert orders(machine.handle(report(rank=ended, slots=2, clean=(2,), granted=(4,)))).grants == ()
     machine.handle(report(rank=ended, slots=2, clean=(2,), free=1))
     assert machine.outstanding == {3}
+
+
+def test_a_new_leader_ends_the_taking_back_of_grants_that_its_predecessor_began():
+    """Node 0 has been told that 10 is taken back for the agreed step 6; node 1 has not, and gives 10 its last slot."""
+    machine = made(nodes=(0, 1), persist_every_steps=5)
+    stop = Agreed(number=2, step=6, confirmed=True, kind="stop", requests=("n0-1",))
+    there = [RankState(global_rank=rank, step=6, entered=True, acknowledged=2, until=10) for rank in (0, 1)]
+    machine.handle(report(node=0, rank=there[0], slots=2, clean=(5, 6), agreed=stop))
+    out = machine.handle(report(node=1, rank=there[1], slots=2, clean=(5,), granted=(10,), agreed=stop))
+    assert (orders(out).complete, orders(out).grants) == (5, (6,))
+    machine.handle(report(node=1, rank=there[1], slots=2, clean=(5,), granted=(6,), agreed=stop))
+    assert machine.outstanding == {6}
+    out = machine.handle(report(node=1, rank=there[1], slots=2, clean=(5, 6), agreed=stop))
+    assert orders(out).complete == 6
 
 
 def test_a_complete_multiple_of_persist_every_is_pinned_with_the_orders_that_name_it_complete():
