@@ -56,7 +56,11 @@ def undisturbed(root: Path, case: Case) -> str:
         stock = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(case.ranks)]
         python = [str(BIN / "python")]
         command = [*(stock if case.ranks > 1 else python), str(RECIPES / f"{case.name}.py"), str(folder)]
-        assert job.run(command) == 0, job.output()
+        code = job.run(command)
+        # Seen once in many runs: a worker of stock torchrun aborts in C++ while its interpreter ends, after its last line.
+        # This run only says what the numbers are.
+        ended = code == 0 or "terminate called without an active exception" in job.output()
+        assert ended, job.output()
         return final_line(job.output())
 
 
