@@ -57,8 +57,8 @@ def undisturbed(root: Path, case: Case) -> str:
         python = [str(BIN / "python")]
         command = [*(stock if case.ranks > 1 else python), str(RECIPES / f"{case.name}.py"), str(folder)]
         code = job.run(command)
-        # Seen once in many runs: a worker of stock torchrun aborts in C++ while its interpreter ends, after its last line.
-        # This run only says what the numbers are.
+        # Seen once in many runs: a worker of stock torchrun aborts in C++ while its interpreter ends, after its last
+        # line. This run only says what the numbers are.
         ended = code == 0 or "terminate called without an active exception" in job.output()
         assert ended, job.output()
         return final_line(job.output())
