@@ -42,9 +42,9 @@ def kill(job: Job, pids: list[int]) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    "seed", [1, *(pytest.param(seed, marks=(pytest.mark.campaign, pytest.mark.timeout(900))) for seed in range(2, 9))]
-)
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(1, 9))
 def test_whatever_is_killed_whenever_the_run_ends_as_if_nothing_had_happened(tmp_path: Path, seed: int) -> None:
     choice = random.Random(seed)
     parallel = choice.choice(["ddp", "fsdp2"])

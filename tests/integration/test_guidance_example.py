@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from support.jobs import BIN, job_in
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "let"
 
 
+@pytest.mark.campaign
 def test_the_experiment_runs_to_its_table_through_a_kill(tmp_path: Path) -> None:
     with job_in(tmp_path) as job:
         options = [
