@@ -148,7 +148,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     errors = _together(3, act)
     for error in (errors[0], errors[2]):
         assert isinstance(error, PeerTimeout)
-        assert "rank 1 did not finish" in str(error)
+        assert "rank 1 did not come" in str(error)
 
 
 def test_a_second_attempt_does_not_read_what_the_first_left(tmp_path: Path) -> None:
