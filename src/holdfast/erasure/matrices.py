@@ -19,10 +19,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from holdfast.erasure.gf256 import INVERSES, PRODUCTS, ByteArray, invert, matmul
+from holdfast.erasure.redundancy import MAX_SHARDS
 from holdfast.errors import UsageError
-
-MAX_SHARDS = 255
-"""Largest k + m."""
 
 
 def cauchy(num_data: int, num_parity: int) -> ByteArray:

@@ -7,8 +7,10 @@ import re
 
 import msgspec
 
-from holdfast.erasure.matrices import MAX_SHARDS
 from holdfast.errors import UsageError
+
+MAX_SHARDS = 255
+"""Largest k + m."""
 
 _CODE = re.compile(r"([0-9]{1,3})\+([0-9]{1,3})")
 

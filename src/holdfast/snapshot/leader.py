@@ -17,6 +17,7 @@ Rules
    is near, the last free slot is kept for it.
 6. A complete must step that is to be persisted goes to the persist queue before the orders that name it complete, so
    its slots are pinned before anyone may free them.
+7. With redundancy, complete versions are protected one after the other (`holdfast.snapshot.protection`).
 
 States
 ------
@@ -41,6 +42,7 @@ from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot.agreement import Agreement, Situation
 from holdfast.snapshot.interval import AutoInterval
 from holdfast.snapshot.persists import CommitPersist, OrderPersist, PersistInstruction, PersistQueue, PersistSettled
+from holdfast.snapshot.protection import Protection, VersionProtected
 from holdfast.snapshot.reports import Held, NodeState, Orders, Pin, RankState, Request
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "ReportReceived",
     "SendOrders",
     "VersionCompleted",
+    "VersionProtected",
 ]
 
 _CALM = 32
@@ -87,6 +90,12 @@ class LeaderConfig:
     persist_every_steps: int | None = None
     carried: tuple[Pin, ...] = ()
     """Unfinished persists of older generations that go on (`chain.carried_persists`)."""
+    coded: bool = False
+    """Some group of the generation has parity."""
+    parent: Version | None = None
+    """What the generation started from, where that was in memory."""
+    protected: Version | None = None
+    """`chain.Choice.protected`."""
 
 
 # --- events: what the shell of the leading daemon feeds -------------------------------------------------------------
@@ -154,7 +163,7 @@ class IntervalChosen:
     step_s: float
 
 
-LeaderInstruction = SendOrders | PersistInstruction | VersionCompleted | IntervalChosen
+LeaderInstruction = SendOrders | PersistInstruction | VersionCompleted | VersionProtected | IntervalChosen
 
 
 @dataclass
@@ -166,6 +175,7 @@ class LeaderCounters:
     """Grants that some rank missed."""
     superseded: int = 0
     """Grants that a newer complete version made useless."""
+    protected: int = 0
     skipped: int = 0
     """Steps of the interval that passed ungranted once grants had begun."""
 
@@ -183,6 +193,7 @@ class LeaderLedger:
         self.outstanding: set[int] = set()
         self.persists = PersistQueue(config.nodes, attempt=config.epoch * _ATTEMPTS_PER_EPOCH)
         self.agreement = Agreement()
+        self.protection = Protection(coded=config.coded, parent=config.parent, protected=config.protected)
         self.interval = AutoInterval(config.snapshot_every)
         self._reports: dict[int, NodeState] = {}
         self._ranks: list[RankState] = []
@@ -260,6 +271,7 @@ class LeaderLedger:
         self.outstanding = {step for step in held if self._complete is None or step > self._complete}
         self._granted_through = max((self._granted_through, *held))
         self._metrics = self._metrics_at(self._complete)
+        self.protection.restore(self._reports.values(), self.config.generation)
         self.agreement.restore(state.agreed for state in self._reports.values())
         pins = {pin.version: pin for state in self._reports.values() for pin in state.pinned}
         own = [pin for version, pin in sorted(pins.items()) if version.generation == self.config.generation]
@@ -278,6 +290,9 @@ class LeaderLedger:
         if not self._all_entered(ranks):
             return
         self._count_skipped(ranks)
+        protected = self.protection.advance(self._reports.values(), self.complete, self._num_slots())
+        self.counters.protected += len(protected)
+        out += protected
         self.agreement.advance(self._situation(ranks))
         if self._complete is not None:
             self._offer_if_wanted(self._complete, out)
@@ -444,6 +459,8 @@ class LeaderLedger:
             complete=self._complete,
             pinned=self.persists.pins,
             agreed=self.agreement.current,
+            protect=self.protection.current.step if self.protection.current is not None else None,
+            protected=self.protection.protected,
         )
         for node_rank in self.config.nodes:
             if self._sent.get(node_rank) != orders:

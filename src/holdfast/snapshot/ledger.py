@@ -3,9 +3,10 @@
 Rules
 -----
 1. A slot is granted to one version at a time, and only while it is free (`holdfast.snapshot.slots` says when).
-2. Slots of the newest complete version, of the parent and of pinned versions are kept. Only orders of the leader free
-   them: a newer complete version, all ranks of the generation having completed one, the end of the persist. A node
-   never decides by itself that a version is superseded.
+2. Slots of the newest complete version, of the parent, of the protected version, of the one being protected and of
+   pinned versions are kept. Only orders of the leader free them: a newer complete version, all ranks of the generation
+   having completed one, a newer protected version, the end of the persist. A node never decides by itself that a
+   version is superseded.
 3. What the leader no longer lists is abandoned; its slot is quarantined until each writer has let go or is dead.
 4. Events of an older generation change nothing but what they say about a writer that let go. Orders of an older
    generation or of an older leader epoch are refused.
@@ -17,8 +18,10 @@ States of a generation on a node
 --------------------------------
     fenced      GenerationStarted: old images are kept as they are, nothing is granted
     restoring   RestoreDecided: the parent is known; the others are still kept, for the parent may fail its checks
-    running     orders say that all ranks have entered: everything but the parent and the pinned versions goes
-    advanced    orders name a complete version of this generation: the parent goes too
+    running     orders say that all ranks have entered: everything but the parent, the protected and the pinned versions
+                goes
+    advanced    orders name a complete version of this generation: the parent goes too, unless it is the protected one
+    protected   orders name a protected version of this generation: the older protected one goes with its parity
 
 Theory of operation
 -------------------
@@ -44,8 +47,12 @@ from holdfast.snapshot.ledger_events import (
     NodeEvent,
     NodeInstruction,
     OrdersReceived,
+    ParityAvailable,
+    ParityDone,
     PoolPaused,
     PoolReady,
+    Protect,
+    Protected,
     PublishAgreed,
     Published,
     PublishGrant,
@@ -84,8 +91,12 @@ __all__ = [
     "NodeInstruction",
     "NodeLedger",
     "OrdersReceived",
+    "ParityAvailable",
+    "ParityDone",
     "PoolPaused",
     "PoolReady",
+    "Protect",
+    "Protected",
     "PublishAgreed",
     "PublishGrant",
     "Published",
@@ -130,6 +141,12 @@ class NodeLedger:
         self._num_slots = 0
         self._leader_epoch = 0
         self._complete: int | None = None
+        self._protect: int | None = None
+        self._protected: Version | None = None
+        self._told_protected = False
+        """`Protected` was said in this generation."""
+        self._coded: Version | None = None
+        self._parity: bool | None = None
         self._grants: tuple[int, ...] = ()
         self._pins: dict[Version, Pin] = {}
         self._stored_pins: dict[Version, Pin] = {}
@@ -209,6 +226,12 @@ class NodeLedger:
             case Requested():
                 self._requests[event.request.id] = event.request
                 out.append(StoreRequests(requests=tuple(self._requests.values())))
+            case ParityAvailable():
+                if event.generation == self.generation:
+                    self._parity = event.available
+            case ParityDone():
+                if event.version.generation == self.generation:
+                    self._coded = event.version
             case LeaderConnected():
                 return True
             case OrdersReceived():
@@ -258,6 +281,7 @@ class NodeLedger:
         self._pins = {pin.version: pin for pin in event.pinned}
         self._stored_pins = dict(self._pins)
         self._agreed = event.agreed
+        self._protected = event.protected
         granted = {published.slot: event.generation.at(published.step) for published in event.published}
         for header in event.headers:
             if header.slot not in granted or (
@@ -274,13 +298,14 @@ class NodeLedger:
         self._ranks = {global_rank: RankState(global_rank=global_rank) for global_rank in local_ranks}
         self.table.places = {global_rank: local for local, global_rank in enumerate(local_ranks)}
         self.parent, self._complete, self._agreed = None, None, None
+        self._protect, self._coded, self._parity, self._told_protected = None, None, None, False
         self._grants, self._num_slots, self._leader_epoch = (), 0, 0
         self._reported = None
 
     def _decide_restore(self, event: RestoreDecided, out: list[NodeInstruction]) -> None:
         if event.generation != self.generation:
             return
-        self.parent = event.parent
+        self.parent, self._protected = event.parent, event.protected
         self._restrict(event.session_ranks)
         newer = [pin for pin in self._pins if pin.generation != self.generation and pin.step > event.step]
         for version in newer:
@@ -310,7 +335,8 @@ class NodeLedger:
             self._agreed = orders.agreed
             out.append(PublishAgreed(agreed=orders.agreed))
         self._answer_requests(out)
-        if orders.running:
+        if orders.running or orders.protect is not None:
+            self._take_protection(orders, out)
             self._let_go_of_the_past()
         self._abandon_unlisted(out)
         return False
@@ -319,6 +345,16 @@ class NodeLedger:
         now = {pin.version: pin for pin in pins}
         out.extend(StopPersist(version=version) for version in self._pins if version not in now)
         self._pins = now
+
+    def _take_protection(self, orders: Orders, out: list[NodeInstruction]) -> None:
+        """The version to protect comes last: the exchange then knows which parity to keep."""
+        assert self.generation is not None
+        if orders.protected != self._protected or not self._told_protected:
+            self._protected, self._told_protected = orders.protected, True
+            out.append(Protected(version=orders.protected))
+        if orders.protect is not None and orders.protect != self._protect:
+            out.append(Protect(version=self.generation.at(orders.protect)))
+        self._protect = orders.protect
 
     def _answer_requests(self, out: list[NodeInstruction]) -> None:
         agreed = self._agreed
@@ -335,10 +371,12 @@ class NodeLedger:
 
     def _let_go_of_the_past(self) -> None:
         parent = self.parent if self._complete is None else None
-        self.table.forget_images(lambda version: version == parent or version in self._pins)
+        self.table.forget_images(lambda version: version in (parent, self._protected) or version in self._pins)
 
     def _abandon_unlisted(self, out: list[NodeInstruction]) -> None:
-        kept = {*self._grants, self._complete}
+        kept = {*self._grants, self._complete, self._protect}
+        if self._protected is not None and self._protected.generation == self.generation:
+            kept.add(self._protected.step)
         for row in self.table.granted():
             assert row.version is not None
             if row.version.step not in kept and row.version not in self._pins:
@@ -399,6 +437,9 @@ class NodeLedger:
             ranks=tuple(self._ranks.values()),
             requests=tuple(self._requests.values()),
             agreed=self._agreed,
+            coded=self._coded,
+            protected=self._protected,
+            parity=self._parity,
         )
 
 

@@ -57,6 +57,8 @@ class Adopted(msgspec.Struct, frozen=True, kw_only=True):
     """Open requests as recorded in node.state (`StoreRequests`)."""
     pinned: tuple[Pin, ...] = ()
     """Versions kept for a persist as recorded there (`StorePins`)."""
+    protected: Version | None = None
+    """As recorded there (`Protected`)."""
 
 
 class RestoreDecided(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +72,9 @@ class RestoreDecided(msgspec.Struct, frozen=True, kw_only=True):
     """The restored step, 0 where the tier is none."""
     session_ranks: tuple[int, ...] | None = None
     """Global ranks of the Session, of all nodes: only these write images. None: every rank does."""
+    protected: Version | None = None
+    """The version of an older generation whose slots and parity are kept until one of this generation is protected
+    (`chain.Choice.protected`)."""
 
 
 class PoolReady(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +180,20 @@ class Requested(msgspec.Struct, frozen=True, kw_only=True):
     request: Request
 
 
+class ParityAvailable(msgspec.Struct, frozen=True, kw_only=True):
+    """Feed in each generation with redundancy, once it is known whether this node can hold two generations of parity;
+    again when a buffer could not be made. Not fed where the group of this node has no parity."""
+
+    generation: GenerationId
+    available: bool
+
+
+class ParityDone(msgspec.Struct, frozen=True, kw_only=True):
+    """Feed at the exchange's `DeclareDone`: the parity that this node holds of `version` is whole and sealed."""
+
+    version: Version
+
+
 class LeaderConnected(msgspec.Struct, frozen=True):
     """Feed when the connection to the leader's daemon is (re)made: yields a `SendReport`."""
 
@@ -201,6 +220,8 @@ NodeEvent = (
     | RankFinished
     | WriterDied
     | Requested
+    | ParityAvailable
+    | ParityDone
     | LeaderConnected
     | OrdersReceived
 )
@@ -281,6 +302,20 @@ class Completed(msgspec.Struct, frozen=True, kw_only=True):
     version: Version
 
 
+class Protect(msgspec.Struct, frozen=True, kw_only=True):
+    """Feed the exchange `ProtectWanted`, with the stream of the images in `NodeLedger.slots_of(version)`."""
+
+    version: Version
+
+
+class Protected(msgspec.Struct, frozen=True, kw_only=True):
+    """The protected version is another one now, or the first orders of a running generation name it (None: nothing is
+    protected). Record it in node.state, then feed the exchange `KeepParity`. A version of this generation: protected on
+    all nodes of the job, tell people and agents."""
+
+    version: Version | None
+
+
 NodeInstruction = (
     ClearGrants
     | SendInventory
@@ -294,4 +329,6 @@ NodeInstruction = (
     | DropSlot
     | StopPersist
     | Completed
+    | Protect
+    | Protected
 )

@@ -14,6 +14,7 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import PeerError
+from holdfast.snapshot.coding import HeldParity, Rebuild
 from holdfast.snapshot.reports import NodeState, Orders, Pin
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -190,6 +191,8 @@ class ImageLocation(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     local: bool
     """This node's own: read by mmap."""
+    rebuild: Rebuild | None = None
+    """Set where the image is lost and is decoded from what others hold; `daemon` and `path` are empty then."""
 
 
 class Restore(Message, frozen=True, kw_only=True):
@@ -360,6 +363,8 @@ class Inventory(Message, frozen=True, kw_only=True):
     """Newest finished step that any worker of this node published in the generation before."""
     pinned: tuple[Pin, ...] = ()
     """Versions kept for a persist that has not ended."""
+    parity: tuple[HeldParity, ...] = ()
+    """Whole parity buffers."""
 
 
 class CleanImage(msgspec.Struct, frozen=True, kw_only=True):

@@ -112,6 +112,12 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     requests: tuple[Request, ...] = ()
     agreed: Agreed | None = None
     """What stands on the control page."""
+    coded: Version | None = None
+    """The parities that this node holds of it are whole: the newest version of which that is so."""
+    protected: Version | None = None
+    """What the node was last told to be protected."""
+    parity: bool | None = None
+    """Whether this node has room for parity; None while that is not known."""
     ask: bool = False
     """The node is newly connected: it needs orders even if nothing has changed."""
 
@@ -133,3 +139,8 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     """Newest complete step of this generation."""
     pinned: tuple[Pin, ...] = ()
     agreed: Agreed | None = None
+    protect: int | None = None
+    """The complete step of this generation that is being protected now: its slots are kept."""
+    protected: Version | None = None
+    """The newest version whose parity is whole on every node, of this generation or an older one: its slots and its
+    parity are kept until a newer one takes its place here. None: nothing is protected."""

@@ -1,0 +1,86 @@
+"""The leader's part in protecting versions: which one is being protected, which one is (pure).
+
+Rules
+-----
+1. One version at a time, a complete one of this generation: the newest when the one before is protected.
+2. It is protected when every node says that the parity which it holds of it is whole, nodes without images too. Until
+   then data and parity of the protected one before stay on every node (no RAID write hole).
+3. Over a change of generations the protected version of an older one stays in the same way. Only where a node has fewer
+   than three slots, and the version that the generation started from is another one, is it given up: the two would
+   leave no slot for a new version.
+4. A node that has no room for parity ends it for the generation: versions are then kept as without redundancy.
+
+Theory of operation
+-------------------
+As everything between the ledgers (`holdfast.snapshot.reports`): derived anew from the newest reports. A restarted
+leader takes for protected what all nodes have whole, or what some node has been told, and is given the rest with its
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.snapshot.reports import NodeState
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionProtected:
+    """Parity is whole on every node. Every node says so too (`ledger_events.Protected`); for the leader's own log."""
+
+    version: Version
+
+
+class Protection:
+    """Owned by the leader's ledger.
+
+    Args:
+        coded: there is redundancy.
+        parent: what the generation started from, where that was in memory.
+        protected: the protected version of an older generation.
+    """
+
+    def __init__(self, *, coded: bool, parent: Version | None, protected: Version | None) -> None:
+        self.protected = protected
+        self.current: Version | None = None
+        """The one being protected."""
+        self._coded, self._parent = coded, parent
+
+    def restore(self, reports: Collection[NodeState], generation: GenerationId) -> None:
+        """A restarted leader: some node may have been told already that a version is protected."""
+        told = [state.protected for state in reports if state.protected is not None]
+        own = [version for version in told if version.generation == generation]
+        self.protected = max(own, default=self.protected)
+
+    def advance(
+        self, reports: Collection[NodeState], complete: Version | None, num_slots: int
+    ) -> list[VersionProtected]:
+        """Look at the reports again; `current` and `protected` may change.
+
+        Args:
+            reports: the newest one of every node.
+            complete: the newest complete version of the generation.
+            num_slots: the fewest slots of any node.
+        """
+        if self._hopeless(reports, complete, num_slots):
+            self.protected = None
+        if not self._coded or not all(state.parity for state in reports):
+            self.current = self.current if self._coded and all(state.parity is not False for state in reports) else None
+            return []
+        done: list[VersionProtected] = []
+        if self.current is not None and all(state.coded == self.current for state in reports):
+            self.protected, self.current = self.current, None
+            done.append(VersionProtected(version=self.protected))
+        if self.current is None and complete is not None and complete != self.protected:
+            self.current = complete
+        return done
+
+    def _hopeless(self, reports: Collection[NodeState], complete: Version | None, num_slots: int) -> bool:
+        """Whether the older protected version stands in the way of new ones, or nothing will ever take its place."""
+        if self.protected is None:
+            return False
+        if complete is not None:
+            return not self._coded or any(state.parity is False for state in reports)
+        return 0 < num_slots < 3 and self.protected != self._parent
