@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from holdfast.runtime.extra import PerRank
     from holdfast.runtime.guidance import LateToEarly
     from holdfast.runtime.results import Persisted, Restored, SaveHandle
+    from holdfast.runtime.sampler import ElasticSampler
     from holdfast.runtime.session import InitFrom, Session, restore_point
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ElasticSampler",
     "HoldfastError",
     "InitFrom",
     "LateToEarly",
@@ -41,6 +43,7 @@ __all__ = [
 
 _SUBMODULES = frozenset({"checkpoint", "errors", "testing"})
 _HOMES = {
+    "ElasticSampler": "holdfast.runtime.sampler",
     "HoldfastError": "holdfast.errors",
     "InitFrom": "holdfast.runtime.session",
     "LateToEarly": "holdfast.runtime.guidance",

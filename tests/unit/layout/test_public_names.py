@@ -12,6 +12,7 @@ import pytest
 import holdfast
 
 PUBLIC = {
+    "ElasticSampler",
     "HoldfastError",
     "InitFrom",
     "LateToEarly",
