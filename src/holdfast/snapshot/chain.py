@@ -6,8 +6,8 @@ after the point from which its successor started is off the chain, in memory and
 
 Candidates are
 
-- versions in memory on the chain of which every image (one per rank of the world that wrote it) is clean somewhere, if
-  the memory belongs to the history of the checkpoint directory as it is now (after ``rm -rf`` it does not). An
+- versions in memory on the chain of which every image (one per rank of the world that wrote it) is clean somewhere, or
+  can be decoded from what the living nodes hold (`holdfast.snapshot.recovery`), if the memory belongs to the history of the checkpoint directory as it is now (after ``rm -rf`` it does not). An
   incarnation that runs goes on from its own memory, whatever happened to the directory meanwhile;
 - steps in storage, unless their generation is known and they are off its chain.
 
@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.snapshot.coding import Rebuild
 from holdfast.snapshot.messages import CleanImage, Inventory, Member, Parentage
+from holdfast.snapshot.recovery import Irretrievable, Restoration, restoration
 from holdfast.snapshot.reports import Pin
 
 
@@ -53,6 +55,8 @@ class ChainQuestion:
     """History id of the checkpoint directory now; None where there is no directory or it has none yet."""
     excluded: tuple[Version, ...] = ()
     """Versions in memory that failed their checks (RestoreFailed)."""
+    bad_images: tuple[tuple[Version, int], ...] = ()
+    """Images (version, global rank) that failed theirs: as if they were lost, so decoded where that can be done."""
     excluded_paths: tuple[str, ...] = ()
     """Step directories that failed theirs."""
 
@@ -78,6 +82,11 @@ class Choice:
     steps_lost: int = 0
     reason: str = ""
     rejected: tuple[Rejected, ...] = ()
+    rebuilds: tuple[Rebuild, ...] = ()
+    """The lost images of `version`, where the tier is memory, and what each is decoded from."""
+    protected: Version | None = None
+    """The version whose slots and parity stay until one of the new generation is protected: `version` itself where it
+    survives a further loss, else the newest other one that does (see `insurance`)."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +136,13 @@ def chain_of(inventories: Sequence[Inventory], *, before: GenerationId) -> Chain
 def choose(question: ChainQuestion) -> Choice:
     """The newest candidate on the chain; memory on ties. The caller refines memory to "peers" per node (`tier_of`)."""
     newest = max([0, *(inventory.newest_step for inventory in question.inventories)])
-    standing = _standing(question, newest)
-    if standing is not None:
-        return standing
+    choice = _standing(question, newest) or _choose(question, newest)
+    if choice.tier != "memory":
+        return choice
+    return replace(choice, protected=insurance(question, choice))
+
+
+def _choose(question: ChainQuestion, newest: int) -> Choice:
     resume = question.resume if question.fresh else "auto"
     if resume == "never":
         return Choice(tier="none", reason="resume is never: training starts from nothing", steps_lost=newest)
@@ -141,13 +154,31 @@ def choose(question: ChainQuestion) -> Choice:
     memory = _memory_candidates(question, chain, rejected)
     stored = _stored_candidates(question, chain, rejected, named=wanted is not None)
     if wanted is not None:
-        rejected += [_not_wanted(f"memory {version}", wanted) for version in memory if version.step != wanted]
+        rejected += [_not_wanted(f"memory {one.version}", wanted) for one in memory if one.version.step != wanted]
         rejected += [_not_wanted(f"storage {step.path}", wanted) for step in stored if step.step != wanted]
-        memory = [version for version in memory if version.step == wanted]
+        memory = [one for one in memory if one.version.step == wanted]
         stored = [step for step in stored if step.step == wanted]
         if not memory and not stored:
             return _absent(f"resume={wanted}: there is no such step", rejected)
     return _newest(memory, stored, newest, rejected)
+
+
+def insurance(question: ChainQuestion, choice: Choice) -> Version | None:
+    """Of the coded versions that memory still gives, the one to keep until the new generation has protected one of its
+    own: the newest of those that survive a further loss, else the newest one (a further loss may hit a newcomer, who
+    holds none of it)."""
+    chain = chain_of(question.inventories, before=question.generation)
+    best: tuple[bool, int] | None = None
+    found: Version | None = None
+    for version in _versions(question.inventories):
+        if version.step > choice.step or chain.refusal(version) is not None or version in question.excluded:
+            continue
+        remains = _remains(version, question.inventories, question.bad_images)
+        if isinstance(remains, Restoration) and remains.coded:
+            key = (remains.spare > 0, version.step)
+            if best is None or key > best:
+                best, found = key, version
+    return found
 
 
 def _standing(question: ChainQuestion, newest: int) -> Choice | None:
@@ -167,8 +198,9 @@ def _standing(question: ChainQuestion, newest: int) -> Choice | None:
         return Choice(tier="none", steps_lost=lost, reason=reason)
     if record.parent is None:
         return None
-    if record.parent not in question.excluded and _missing_ranks(record.parent, question.inventories) == []:
-        return Choice(tier="memory", version=record.parent, step=record.step, steps_lost=lost, reason=reason)
+    remains = _remains(record.parent, question.inventories, question.bad_images)
+    if record.parent not in question.excluded and isinstance(remains, Restoration):
+        return _from_memory(remains, newest, reason, [])
     for step in question.stored:
         if step.version == record.parent and step.path not in question.excluded_paths:
             return _from_storage(step, newest, reason, [])
@@ -210,7 +242,7 @@ def carried_persists(inventories: Sequence[Inventory], choice: Choice, *, genera
 # --- candidates
 
 
-def _memory_candidates(question: ChainQuestion, chain: Chain, rejected: list[Rejected]) -> list[Version]:
+def _memory_candidates(question: ChainQuestion, chain: Chain, rejected: list[Rejected]) -> list[Restoration]:
     ours: list[Inventory] = []
     for inventory in question.inventories:
         if question.fresh and inventory.clean and inventory.history != question.history:
@@ -221,20 +253,27 @@ def _memory_candidates(question: ChainQuestion, chain: Chain, rejected: list[Rej
             rejected.append(Rejected(candidate=f"memory of node {inventory.node_rank}", reason=reason))
         else:
             ours.append(inventory)
-    versions = sorted({image.version for inventory in ours for image in inventory.clean})
-    taken: list[Version] = []
-    for version in versions:
-        refusal = _refusal_in_memory(question, chain, version, ours)
-        if refusal is None:
-            taken.append(version)
+    taken: list[Restoration] = []
+    for version in _versions(ours):
+        answer = _in_memory(question, chain, version, ours)
+        if isinstance(answer, Restoration):
+            taken.append(answer)
         else:
-            rejected.append(Rejected(candidate=f"memory {version}", reason=refusal))
+            rejected.append(Rejected(candidate=f"memory {version}", reason=answer))
     return taken
 
 
-def _refusal_in_memory(
+def _versions(inventories: Iterable[Inventory]) -> list[Version]:
+    """Every version of which there is an image or a parity."""
+    found: set[Version] = set()
+    for inventory in inventories:
+        found |= {image.version for image in inventory.clean} | {held.coded.version for held in inventory.parity}
+    return sorted(found)
+
+
+def _in_memory(
     question: ChainQuestion, chain: Chain, version: Version, inventories: Sequence[Inventory]
-) -> str | None:
+) -> Restoration | str:
     if version in question.excluded:
         return "it failed its checks"
     if age(version.generation) >= age(question.generation):
@@ -242,12 +281,21 @@ def _refusal_in_memory(
     off = chain.refusal(version)
     if off is not None:
         return off
-    missing = _missing_ranks(version, inventories)
-    if missing is None:
-        return "its images name different world sizes"
-    if missing:
-        return f"the image of rank {missing[0]} is nowhere ({len(missing)} missing)"
-    return None
+    remains = _remains(version, inventories, question.bad_images)
+    return remains if isinstance(remains, Restoration) else remains.reason
+
+
+def _remains(
+    version: Version, inventories: Sequence[Inventory], bad_images: Iterable[tuple[Version, int]] = ()
+) -> Restoration | Irretrievable:
+    worlds = {image.world_size for one in inventories for image in one.clean if image.version == version}
+    worlds |= {held.coded.world_size for one in inventories for held in one.parity if held.coded.version == version}
+    if not worlds:
+        return Irretrievable(version=version, reason="no living node has any of its images", missing=0)
+    if len(worlds) > 1:
+        return Irretrievable(version=version, reason="its images name different world sizes", missing=0)
+    bad = [rank for bad_version, rank in bad_images if bad_version == version]
+    return restoration(version, writers(version, worlds.pop(), inventories), inventories, bad_images=bad)
 
 
 def _missing_ranks(version: Version, inventories: Iterable[Inventory]) -> list[int] | None:
@@ -289,21 +337,16 @@ def _stored_candidates(
 # --- the choice
 
 
-def _newest(memory: list[Version], stored: list[StoredStep], newest: int, rejected: list[Rejected]) -> Choice:
-    best_memory = max(memory, key=lambda version: (version.step, age(version.generation)), default=None)
+def _newest(memory: list[Restoration], stored: list[StoredStep], newest: int, rejected: list[Rejected]) -> Choice:
+    best_memory = max(memory, key=lambda one: (one.version.step, age(one.version.generation)), default=None)
     best_stored = max(stored, key=lambda step: (step.step, age(step.version.generation)), default=None)
-    if best_memory is not None and (best_stored is None or best_memory.step >= best_stored.step):
-        reason = f"newest complete version in memory, step {best_memory.step}"
-        return Choice(
-            tier="memory",
-            version=best_memory,
-            step=best_memory.step,
-            steps_lost=max(0, newest - best_memory.step),
-            reason=reason,
-            rejected=tuple(rejected),
-        )
+    if best_memory is not None and (best_stored is None or best_memory.version.step >= best_stored.step):
+        reason = f"newest complete version in memory, step {best_memory.version.step}"
+        return _from_memory(best_memory, newest, reason, rejected)
     if best_stored is not None:
-        why = "memory holds nothing usable" if best_memory is None else f"memory only has step {best_memory.step}"
+        why = (
+            "memory holds nothing usable" if best_memory is None else f"memory only has step {best_memory.version.step}"
+        )
         return _from_storage(best_stored, newest, f"newest checkpoint, step {best_stored.step}: {why}", rejected)
     return Choice(tier="none", reason="there is nothing to resume", steps_lost=newest, rejected=tuple(rejected))
 
@@ -323,6 +366,21 @@ def _choose_path(question: ChainQuestion, wanted: str, newest: int) -> Choice:
         return _absent(f"resume={wanted!r}: no complete checkpoint has this tag or path", rejected)
     best = max(usable, key=lambda step: (step.step, age(step.version.generation)))
     return _from_storage(best, newest, f"resume={wanted!r}", rejected)
+
+
+def _from_memory(remains: Restoration, newest: int, reason: str, rejected: list[Rejected]) -> Choice:
+    if remains.rebuilds:
+        ranks = ", ".join(str(one.global_rank) for one in remains.rebuilds)
+        reason += f"; the images of rank {ranks} are decoded from what other nodes hold"
+    return Choice(
+        tier="memory",
+        version=remains.version,
+        step=remains.version.step,
+        steps_lost=max(0, newest - remains.version.step),
+        reason=reason,
+        rejected=tuple(rejected),
+        rebuilds=remains.rebuilds,
+    )
 
 
 def _from_storage(step: StoredStep, newest: int, reason: str, rejected: list[Rejected]) -> Choice:

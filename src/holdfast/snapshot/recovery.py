@@ -27,6 +27,8 @@ class Restoration:
     """By global rank of the world that wrote it: a node rank of today that holds the image, and the image."""
     rebuilds: tuple[Rebuild, ...] = ()
     """The lost images, by global rank."""
+    coded: bool = False
+    """There is parity of it."""
     spare: int = 0
     """How many more nodes may be lost, whichever they are."""
 
@@ -94,18 +96,20 @@ class _Remains:
             else:
                 problems.append(answer)
         if problems:
-            return Irretrievable(version=self.version, reason=problems[0], missing=len(problems))
+            more = f" ({len(problems)} missing)" if self.records == {} else f" ({len(problems)} cannot be had)"
+            return Irretrievable(version=self.version, reason=problems[0] + more, missing=len(problems))
         return Restoration(
             version=self.version,
             images={rank: self.images[rank] for rank in ranks if rank in self.images},
             rebuilds=tuple(rebuilds),
+            coded=bool(self.records),
             spare=self._spare(ranks),
         )
 
     def _rebuild(self, rank: int) -> Rebuild | str:
         coded = next((one for one in self.records.values() if one.owner_of(rank) is not None), None)
         if coded is None:
-            return f"the image of rank {rank} is nowhere, and no parity of it"
+            return f"the image of rank {rank} is nowhere"
         owner = coded.owner_of(rank)
         assert owner is not None
         stripes = []
