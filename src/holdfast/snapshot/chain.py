@@ -7,8 +7,9 @@ after the point from which its successor started is off the chain, in memory and
 Candidates are
 
 - versions in memory on the chain of which every image (one per rank of the world that wrote it) is clean somewhere, or
-  can be decoded from what the living nodes hold (`holdfast.snapshot.recovery`), if the memory belongs to the history of the checkpoint directory as it is now (after ``rm -rf`` it does not). An
-  incarnation that runs goes on from its own memory, whatever happened to the directory meanwhile;
+  can be decoded from what the living nodes hold (`holdfast.snapshot.recovery`), if the memory belongs to the history of
+  the checkpoint directory as it is now (after ``rm -rf`` it does not). An incarnation that runs goes on from its own
+  memory, whatever happened to the directory meanwhile;
 - steps in storage, unless their generation is known and they are off its chain.
 
 The newest step wins, memory on ties. ``resume`` decides an incarnation's first generation only. A candidate that failed
@@ -245,7 +246,7 @@ def carried_persists(inventories: Sequence[Inventory], choice: Choice, *, genera
 def _memory_candidates(question: ChainQuestion, chain: Chain, rejected: list[Rejected]) -> list[Restoration]:
     ours: list[Inventory] = []
     for inventory in question.inventories:
-        if question.fresh and inventory.clean and inventory.history != question.history:
+        if question.fresh and (inventory.clean or inventory.parity) and inventory.history != question.history:
             reason = (
                 f"the memory of node {inventory.node_rank} belongs to the checkpoint history {inventory.history}, the "
                 f"checkpoint directory is of history {question.history}"
@@ -344,11 +345,15 @@ def _newest(memory: list[Restoration], stored: list[StoredStep], newest: int, re
         reason = f"newest complete version in memory, step {best_memory.version.step}"
         return _from_memory(best_memory, newest, reason, rejected)
     if best_stored is not None:
-        why = (
-            "memory holds nothing usable" if best_memory is None else f"memory only has step {best_memory.version.step}"
-        )
+        why = f"memory only has step {best_memory.version.step}" if best_memory is not None else _why_not(rejected)
         return _from_storage(best_stored, newest, f"newest checkpoint, step {best_stored.step}: {why}", rejected)
     return Choice(tier="none", reason="there is nothing to resume", steps_lost=newest, rejected=tuple(rejected))
+
+
+def _why_not(rejected: list[Rejected]) -> str:
+    """What stands against the newest version in memory."""
+    refused = [one for one in rejected if one.candidate.startswith("memory ")]
+    return f"{refused[-1].candidate}: {refused[-1].reason}" if refused else "memory holds nothing"
 
 
 def _choose_path(question: ChainQuestion, wanted: str, newest: int) -> Choice:
