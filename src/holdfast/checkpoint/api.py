@@ -27,6 +27,7 @@ from holdfast.checkpoint.commit import open_checkpoint
 from holdfast.checkpoint.objects import ObjectRecord, decode, encode, join_tensors, split_tensors
 from holdfast.checkpoint.ownership import Shard, own
 from holdfast.checkpoint.pieces import Piece
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.saving import Ranks, agree, refuse_save, save_pieces
 from holdfast.checkpoint.steps import StepInfo, step_of
 from holdfast.checkpoint.tensors import (
@@ -163,7 +164,7 @@ class _Attempt:
     def begin(cls, path: str | Path, process_group: Any, timeout: timedelta) -> _Attempt:
         ranks = Ranks.of(process_group)
         _calls[str(path), ranks.world_size] += 1
-        return cls(Path(path), ranks, _calls[str(path), ranks.world_size], timeout)
+        return cls(place(path), ranks, _calls[str(path), ranks.world_size], timeout)
 
     def prepare(self, state: Mapping[str, Any], process_group: Any, *, copy: bool = False) -> _Prepared | Exception:
         """An error is returned, not raised: `run` tells the other ranks first, which would wait for this one."""

@@ -29,8 +29,9 @@ from holdfast.checkpoint.index import (
     saved_tensors,
 )
 from holdfast.checkpoint.objects import decode_objects
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, IndexFile, Root, decode_root, encode_root
-from holdfast.checkpoint.source import FileSource, Source
+from holdfast.checkpoint.source import Source
 from holdfast.checkpoint.steps import (
     MAX_SMALL_BYTES,
     StepInfo,
@@ -42,7 +43,7 @@ from holdfast.checkpoint.steps import (
     read_step_info,
     step_dir_name,
 )
-from holdfast.checkpoint.storage import TEMPORARY_PREFIX, PosixStorage, Storage
+from holdfast.checkpoint.storage import TEMPORARY_PREFIX, Storage, storage_of
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CheckpointError, CorruptError, StorageError
@@ -94,12 +95,13 @@ def write_image(
         StorageError: it cannot be written, or the step is committed already.
         CorruptError: from `chunks`, or they are not the image that `meta` describes.
     """
-    storage = storage or PosixStorage()
+    directory = place(directory)
+    storage = storage or storage_of(directory)
     if not IMAGE_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no name of an image")
-    refuse_committed(storage, Path(directory))
+    refuse_committed(storage, directory)
     objects = bytearray()
-    storage.write(Path(directory) / name, _checked(meta, chunks, objects))
+    storage.write(directory / name, _checked(meta, chunks, objects))
     return image_record(name, meta, bytes(objects))
 
 
@@ -258,8 +260,8 @@ def commit_step(
         StorageError: something cannot be written, or the step is committed already; other checkpoints are as they were.
         UsageError: tag and metrics do not fit.
     """
-    storage = storage or PosixStorage()
-    directory = Path(directory)
+    directory = place(directory)
+    storage = storage or storage_of(directory)
     refuse_committed(storage, directory)
     index = build_index(records, version=version, world_size=world_size)
     if index.divergence:
@@ -304,14 +306,14 @@ def open_checkpoint(path: str | Path, *, storage: Storage | None = None) -> Cata
         StorageError: there is no root, or something cannot be read.
         CorruptError: root or both copies of the index are damaged.
     """
-    storage = storage or PosixStorage()
-    path = Path(path)
+    path = place(path)
+    storage = storage or storage_of(path)
     index = read_index(path, storage=storage)
     images = [
         OpenImage(
             str(path / image.name),
             None,
-            FileSource(path / image.name),
+            storage.source(path / image.name),
             expected_digest=bytes.fromhex(image.header_digest),
             expected_size=image.size_bytes,
         )
@@ -333,8 +335,8 @@ def read_index(path: str | Path, *, storage: Storage | None = None) -> Index:
         StorageError: there is no root, or something cannot be read.
         CorruptError: root or both copies of the index are damaged.
     """
-    storage = storage or PosixStorage()
-    path = Path(path)
+    path = place(path)
+    storage = storage or storage_of(path)
     root, corrected = decode_root(storage.read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
     if corrected:
         logger.warning("%s: the root record had wrong bytes, which were corrected; check the disk", path)

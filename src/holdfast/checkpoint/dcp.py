@@ -51,17 +51,18 @@ from torch.futures import Future
 
 from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.catalog import Catalog, TensorRecord
-from holdfast.checkpoint.commit import commit_step, open_checkpoint
+from holdfast.checkpoint.commit import commit_step, open_checkpoint, refuse_committed
 from holdfast.checkpoint.index import ImageRecord
 from holdfast.checkpoint.objects import ObjectRecord, decode, encode
 from holdfast.checkpoint.pieces import Piece
-from holdfast.checkpoint.root import ROOT_NAME
+from holdfast.checkpoint.places import is_place, place
 from holdfast.checkpoint.saving import Ranks, write_own
 from holdfast.checkpoint.steps import step_of
+from holdfast.checkpoint.storage import storage_of
 from holdfast.checkpoint.tensors import contiguous_on_cpu, dtype_name, empty_for, tensor_bytes, torch_dtype
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.environment import run_attempt
-from holdfast.errors import CorruptError, MismatchError, StateError, StorageError, UsageError
+from holdfast.errors import CorruptError, MismatchError, StateError, UsageError
 
 OBJECTS = "dcp.objects"
 MAPPINGS = "dcp.mappings"
@@ -91,7 +92,7 @@ class HoldfastWriter(StorageWriter):
         Args:
             path: the directory that becomes one checkpoint; ``checkpoint_id`` of `dcp.save` comes before it.
         """
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else place(path)
         self._generation: GenerationId | None = None
 
     @property
@@ -102,7 +103,7 @@ class HoldfastWriter(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """See `StorageWriter.reset`."""
         if checkpoint_id is not None:
-            self.path = Path(checkpoint_id)
+            self.path = place(checkpoint_id)
 
     # Any: DCP's own signature.
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -126,10 +127,7 @@ class HoldfastWriter(StorageWriter):
         Raises:
             StorageError: the path holds a checkpoint.
         """
-        if (self._directory / ROOT_NAME).exists():
-            raise StorageError(
-                f"{self._directory} holds a committed checkpoint, which is never changed: save to another path"
-            )
+        refuse_committed(storage_of(self._directory), self._directory)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -181,8 +179,8 @@ class HoldfastWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a path of a file system."""
-        return "://" not in str(checkpoint_id)
+        """Whether it is a path of a file system, or a URL of an object store."""
+        return is_place(checkpoint_id)
 
     @property
     def _directory(self) -> Path:
@@ -208,7 +206,7 @@ class HoldfastReader(StorageReader):
             path: the checkpoint; ``checkpoint_id`` of `dcp.load` comes before it.
             cast: convert tensors to the dtype that the state has; else another dtype is an error.
         """
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else place(path)
         self.cast = cast
         self._catalog: Catalog | None = None
         self._objects: dict[str, Any] = {}  # Any: whatever was saved
@@ -221,7 +219,7 @@ class HoldfastReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """See `StorageReader.reset`."""
         if checkpoint_id is not None:
-            self.path = Path(checkpoint_id)
+            self.path = place(checkpoint_id)
         self._close()
 
     # Any: DCP's own signature.
@@ -271,8 +269,8 @@ class HoldfastReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a path of a file system."""
-        return "://" not in str(checkpoint_id)
+        """Whether it is a path of a file system, or a URL of an object store."""
+        return is_place(checkpoint_id)
 
     def _open(self) -> Catalog:
         if self.path is None:

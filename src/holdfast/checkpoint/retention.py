@@ -9,9 +9,10 @@ from pathlib import Path
 
 import msgspec
 
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.checkpoint.steps import StepInfo, list_steps
-from holdfast.checkpoint.storage import PosixStorage, Storage
+from holdfast.checkpoint.storage import Storage, storage_of
 from holdfast.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,8 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
         Raises:
             StorageError: the directory cannot be listed, or one cannot be removed.
         """
-        storage = storage or PosixStorage()
+        checkpoint_dir = place(checkpoint_dir)
+        storage = storage or storage_of(checkpoint_dir)
         steps = list_steps(checkpoint_dir, storage=storage)
         keep, delete = self.choose(steps)
         for info in delete:

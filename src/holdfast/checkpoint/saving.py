@@ -22,6 +22,7 @@ from holdfast.checkpoint.index import ImageRecord, image_file_name
 from holdfast.checkpoint.meeting import Meeting, Ranks, agree
 from holdfast.checkpoint.objects import ObjectRecord, encode_objects
 from holdfast.checkpoint.pieces import Piece
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.steps import StepInfo
 from holdfast.checkpoint.storage import Storage
 from holdfast.checkpoint.version import Version
@@ -67,7 +68,7 @@ def save_pieces(
         PeerTimeout: a rank did not come; named.
         PeerError: a rank failed otherwise.
     """
-    directory = Path(directory)
+    directory = place(directory)
     meeting = _meeting(ranks, directory, version, attempt, timeout)
     try:
         record = write_own(directory, ranks, version, pieces, data, objects, storage)
@@ -102,7 +103,7 @@ def refuse_save(directory: str | Path, error: Exception, *, ranks: Ranks, versio
 
     Called instead of `save_pieces`, by a rank whose state cannot be stored.
     """
-    _meeting(ranks, Path(directory), version, attempt, timedelta(0)).fail(error)
+    _meeting(ranks, place(directory), version, attempt, timedelta(0)).fail(error)
 
 
 def write_own(

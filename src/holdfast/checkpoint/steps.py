@@ -11,8 +11,9 @@ from pathlib import Path
 
 import msgspec
 
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, decode_root
-from holdfast.checkpoint.storage import PosixStorage, Storage
+from holdfast.checkpoint.storage import Storage, storage_of
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CheckpointError, CorruptError, StorageError
 
@@ -64,12 +65,13 @@ def list_steps(checkpoint_dir: str | Path, *, storage: Storage | None = None) ->
     Raises:
         StorageError: the directory cannot be listed.
     """
-    storage = storage or PosixStorage()
+    checkpoint_dir = place(checkpoint_dir)
+    storage = storage or storage_of(checkpoint_dir)
     found: list[StepInfo] = []
     for entry in storage.list(checkpoint_dir):
         match = _STEP.fullmatch(entry.name)
         if match and entry.is_folder:
-            found.append(_step_info(storage, Path(checkpoint_dir) / entry.name, int(match[1]), entry.time))
+            found.append(_step_info(storage, checkpoint_dir / entry.name, int(match[1]), entry.time))
     return sorted(found, key=lambda info: info.step)
 
 
@@ -90,6 +92,8 @@ def _step_info(storage: Storage, path: Path, step: int, changed: float) -> StepI
     try:
         return read_step_info(path, step, storage=storage)
     except CheckpointError as error:
+        # An object store has no time for a folder: the newest time in it.
+        changed = changed or max((entry.time for entry in storage.list(path)), default=0.0)
         return StepInfo(step=step, path=path, complete=False, time=changed, problem=str(error))
 
 
@@ -105,7 +109,8 @@ def read_step_info(path: Path, step: int | None = None, *, storage: Storage | No
         StorageError: it has no root, or it cannot be read.
         CorruptError: the root is damaged, or is of another step.
     """
-    root, corrected = decode_root((storage or PosixStorage()).read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
+    path = place(path)
+    root, corrected = decode_root((storage or storage_of(path)).read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
     if corrected:
         logger.warning("%s: the root record had wrong bytes, which were corrected; check the disk", path)
     if step is not None and root.version.step != step:
@@ -148,12 +153,13 @@ def abandon_step(checkpoint_dir: str | Path, step: int, *, storage: Storage | No
 
 
 def _abandon(checkpoint_dir: str | Path, chosen: Callable[[StepInfo], bool], storage: Storage | None) -> Path | None:
-    storage = storage or PosixStorage()
+    checkpoint_dir = place(checkpoint_dir)
+    storage = storage or storage_of(checkpoint_dir)
     later = [info for info in list_steps(checkpoint_dir, storage=storage) if chosen(info)]
     if not later:
         return None
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    folder = Path(checkpoint_dir) / f"abandoned-{stamp}-{secrets.token_hex(2)}"
+    folder = checkpoint_dir / f"abandoned-{stamp}-{secrets.token_hex(2)}"
     # Newest first: interrupted at any point, what is left is a shorter history, not one with a hole.
     for info in reversed(later):
         storage.move(info.path, folder / info.path.name)
@@ -176,8 +182,9 @@ def history_id(checkpoint_dir: str | Path, *, create: bool = False, storage: Sto
         StorageError: it cannot be read or written.
         CorruptError: the file does not hold an id.
     """
-    storage = storage or PosixStorage()
-    path = Path(checkpoint_dir) / HISTORY_NAME
+    checkpoint_dir = place(checkpoint_dir)
+    storage = storage or storage_of(checkpoint_dir)
+    path = checkpoint_dir / HISTORY_NAME
     if not _has(storage, checkpoint_dir, HISTORY_NAME):
         if not create:
             return None

@@ -1,4 +1,4 @@
-"""Storages: where checkpoints are written to. POSIX file systems; object stores fit the same five methods."""
+"""Storages: where checkpoints are written and read. POSIX file systems here, object stores in `object_storage`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import NoReturn, Protocol
 
 import msgspec
 
+from holdfast.checkpoint.places import UrlPath, place
+from holdfast.checkpoint.source import FileSource, Source
 from holdfast.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -28,11 +30,12 @@ class StorageEntry(msgspec.Struct, frozen=True):
     size_bytes: int
     is_folder: bool
     time: float
-    """Unix seconds of the last change."""
+    """Unix seconds of the last change; 0 of a folder in an object store."""
 
 
 class Storage(Protocol):
-    """Where checkpoints lie. These five methods are the whole surface.
+    """Where checkpoints lie. These six methods are the whole surface (one more than a seam should have: whoever writes
+    images must be able to say how they are read, and no method here could be made of the others).
 
     Every method raises `StorageError`, with the path and what to do. A process killed at any instant leaves under a
     name either nothing (or what was there) or the whole content.
@@ -51,6 +54,11 @@ class Storage(Protocol):
         """Write an object durably, folders included; its size in bytes. It appears whole, after the last chunk, or not
         at all. `exclusive`: an error where the name exists, decided by the storage itself, whoever else writes at the
         same time. Called for images, then the index, then (exclusive) the root."""
+        ...
+
+    def source(self, path: str | Path, offset: int = 0) -> Source:
+        """An object, from byte `offset` on, to be read by range. Nothing is opened before the first read. Called for
+        each image of a checkpoint that is opened."""
         ...
 
     def move(self, path: str | Path, to: str | Path) -> None:
@@ -118,6 +126,10 @@ class PosixStorage:
             with suppress(OSError):
                 os.unlink(temporary)
 
+    def source(self, path: str | Path, offset: int = 0) -> FileSource:
+        """See `Storage.source`."""
+        return FileSource(path, offset)
+
     def move(self, path: str | Path, to: str | Path) -> None:
         """See `Storage.move`."""
         path, to = Path(path), Path(to)
@@ -143,6 +155,19 @@ class PosixStorage:
             sync_folder(path.parent)
         except OSError as error:
             refuse("removed", path, error)
+
+
+def storage_of(path: str | Path) -> Storage:
+    """The storage that a path or a URL belongs to.
+
+    Raises:
+        UsageError: a URL that nothing here opens.
+    """
+    if isinstance(place(path), UrlPath):
+        from holdfast.checkpoint.object_storage import ObjectStorage
+
+        return ObjectStorage()
+    return PosixStorage()
 
 
 def remove_leftovers(storage: Storage, folder: str | Path) -> None:

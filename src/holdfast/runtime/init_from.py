@@ -11,6 +11,7 @@ import torch
 
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.commit import newest_step, open_checkpoint
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.tensors import empty_for, tensor_bytes
 from holdfast.errors import MismatchError, UsageError
 from holdfast.runtime.entries import TensorEntry
@@ -55,7 +56,7 @@ def init_weights(init_from: InitFrom, entries: Sequence[TensorEntry]) -> Path:
         MismatchError: `strict` and names are missing, or a shape differs.
         CorruptError: bytes that do not match their checksum.
     """
-    path = _step_path(Path(init_from.path))
+    path = _step_path(place(init_from.path))
     with open_checkpoint(path) as catalog:
         pairs, missing = _pair(init_from, entries, catalog)
         if missing and init_from.strict:

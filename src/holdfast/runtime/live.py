@@ -13,8 +13,8 @@ import logging
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.saving import Ranks
 from holdfast.environment import WorkerEnvironment
 from holdfast.errors import CorruptError, PeerError, PeerTimeout, StorageError
@@ -453,6 +453,6 @@ def _restored(restore: Restore, step: int, generation: int) -> Restored:
         step=step,
         tier=restore.tier,
         generation=generation,
-        path=None if restore.path is None else Path(restore.path),
+        path=None if restore.path is None else place(restore.path),
         steps_lost=restore.steps_lost,
     )

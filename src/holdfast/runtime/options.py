@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.retention import Retention
+from holdfast.checkpoint.storage import TEMPORARY_PREFIX, storage_of
 from holdfast.errors import StorageError, UsageError
 from holdfast.runtime.init_from import InitFrom
 
@@ -48,7 +51,7 @@ class Options:
         if persist_every is not None and checkpoint_dir is None:
             raise UsageError(f"persist_every={persist_every!r} needs checkpoint_dir: where should checkpoints go?")
         return cls(
-            checkpoint_dir=None if checkpoint_dir is None else Path(checkpoint_dir).absolute(),
+            checkpoint_dir=None if checkpoint_dir is None else place(checkpoint_dir).absolute(),
             snapshot_every=_snapshot_every(snapshot_every),
             persist_every_steps=steps,
             persist_every_s=seconds,
@@ -98,6 +101,13 @@ def make_writable(checkpoint_dir: Path) -> None:
     Raises:
         StorageError: nothing can be written there.
     """
+    if isinstance(checkpoint_dir, UrlPath):
+        storage = storage_of(checkpoint_dir)
+        # A name of its own: every rank tries at the same time.
+        probe = checkpoint_dir / f"{TEMPORARY_PREFIX}probe-{secrets.token_hex(8)}"
+        storage.write(probe, [b"holdfast can write here"])
+        storage.remove(probe)
+        return
     try:
         checkpoint_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=checkpoint_dir):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from holdfast.checkpoint.commit import abandon_after, list_steps, open_checkpoint
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.saving import Ranks
 from holdfast.checkpoint.version import GenerationId, new_nonce
 from holdfast.errors import CorruptError, StorageError
@@ -95,7 +96,7 @@ class PlainMode(Mode):
             if not choice:
                 self._set_aside(directory, -1 if options.resume == "never" else None)
                 return None
-            problem = self._read(Path(choice))
+            problem = self._read(place(choice))
             problems = [text for text in self._huddle.gather(problem) if text]
             if not problems:
                 break
@@ -103,7 +104,7 @@ class PlainMode(Mode):
                 raise CorruptError(f"resume: {choice} cannot be used: {problems[0]}")
             log.warning("%s cannot be used, trying the one before it: %s", choice, problems[0])
             tried.add(choice)
-        path = Path(choice)
+        path = place(choice)
         self._set_aside(directory, self._step if tried or options.resume != "auto" else None)
         assert self._tier is not None
         if path.parent == directory:

@@ -6,10 +6,10 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import msgspec
 
+from holdfast.checkpoint.places import place
 from holdfast.errors import FenceError, PeerTimeout, StorageError
 from holdfast.runtime.results import Persisted
 from holdfast.snapshot.client import PendingSave
@@ -114,4 +114,4 @@ class LiveSave:
 
 def persisted_of(message: PersistedMessage) -> Persisted:
     """What the Session tells of a daemon's message."""
-    return Persisted(step=message.version.step, path=Path(message.path), tag=message.tag, seconds=message.seconds)
+    return Persisted(step=message.version.step, path=place(message.path), tag=message.tag, seconds=message.seconds)

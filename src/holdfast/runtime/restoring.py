@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from holdfast.checkpoint.commit import StepInfo, list_steps
+from holdfast.checkpoint.places import place
 from holdfast.environment import worker_environment
 from holdfast.errors import UsageError
 from holdfast.runtime.memory_view import newest_in_memory
@@ -53,7 +54,7 @@ def resume_path(resume: str, steps: Sequence[StepInfo], checkpoint_dir: Path) ->
     kind, _, value = resume.partition(":")
     if kind != "path" or any(info.complete and info.tag == value for info in steps):
         return None
-    path = Path(value)
+    path = place(value)
     if not (path / "root").exists():
         tags = ", ".join(sorted(info.tag for info in steps if info.complete and info.tag)) or "none"
         raise UsageError(f"resume={value!r} is no checkpoint directory and no tag in {checkpoint_dir}; tags: {tags}")
@@ -75,7 +76,7 @@ def restore_point(checkpoint_dir: str | os.PathLike[str] | None = None) -> Resto
     environment = worker_environment()
     memory = newest_in_memory(environment) if environment is not None else None
     newest = None
-    checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir)
+    checkpoint_dir = None if checkpoint_dir is None else place(checkpoint_dir)
     if checkpoint_dir is not None and checkpoint_dir.is_dir():
         newest = next(iter(candidates(list_steps(checkpoint_dir), "auto", checkpoint_dir)), None)
     generation = environment.generation.generation if environment is not None else 0

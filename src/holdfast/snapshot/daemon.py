@@ -26,6 +26,7 @@ from typing import Final
 
 import msgspec
 
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import HoldfastError
 from holdfast.snapshot import ledger
@@ -327,7 +328,7 @@ class Daemon:
         if order.version in self._parts and self._parts[order.version].attempt == order.attempt:
             return
         self._stop_persist(order.version)  # an attempt of a former leader
-        part = Part(order.version, order.attempt, Path(order.directory), self.node.slots_of(order.version))
+        part = Part(order.version, order.attempt, place(order.directory), self.node.slots_of(order.version))
         self._parts[order.version] = part
         _log.info("persisting %s into %s (%d images)", order.version, order.directory, len(part.slots))
         self.lanes.submit("persist", lambda: write_part(part), lambda result: self._part_ended(part, result))

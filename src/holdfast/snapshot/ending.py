@@ -16,12 +16,12 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from holdfast.checkpoint.commit import StepInfo
+from holdfast.checkpoint.places import place
 from holdfast.errors import HoldfastError
 from holdfast.snapshot import chain, survey
 from holdfast.snapshot.messages import (
@@ -268,7 +268,7 @@ class Rescue:
                 _log.error("the commit failed", exc_info=result)
             self._end(Bye(error=str(result)))
         else:
-            self._end(Bye(persisted=self._chosen.version, path=str(Path(result.path))))
+            self._end(Bye(persisted=self._chosen.version, path=str(place(result.path))))
 
     def _end(self, bye: Bye) -> None:
         """Tell the other nodes, which wait for us."""

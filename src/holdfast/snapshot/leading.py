@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.version import Version
 from holdfast.errors import HoldfastError, StateError, StorageError, UsageError
 from holdfast.snapshot import chain, leader, survey
@@ -402,7 +403,7 @@ class Leading:
                 else:
                     self._send(node_rank, message)
 
-        self._lanes.submit("storage", lambda: clear_way(Path(directory), order.version), cleared)
+        self._lanes.submit("storage", lambda: clear_way(place(directory), order.version), cleared)
 
     def _take_part(self, message: PersistPart) -> None:
         attempt = self._attempts.get(message.version)

@@ -28,6 +28,7 @@ from holdfast.checkpoint.commit import (
     write_image,
 )
 from holdfast.checkpoint.image import read_header
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.checkpoint.source import MemorySource
@@ -69,7 +70,7 @@ class Commit:
 
 def step_directory(checkpoint_dir: str, step: int) -> Path:
     """Where the checkpoint of `step` lies."""
-    return Path(checkpoint_dir) / step_dir_name(step)
+    return place(checkpoint_dir) / step_dir_name(step)
 
 
 def write_part(part: Part) -> tuple[bytes, ...]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from holdfast.checkpoint.commit import StepInfo, abandon_after, history_id, list_steps
+from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import StorageError, UsageError
 from holdfast.snapshot import chain
@@ -66,7 +66,7 @@ def decide(question: Question) -> Answer:
 
 def history_of(directory: str | None) -> str | None:
     """History id of the checkpoint directory as it is now."""
-    return history_id(directory) if directory is not None and os.path.isdir(directory) else None
+    return history_id(directory) if directory is not None else None
 
 
 def stored_path(directory: str, version: Version) -> str | None:
@@ -76,10 +76,10 @@ def stored_path(directory: str, version: Version) -> str | None:
 
 def stored_steps(directory: str | None, resume: str) -> tuple[chain.StoredStep, ...]:
     """Complete steps in `directory`, and the one that ``resume="path:..."`` names outside of it."""
-    found = list_steps(directory) if directory is not None and os.path.isdir(directory) else []
+    found = list_steps(directory) if directory is not None else []
     steps = [_stored(info) for info in found if info.complete]
     if resume.startswith("path:"):
-        path = Path(resume.removeprefix("path:"))
+        path = place(resume.removeprefix("path:"))
         if path.is_dir() and str(path) not in {step.path for step in steps}:
             steps += [_stored(info) for info in list_steps(path.parent) if info.path == path and info.complete]
     return tuple(step for step in steps if step is not None)
@@ -94,9 +94,10 @@ def _make_ready(directory: str | None, choice: chain.Choice, stored: tuple[chain
     if directory is None:
         return None
     try:
-        os.makedirs(directory, exist_ok=True)
+        if not isinstance(place(directory), UrlPath):
+            os.makedirs(directory, exist_ok=True)
     except OSError as error:
         raise StorageError(f"checkpoint_dir {directory} cannot be made: {error}; give one that is writable") from error
-    if any(step.step > choice.step and Path(step.path).parent == Path(directory) for step in stored):
+    if any(step.step > choice.step and place(step.path).parent == place(directory) for step in stored):
         abandon_after(directory, choice.step)
     return history_id(directory, create=True)
