@@ -121,6 +121,14 @@ class Node:
         """Run a short command on this node to its end."""
         return subprocess.run(self.inside(command), capture_output=True, text=True, timeout=timeout_s)
 
+    def kill(self, needle: str) -> list[int]:
+        """SIGKILL each worker of a job: processes whose command line holds `needle`, but not their launcher."""
+        found = [pid for pid, command in self.processes().items() if needle in command and " run " not in command]
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        assert found, f"{self.name} has no process with {needle}: {self.processes()}"
+        return found
+
     @property
     def is_on(self) -> bool:
         """Whether its init lives."""

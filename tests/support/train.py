@@ -76,6 +76,14 @@ def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: o
     return found
 
 
+def tell(path: Path, step: int) -> None:
+    """Replace what the file says; a reader never sees half of it."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(str(step))
+    temporary.rename(path)
+
+
 @contextlib.contextmanager
 def plain(options: argparse.Namespace) -> Iterator[Iterator[int]]:
     """The same steps, without holdfast."""
@@ -111,6 +119,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--snapshot-every", type=int, default=1)
     parser.add_argument("--persist-every", type=int)
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--progress", type=Path, help="a folder where each rank keeps the number of its finished steps")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -141,6 +150,8 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             scheduler.step()
+            if options.progress is not None:
+                tell(options.progress / str(rank), step + 1)
     options.out.mkdir(parents=True, exist_ok=True)
     found = fingerprint(model, optimizer, scheduler)
     temporary = options.out / f".rank-{rank}"
