@@ -78,6 +78,10 @@ class _Table(msgspec.Struct):
     rank: list[int]
     """-1: not per rank."""
     job: list[bool]
+    node_sets: list[list[int]] = []
+    """Distinct `Piece.nodes`. In memory only: an image with nothing but job pieces has none."""
+    nodes: list[int] = []
+    """By piece: index into `node_sets`; empty where there are none."""
 
 
 class _Header(msgspec.Struct):
@@ -409,6 +413,9 @@ def pack_pieces(pieces: Sequence[Piece], *, objects_capacity: int = 0, block_byt
     """The piece table (zstd of msgpack), in the order given."""
     dtypes = sorted({piece.dtype for piece in pieces})
     index = {name: i for i, name in enumerate(dtypes)}
+    in_memory = not all(piece.job for piece in pieces)
+    node_sets = sorted({piece.nodes for piece in pieces}) if in_memory else []
+    node_index = {nodes: i for i, nodes in enumerate(node_sets)}
     table = _Table(
         block_bytes=block_bytes,
         objects_capacity=objects_capacity,
@@ -420,6 +427,8 @@ def pack_pieces(pieces: Sequence[Piece], *, objects_capacity: int = 0, block_byt
         lengths=[[] if piece.is_whole else list(piece.box.lengths) for piece in pieces],
         rank=[-1 if piece.rank is None else piece.rank for piece in pieces],
         job=[piece.job for piece in pieces],
+        node_sets=[list(nodes) for nodes in node_sets],
+        nodes=[node_index[piece.nodes] for piece in pieces] if in_memory else [],
     )
     return zstandard.compress(_table_encoder.encode(table), 3)
 
@@ -444,6 +453,8 @@ def _unpack_table(packed: bytes) -> _Table:
     columns = (table.dtype, table.shape, table.offsets, table.lengths, table.rank, table.job)
     if any(len(column) != len(table.name) for column in columns):
         raise CorruptError("the columns of the image's piece table differ in length")
+    if table.nodes and (len(table.nodes) != len(table.name) or not _within(table.nodes, len(table.node_sets))):
+        raise CorruptError("the image's piece table names sets of nodes that it does not have")
     if not 0 < table.block_bytes <= MAX_BLOCK_BYTES or not 0 <= table.objects_capacity <= _MAX_IMAGE_BYTES:
         raise CorruptError(f"blocks of {table.block_bytes} bytes, {table.objects_capacity} bytes for objects")
     unknown = [name for name in table.dtypes if name not in DTYPES]
@@ -452,11 +463,17 @@ def _unpack_table(packed: bytes) -> _Table:
     return table
 
 
+def _within(indices: list[int], stop: int) -> bool:
+    return min(indices) >= 0 and max(indices) < stop
+
+
 def _pieces(table: _Table) -> tuple[Piece, ...]:
     pieces: list[Piece] = []
     num_dtypes = len(table.dtypes)
-    rows = zip(table.name, table.dtype, table.shape, table.offsets, table.lengths, table.rank, table.job, strict=True)
-    for name, dtype, shape, offsets, lengths, rank, job in rows:
+    node_sets = [tuple(nodes) for nodes in table.node_sets]
+    held_by = [node_sets[i] for i in table.nodes] if table.nodes else [()] * len(table.name)
+    columns = (table.name, table.dtype, table.shape, table.offsets, table.lengths, table.rank, table.job, held_by)
+    for name, dtype, shape, offsets, lengths, rank, job, nodes in zip(*columns, strict=True):
         box = whole(shape) if not lengths else Box(tuple(offsets), tuple(lengths))
         sound = (
             0 <= dtype < num_dtypes
@@ -468,5 +485,5 @@ def _pieces(table: _Table) -> tuple[Piece, ...]:
         )
         if not sound:
             raise CorruptError(f"the image's piece table places {name!r} at {offsets}+{lengths} of shape {shape}")
-        pieces.append(Piece(name, table.dtypes[dtype], tuple(shape), box, rank if rank >= 0 else None, job))
+        pieces.append(Piece(name, table.dtypes[dtype], tuple(shape), box, rank if rank >= 0 else None, job, nodes))
     return tuple(pieces)

@@ -66,7 +66,7 @@ def own(
         node_of: node rank of a global rank, at least for all holders.
 
     Returns:
-        Pieces sorted by name and box; the same bytes on each call.
+        Pieces sorted by name and box; the same bytes on each call. `Piece.nodes` says which nodes hold them.
 
     Raises:
         ValueError: this rank is not among the holders of a shard.
@@ -88,7 +88,7 @@ def _own_in_group(
     shards: list[Shard], holders: tuple[int, ...], global_rank: int, node: Callable[[int], int]
 ) -> list[Piece]:
     if len(holders) == 1:
-        return [_piece(u.shard, u.box, True) for shard in shards for u in _boxes_of(shard)]
+        return [_piece(u.shard, u.box, True, ()) for shard in shards for u in _boxes_of(shard)]
     units = _units(shards, len(holders))
     names = min(shard.name for shard in shards)
     turn = xxhash.xxh3_64_intdigest(names.encode()) % len(holders)
@@ -100,15 +100,16 @@ def _own_in_group(
     place = _place_units(units, sorted({len(ranks) for ranks in nodes.values()}))
     job_owner = _job_owners(units, nodes, place, {rank: order for order, rank in enumerate(turned)})
     my_place = place[len(mine)]
+    held_by = tuple(sorted(nodes)) if len(nodes) > 1 else ()
     return [
-        _piece(unit.shard, unit.box, job_owner[i] == global_rank)
+        _piece(unit.shard, unit.box, job_owner[i] == global_rank, held_by)
         for i, unit in enumerate(units)
         if mine[my_place[i]] == global_rank
     ]
 
 
-def _piece(shard: Shard, box: Box, job: bool) -> Piece:
-    return Piece(shard.name, shard.dtype, shard.shape, box, shard.rank, job)
+def _piece(shard: Shard, box: Box, job: bool, nodes: tuple[int, ...]) -> Piece:
+    return Piece(shard.name, shard.dtype, shard.shape, box, shard.rank, job, nodes)
 
 
 def _boxes_of(shard: Shard) -> list[_Unit]:

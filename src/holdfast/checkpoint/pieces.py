@@ -22,6 +22,9 @@ class Piece(msgspec.Struct, frozen=True):
     """Set for per-rank state: the global rank whose tensor this is. None: there is one such tensor in the job."""
     job: bool = True
     """Whether this copy is the one that goes to storage (JOB scope); False for copies kept in memory only."""
+    nodes: tuple[int, ...] = ()
+    """In memory: node ranks whose images hold these bytes too, this one's among them; empty where no other node does,
+    or nothing is known of it. Never stored."""
 
     @property
     def size_bytes(self) -> int:
