@@ -21,6 +21,7 @@ RUN_ID = "HOLDFAST_RUN_ID"
 GENERATION = "HOLDFAST_GENERATION"
 FAULTS = "HOLDFAST_FAULTS"
 TOKEN = "HOLDFAST_TOKEN"
+ENCRYPT = "HOLDFAST_ENCRYPT"
 ISAL = "HOLDFAST_ISAL"
 NODES = "HOLDFAST_NODES"
 
@@ -114,6 +115,29 @@ def _ranks_per_node(text: str, world_size: int) -> tuple[int, ...]:
 def fault_schedule(environ: Mapping[str, str] = os.environ) -> str:
     """The schedule of rehearsed faults, "" where there is none."""
     return environ.get(FAULTS, "")
+
+
+def socket_interface(environ: Mapping[str, str] = os.environ) -> str:
+    """The network interface that gloo or NCCL is told to use, "" where none is named (or several are)."""
+    name = environ.get("GLOO_SOCKET_IFNAME") or environ.get("NCCL_SOCKET_IFNAME", "")
+    return name.lstrip("=") if name and not set(name) & set(",^") else ""
+
+
+def set_job_token(token: str, *, encrypt_all: bool) -> None:
+    """Hand the token to the processes that this one starts."""
+    if token:
+        os.environ[TOKEN] = token
+    os.environ[ENCRYPT] = "all" if encrypt_all else "control"
+
+
+def job_token(environ: Mapping[str, str] = os.environ) -> str:
+    """The token that the processes of the job share, "" where there is none."""
+    return environ.get(TOKEN, "")
+
+
+def encrypts_all(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether bulk data between nodes is encrypted too (``--hold-encrypt all``)."""
+    return environ.get(ENCRYPT, "control") == "all"
 
 
 def isal_library(environ: Mapping[str, str] = os.environ) -> str | None:

@@ -186,7 +186,8 @@ class Node:
             "LOCAL_WORLD_SIZE": local,
         }
         variables = {**os.environ, **environment.variables(), **{key: str(value) for key, value in torchrun.items()}}
-        variables["PYTHONPATH"] = str(WORKER.parent.parent)
+        paths = [str(WORKER.parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         worker = Worker(
             subprocess.Popen(
                 [sys.executable, str(WORKER), msgspec.json.encode(plan).decode()],

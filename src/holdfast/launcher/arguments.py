@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from holdfast.erasure.redundancy import Redundancy
 from holdfast.errors import UsageError
 from holdfast.faults import parse_schedule
 from holdfast.launcher.leader import Limits
@@ -54,6 +55,19 @@ def _parse_exit_code(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 255:
         raise argparse.ArgumentTypeError(f"{text!r} is no exit code for an unfinished job: expected 1 to 255")
     return int(text)
+
+
+def _parse_redundancy(text: str) -> str:
+    try:
+        return str(Redundancy.parse(text))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _parse_encrypt(text: str) -> str:
+    if text not in ("control", "all"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither control nor all")
+    return text
 
 
 def _parse_switch(text: str) -> bool:
@@ -94,6 +108,19 @@ class HoldOptions:
     """Silence after which a node counts as lost."""
     no_progress: int = 3
     """Restarts without progress after which the job stops, where --max-restarts is not given."""
+    redundancy: str = "auto"
+    """Which nodes protect each other's snapshots (`holdfast.erasure.redundancy`)."""
+    domain: str = ""
+    """Failure domain of this node; "": its host."""
+    iface: str = ""
+    """Network interface for snapshots; "": that of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, else the way to the
+    rendezvous endpoint."""
+    bandwidth: float = 0.0
+    """Most bytes per second that protecting snapshots sends from this node; 0: no limit."""
+    encrypt: str = "control"
+    """What is encrypted between nodes when there is a job token: control messages, or all."""
+    job_token_file: Path | None = None
+    """Holds the job token; None: HOLDFAST_TOKEN does, or there is none."""
     standby: bool = True
     """Whether a warm process stands by, from which the workers of later generations are forked."""
 
@@ -116,6 +143,17 @@ _FLAGS = (
     _Flag("grace", parse_duration, "TIME", "how long a job that is asked to stop may take (default 30s)"),
     _Flag("heartbeat", parse_duration, "TIME", "interval of heartbeats between nodes (default 0.5s)"),
     _Flag("dead_after", parse_duration, "TIME", "silence after which a node counts as lost (default 2s)"),
+    _Flag(
+        "redundancy",
+        _parse_redundancy,
+        "auto|K+M|mirror|none",
+        "how nodes protect each other's snapshots: K+M survives the loss of any M nodes of a group (default auto)",
+    ),
+    _Flag("domain", str, "NAME", "failure domain of this node, such as its rack (default: its host)"),
+    _Flag("iface", str, "NAME", "network interface for snapshots (default: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"),
+    _Flag("bandwidth", parse_size, "SIZE", "most bytes per second that protecting snapshots sends from this node"),
+    _Flag("encrypt", _parse_encrypt, "control|all", "what is encrypted between nodes, given a token (default control)"),
+    _Flag("job_token_file", Path, "FILE", "file with the token of the job (default: HOLDFAST_TOKEN)"),
     _Flag(
         "standby",
         _parse_switch,

@@ -63,6 +63,9 @@ class DaemonLink:
         address: str,
         linger_s: float,
         memory_limit_bytes: int | None,
+        redundancy: str = "auto",
+        domain: str = "",
+        bandwidth: float = 0.0,
     ) -> None:
         """Nothing is started here.
 
@@ -73,7 +76,11 @@ class DaemonLink:
             address: at which other nodes reach it.
             linger_s: how long it waits for a new agent.
             memory_limit_bytes: most memory for its arena, None: what the node has.
+            redundancy: how nodes protect each other's snapshots.
+            domain: failure domain of this node, "": its host.
+            bandwidth: most bytes per second that protecting them sends, 0: no limit.
         """
+        self._redundancy, self._domain, self._bandwidth = redundancy, domain, bandwidth
         self._address = address
         self._seat = seat
         self._context = context
@@ -162,7 +169,15 @@ class DaemonLink:
         self.socket.setsockopt(zmq.RECONNECT_IVL, 10)
         self.socket.connect(self.endpoint)
         self._request(
-            Hello(agent_pid=os.getpid(), linger_s=self._linger_s, memory_limit_bytes=self._memory_limit_bytes), Welcome
+            Hello(
+                agent_pid=os.getpid(),
+                linger_s=self._linger_s,
+                memory_limit_bytes=self._memory_limit_bytes,
+                redundancy=self._redundancy,
+                domain=self._domain,
+                bandwidth=self._bandwidth,
+            ),
+            Welcome,
         )
 
     def _disconnect(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import zmq
 
+from holdfast.environment import job_token, set_job_token, socket_interface
 from holdfast.errors import HoldfastError, UsageError
 from holdfast.launcher import events
 from holdfast.launcher.agent import Agent, Ending
@@ -24,6 +25,7 @@ from holdfast.launcher.processes import Guard
 from holdfast.launcher.seats import RunRecord, Seat, Tenant, default_run_directory, job_key, private
 from holdfast.launcher.signals import SignalPipe, parse_signals
 from holdfast.launcher.timeline import describe_failure
+from holdfast.snapshot.keys import JobKeys, read_token
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ def run(argv: Sequence[str]) -> int:
     args = parse(argv)
     meeting = settle(args)
     hold = hold_options(args)
+    share_token(hold.job_token_file, hold.encrypt, num_nodes=meeting.max_nodes)
     key = job_key(
         hold.job,
         script=args.training_script,
@@ -62,10 +65,24 @@ def run(argv: Sequence[str]) -> int:
     return code
 
 
-def own_address(meeting: Meeting) -> str:
-    """The address of this host on the way to the rendezvous endpoint: where other nodes reach its daemon."""
+def own_address(meeting: Meeting, iface: str = "") -> str:
+    """Where other nodes reach this one's daemon.
+
+    Args:
+        meeting: where the agents of the job meet.
+        iface: what ``--hold-iface`` says; "": the interface of GLOO or NCCL if the environment names one, else the
+            address of this host on the way to the rendezvous endpoint.
+
+    Raises:
+        UsageError: ``--hold-iface`` names no interface with an address.
+    """
     if meeting.max_nodes == 1:
         return "127.0.0.1"
+    address = address_of(iface or socket_interface())
+    if address is not None:
+        return address
+    if iface:
+        raise UsageError(f"--hold-iface {iface}: no such interface, or it has no address")
     try:
         for found in socket.getaddrinfo(meeting.host, meeting.port or 1, type=socket.SOCK_DGRAM):
             with socket.socket(*found[:3]) as probe:
@@ -74,6 +91,30 @@ def own_address(meeting: Meeting) -> str:
     except OSError as error:
         logger.warning("no route to %s: %s", meeting.host, error)
     return socket.gethostname()
+
+
+def address_of(iface: str) -> str | None:
+    """The first address of a network interface, IPv4 before IPv6; None where there is none or `iface` is ""."""
+    if not iface:
+        return None
+    import psutil
+
+    found = psutil.net_if_addrs().get(iface, [])
+    addresses = {one.family: one.address for one in reversed(found)}
+    return addresses.get(socket.AF_INET) or addresses.get(socket.AF_INET6)
+
+
+def share_token(path: Path | None, encrypt: str, *, num_nodes: int) -> None:
+    """Hand the job token to the processes of this node; a job of several nodes without one is told once.
+
+    Raises:
+        UsageError: the token cannot be read or used.
+    """
+    token = read_token(path) if path is not None else job_token()
+    JobKeys(token)
+    set_job_token(token, encrypt_all=encrypt == "all")
+    if not token and num_nodes > 1:
+        say("no job token: whoever reaches this node's ports can read its snapshots (set --hold-job-token-file)")
 
 
 def exit_code(ending: Ending, hold: HoldOptions) -> int:
@@ -115,9 +156,12 @@ def _run_on_seat(args: object, meeting: Meeting, seat: Seat, run_id: str, run_di
             seat,
             context,
             run_dir=run_dir,
-            address=own_address(meeting),
+            address=own_address(meeting, hold.iface),
             linger_s=hold.linger_s,
             memory_limit_bytes=hold.snapshot_memory,
+            redundancy=hold.redundancy,
+            domain=hold.domain,
+            bandwidth=hold.bandwidth,
         )
         link.start()  # it comes up while torch's configuration is made
     begun, ended = False, False

@@ -7,6 +7,7 @@ killed. Who finds the directory later (a successor of the daemon) reads everythi
     control                               the control page (`holdfast.snapshot.control`)
     node.state                            generations, parents, configuration (`NodeState`), replaced atomically
     slot-<pool>-<local_rank>-<index>      a slot: 4096 bytes of header, then room for one image
+    parity-<n>, parity-<n>.record         parities for other nodes (`holdfast.snapshot.parity`)
 
 A slot header exists twice; each write goes to the older copy with the next sequence number, and a reader takes the
 newest copy whose checksum holds. A writer that dies in the middle of a header write thus leaves the header before it:
@@ -274,6 +275,12 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """No EndGeneration came yet."""
     endpoint: str = ""
     """tcp:// endpoint of the daemon; a successor takes it over, the other nodes know no other."""
+    bulk: str = ""
+    """tcp:// endpoint of its bulk server; taken over as well."""
+    redundancy: str = "auto"
+    domain: str = ""
+    bandwidth: float = 0.0
+    """As in Hello."""
     linger_s: float = 600.0
     agent_pid: int = 0
     memory_limit_bytes: int | None = None
@@ -376,8 +383,9 @@ class Arena:
         return sorted(found, key=lambda slot: (slot.pool, slot.local_rank, slot.index))
 
     def used_bytes(self) -> int:
-        """Bytes of all slot files."""
-        return sum(slot.capacity_bytes + SLOT_HEADER_BYTES for slot in self.scan())
+        """Bytes of all slot files and parity buffers."""
+        parities = sum(path.stat().st_size for path in self.directory.glob("parity-?"))
+        return parities + sum(slot.capacity_bytes + SLOT_HEADER_BYTES for slot in self.scan())
 
     def reserve(self, pool: int, local_ranks: Iterable[int], num_slots: int, capacity_bytes: int) -> int:
         """Make the missing slots of `pool` of these local ranks, with real pages behind them; blocks, call it from a
@@ -393,12 +401,13 @@ class Arena:
             for index in range(num_slots):
                 paths = [self.slot_path(pool, local_rank, index) for local_rank in local_ranks]
                 missing = [path for path in paths if not path.exists()]
-                if not all(list(threads.map(lambda path: self._reserve_one(path, capacity_bytes), missing))):
+                if not all(list(threads.map(lambda path: self.reserve_file(path, capacity_bytes), missing))):
                     self.drop(missing)
                     return index
         return num_slots
 
-    def _reserve_one(self, path: Path, capacity_bytes: int) -> bool:
+    def reserve_file(self, path: Path, capacity_bytes: int) -> bool:
+        """Make a file of a header and `capacity_bytes`, with real pages behind it; blocks. False: there is no room."""
         temporary = path.with_name(f"making-{path.name}")
         size = SLOT_HEADER_BYTES + capacity_bytes
         try:

@@ -29,7 +29,7 @@ import zmq
 from holdfast.checkpoint.catalog import Catalog, OpenImage
 from holdfast.checkpoint.commit import open_checkpoint
 from holdfast.checkpoint.version import Version
-from holdfast.environment import WorkerEnvironment
+from holdfast.environment import WorkerEnvironment, encrypts_all, job_token
 from holdfast.errors import (
     CorruptError,
     FenceError,
@@ -45,6 +45,7 @@ from holdfast.snapshot.agreement import Decision, at_boundary
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.control import ControlPage, Phase, generation_word
 from holdfast.snapshot.images import open_image
+from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.messages import (
     MAX_MESSAGE_BYTES,
     Ack,
@@ -114,6 +115,7 @@ class SnapshotClient:
         self._word = generation_word(environment.generation)
         self._part = page.rank(environment.local_rank)
         self._context = zmq.Context()
+        self._keys = JobKeys(job_token(), encrypt_all=encrypts_all())
         self._sending = threading.Lock()
         self._out = self._socket()  # under _sending: any thread
         self._commands: queue.SimpleQueue[AnyMessage | None] = queue.SimpleQueue()
@@ -240,7 +242,7 @@ class SnapshotClient:
         images: list[OpenImage] = []
         try:
             for location in restore.images:
-                images.append(open_image(self._context, location, restore.version))
+                images.append(open_image(self._context, location, restore.version, self._keys))
         except BaseException:
             for image in images:
                 image.source.close()

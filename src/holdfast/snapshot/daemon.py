@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -28,10 +29,13 @@ import msgspec
 
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.environment import encrypts_all, job_token
 from holdfast.errors import HoldfastError
 from holdfast.snapshot import ledger
 from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.bulk import BulkServer
 from holdfast.snapshot.ending import Ending
+from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.leading import Leading
 from holdfast.snapshot.messages import (
@@ -52,7 +56,6 @@ from holdfast.snapshot.messages import (
     PersistOrder,
     PersistPart,
     RanksOpened,
-    ReadRange,
     Refused,
     RequestStop,
     RestoreFailed,
@@ -61,9 +64,9 @@ from holdfast.snapshot.messages import (
     Welcome,
 )
 from holdfast.snapshot.node import Node
-from holdfast.snapshot.peers import serve_range
 from holdfast.snapshot.persister import Part, write_part
 from holdfast.snapshot.reports import Request
+from holdfast.snapshot.shelf import Shelf
 from holdfast.snapshot.transport import Peer, Transport
 
 _log = logging.getLogger(__name__)
@@ -71,7 +74,6 @@ _TICK_S: Final = 0.02
 """How often published steps are looked at while nothing else happens; the longest that a grant may lag behind."""
 _IDLE_TICK_S: Final = 0.2
 _REPEAT_S: Final = 0.5
-_RANGE_LANES: Final = 2
 _KEPT_PARTS: Final = 4
 _LOCK: Final = "daemon.lock"
 
@@ -83,15 +85,24 @@ class Daemon:
         arena_dir: the arena; adopted where it exists.
         socket_dir: private directory of the ipc socket.
         address: at which other nodes reach this one.
+        keys: of the job.
     """
 
-    def __init__(self, arena_dir: Path, socket_dir: Path, address: str) -> None:
+    def __init__(self, arena_dir: Path, socket_dir: Path, address: str, keys: JobKeys) -> None:
         self.socket_dir = socket_dir
         self.arena = Arena.open(arena_dir)
         self.arena.control.new_epoch()
         self.lanes = Lanes()
-        self.transport = Transport(socket_dir, address, self.arena.state.endpoint)
-        self.arena.save_state(msgspec.structs.replace(self.arena.state, endpoint=self.transport.endpoint))
+        state = self.arena.state
+        self.transport = Transport(socket_dir, address, state.endpoint, keys)
+        self.shelf = Shelf(self.arena.directory)
+        self.bulk = BulkServer(
+            self.transport.context, address, state.bulk, keys=keys, read=self.shelf.read, idle=self.shelf.forget
+        )
+        self.bulk.limit(state.bandwidth)
+        self.bulk.start()
+        endpoints = {"endpoint": self.transport.endpoint, "bulk": self.bulk.endpoint}
+        self.arena.save_state(msgspec.structs.replace(state, **endpoints))
         self.transport.watch(self.lanes.wakeup, self.lanes.deliver)
         self.node = Node(
             self.arena, self.transport, self.lanes, to_agent=self.to_agent, stop_persist=self._stop_persist
@@ -104,7 +115,6 @@ class Daemon:
         self._written: dict[tuple[Version, int], PersistPart] = {}  # the newest answers, to be given again
         self._stop = False
         self._repeated = 0.0
-        self._range_lane = 0
         self._requests = 0
 
     # --- life
@@ -185,6 +195,7 @@ class Daemon:
             self.node.end_generation()
             self.arena.remove()
         self.lanes.close(2.0)
+        self.bulk.close()
         self.transport.close()
         if not self.ending.keep_arena:
             remove_socket_dir(self.socket_dir)
@@ -200,13 +211,6 @@ class Daemon:
         match message:
             case Hello() | StartGeneration() | EndGeneration() | Shutdown() | RequestStop():
                 self._from_agent(peer, message)
-            case ReadRange():
-                self._range_lane = (self._range_lane + 1) % _RANGE_LANES
-                self.lanes.submit(
-                    f"ranges-{self._range_lane}",
-                    lambda: serve_range(self.arena.directory, message),
-                    lambda data: None if isinstance(data, Exception) else self.transport.send_encoded(peer, data),
-                )
             case LeaderRestore() | LeaderOrders() | AskNode() | PersistOrder() | PersistEnded() | Refused() | Bye():
                 self._from_leader(message)
             case Inventory() | RanksOpened() | NodeReport() | PersistPart():
@@ -230,7 +234,11 @@ class Daemon:
                     "agent_pid": message.agent_pid,
                     "linger_s": message.linger_s,
                     "memory_limit_bytes": message.memory_limit_bytes,
+                    "redundancy": message.redundancy,
+                    "domain": message.domain or socket.gethostname(),
+                    "bandwidth": message.bandwidth,
                 }
+                self.bulk.limit(message.bandwidth)
                 self.arena.save_state(msgspec.structs.replace(self.arena.state, **changes))
                 self.ending.agent_came()
                 self._watch_agent(message.agent_pid)
@@ -438,7 +446,8 @@ def main(argv: list[str] | None = None) -> int:
         _log.error("another daemon runs in %s", arguments.socket_dir)
         return 1
     try:
-        return Daemon(arguments.arena, arguments.socket_dir, arguments.address).run()
+        keys = JobKeys(job_token(), encrypt_all=encrypts_all())
+        return Daemon(arguments.arena, arguments.socket_dir, arguments.address, keys).run()
     except HoldfastError as error:
         _log.error("%s", error)
         return 1

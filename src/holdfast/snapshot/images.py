@@ -13,17 +13,21 @@ from holdfast.checkpoint.source import MemorySource, Source
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CorruptError
 from holdfast.snapshot.arena import Slot, SlotState
+from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.messages import ImageLocation
 from holdfast.snapshot.peers import PeerSource
 
 _PEER_TIMEOUT: Final = timedelta(seconds=60)
 
 
-def open_image(context: zmq.Context[zmq.Socket[bytes]], location: ImageLocation, version: Version) -> OpenImage:
+def open_image(
+    context: zmq.Context[zmq.Socket[bytes]], location: ImageLocation, version: Version, keys: JobKeys
+) -> OpenImage:
     """The image of `version` at `location`; its source is the caller's to close.
 
     Args:
         context: whose sockets to use for an image of another node.
+        keys: of the job.
 
     Raises:
         CorruptError: it is not there, or is not what it should be.
@@ -31,7 +35,9 @@ def open_image(context: zmq.Context[zmq.Socket[bytes]], location: ImageLocation,
     """
     if location.local:
         return _local_image(location, version)
-    source = PeerSource(context, location.daemon, location.path, version, location.offset, timeout=_PEER_TIMEOUT)
+    source = PeerSource(
+        context, location.daemon, location.path, version, location.offset, keys=keys, timeout=_PEER_TIMEOUT
+    )
     try:
         meta = read_header(source.read)
     except BaseException:

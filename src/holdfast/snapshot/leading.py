@@ -274,11 +274,10 @@ class Leading:
             self._worlds[image.version] = len(chain.writers(image.version, image.world_size, inventories))
 
     def _locations(self, version: Version | None) -> tuple[ImageLocation, ...]:
-        daemons = {member.node_rank: member.daemon for member in self.start.members}
         return tuple(
             ImageLocation(
                 node_rank=inventory.node_rank,
-                daemon=daemons[inventory.node_rank],
+                daemon=inventory.bulk,
                 path=image.path,
                 offset=image.offset,
                 size_bytes=image.size_bytes,

@@ -43,6 +43,12 @@ class Hello(Message, frozen=True, kw_only=True):
     agent_pid: int
     linger_s: float
     memory_limit_bytes: int | None = None
+    redundancy: str = "auto"
+    """auto, K+M, mirror or none (`holdfast.erasure.redundancy`)."""
+    domain: str = ""
+    """Failure domain of this node; "": its host."""
+    bandwidth: float = 0.0
+    """Most bytes per second that protecting versions may send; 0: no limit."""
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -183,7 +189,7 @@ class ImageLocation(msgspec.Struct, frozen=True, kw_only=True):
     node_rank: int
     """Node rank in the generation that now starts."""
     daemon: str
-    """tcp:// endpoint that serves it by range to other nodes."""
+    """tcp:// endpoint of the bulk server that gives it by range to other nodes."""
     path: str
     """Slot file on that node, or the image's file name in the checkpoint step directory."""
     offset: int
@@ -365,6 +371,10 @@ class Inventory(Message, frozen=True, kw_only=True):
     """Versions kept for a persist that has not ended."""
     parity: tuple[HeldParity, ...] = ()
     """Whole parity buffers."""
+    bulk: str = ""
+    """tcp:// endpoint of the node's bulk server."""
+    domain: str = ""
+    """Failure domain of the node."""
 
 
 class CleanImage(msgspec.Struct, frozen=True, kw_only=True):
@@ -387,24 +397,6 @@ class Parentage(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     session_ranks: tuple[int, ...] | None = None
     """Global ranks of its Session: a version is whole with their images. None: those of the whole world."""
-
-
-class ReadRange(Message, frozen=True, kw_only=True):
-    """W or D -> D: bytes of a slot file of the version, for a reader on another node. Answered with `RangeData`."""
-
-    request: int
-    path: str
-    version: Version
-    offset: int
-    length: int
-
-
-class RangeData(Message, frozen=True, kw_only=True):
-    """The bytes, or an error where the slot no longer holds the version."""
-
-    request: int
-    data: bytes = b""
-    error: str | None = None
 
 
 class RanksOpened(Message, frozen=True, kw_only=True):
@@ -517,8 +509,6 @@ AnyMessage = (
     | CloseSession
     | AskNode
     | Inventory
-    | ReadRange
-    | RangeData
     | RanksOpened
     | LeaderRestore
     | DaemonMoved

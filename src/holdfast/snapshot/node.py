@@ -361,6 +361,8 @@ class Node:
             history=state.history,
             newest_step=state.newest_step,
             pinned=self.ledger.pinned,
+            bulk=state.bulk,
+            domain=state.domain,
         )
 
     def opened(self) -> RanksOpened:

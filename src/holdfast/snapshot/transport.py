@@ -17,6 +17,7 @@ from typing import Final
 import zmq
 
 from holdfast.errors import PeerError, UsageError
+from holdfast.snapshot.keys import Gate, JobKeys
 from holdfast.snapshot.messages import MAX_MESSAGE_BYTES, AnyMessage, Member, decode, encode
 
 _log = logging.getLogger(__name__)
@@ -45,17 +46,23 @@ class Transport:
         socket_dir: directory (0700) of the ipc socket.
         address: host name or address at which other nodes reach this one; the tcp socket listens there.
         endpoint: what a predecessor listened at, "" where there was none; taken over if it can be.
+        keys: of the job: what goes between nodes is encrypted where there is a token.
     """
 
-    def __init__(self, socket_dir: Path, address: str, endpoint: str = "") -> None:
+    def __init__(self, socket_dir: Path, address: str, endpoint: str = "", keys: JobKeys | None = None) -> None:
+        self._keys = keys or JobKeys()
         self.ipc_path = socket_dir / "daemon.sock"
         if len(os.fsencode(self.ipc_path)) > _MAX_IPC_BYTES:
             raise UsageError(
                 f"the path of the socket {self.ipc_path} has {len(os.fsencode(self.ipc_path))} bytes, the system takes "
                 f"{_MAX_IPC_BYTES}: set TMPDIR or XDG_RUNTIME_DIR to a shorter path, or --hold-job to a shorter name"
             )
-        self._context = zmq.Context()
+        self.context = zmq.Context()
+        """For the daemon's other sockets too: whoever opens one closes it before `close`."""
         self._poller = zmq.Poller()
+        self._gate = Gate(self.context, self._keys) if self._keys.secret else None
+        if self._gate is not None:
+            self._poller.register(self._gate.socket, zmq.POLLIN)
         self._callbacks: dict[int, Callable[[], None]] = {}
         self._loopback: deque[AnyMessage] = deque()
         self._routers = {"node": self._router(), "net": self._router()}
@@ -66,10 +73,11 @@ class Transport:
         self.dropped = 0
         """Messages that a peer's full or missing queue refused."""
         self._routers["node"].bind(f"ipc://{self.ipc_path}")
+        self._keys.serve(self._routers["net"])
         self.endpoint = self._bind(address, endpoint)
 
     def _router(self) -> zmq.Socket[bytes]:
-        router = self._context.socket(zmq.ROUTER)
+        router = self.context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         router.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -107,10 +115,11 @@ class Transport:
                 del self._dealers[node_rank]
         for node_rank, endpoint in wanted.items():
             if node_rank not in self._dealers:
-                dealer = self._context.socket(zmq.DEALER)
+                dealer = self.context.socket(zmq.DEALER)
                 dealer.setsockopt(zmq.LINGER, 1000)
                 dealer.setsockopt(zmq.RECONNECT_IVL, 50)
                 dealer.setsockopt(zmq.TCP_KEEPALIVE, 1)
+                self._keys.dial(dealer)
                 dealer.connect(endpoint)
                 self._dealers[node_rank] = (endpoint, dealer)
 
@@ -121,10 +130,6 @@ class Transport:
             return
         self._put(self._routers[peer.router], [peer.identity, encode(message)])
 
-    def send_encoded(self, peer: Peer, data: bytes) -> None:
-        """Send what is encoded already (bulk data, without a copy)."""
-        self._put(self._routers[peer.router], [peer.identity, data], copy=False)
-
     def send_node(self, node_rank: int, message: AnyMessage) -> None:
         """Send to the daemon of `node_rank`; our own gets it in the next `receive`."""
         if node_rank == self._own_rank:
@@ -134,9 +139,9 @@ class Transport:
         else:
             self.dropped += 1
 
-    def _put(self, socket: zmq.Socket[bytes], frames: list[bytes], copy: bool = True) -> None:
+    def _put(self, socket: zmq.Socket[bytes], frames: list[bytes]) -> None:
         try:
-            socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
+            socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.ZMQError as error:
             self.dropped += 1
             _log.debug("a message was not sent: %s", error)
@@ -150,6 +155,9 @@ class Transport:
             if isinstance(source, int):
                 if source in self._callbacks:
                     self._callbacks[source]()
+                continue
+            if self._gate is not None and source is self._gate.socket:
+                self._gate.answer()
                 continue
             name = "node" if source is self._routers["node"] else "net"
             for _ in range(_BATCH):
@@ -182,5 +190,7 @@ class Transport:
             dealer.close()
         for router in self._routers.values():
             router.close(500)
-        self._context.term()
+        if self._gate is not None:
+            self._gate.close()
+        self.context.term()
         self.ipc_path.unlink(missing_ok=True)
