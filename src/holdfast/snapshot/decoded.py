@@ -191,7 +191,7 @@ class DecodedSource:
         told = "; ".join(
             f"shard {shard} of stripe {stripe}: {error}" for (stripe, shard), error in self._failed.items()
         )
-        corrupt = any(isinstance(error, CorruptError) for error in self._failed.values())
+        corrupt = any(isinstance(error, CorruptError) for _, error in failed)
         kind = CorruptError if corrupt else PeerError
         coded = self._rebuild.coded
         return kind(f"{coded.version}: fewer than {self._num_data} shards of a stripe can be read: {told}")
