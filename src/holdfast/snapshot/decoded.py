@@ -188,9 +188,8 @@ class DecodedSource:
             _log.warning("shard %d of stripe %d of %s is passed over: %s", shard, read.what.stripe, version, error)
 
     def _too_few(self) -> HoldfastError:
-        told = "; ".join(
-            f"shard {shard} of stripe {stripe}: {error}" for (stripe, shard), error in self._failed.items()
-        )
+        failed = sorted(self._failed.items())
+        told = "; ".join(f"shard {shard} of stripe {stripe}: {error}" for (stripe, shard), error in failed)
         corrupt = any(isinstance(error, CorruptError) for _, error in failed)
         kind = CorruptError if corrupt else PeerError
         coded = self._rebuild.coded
