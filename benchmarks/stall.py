@@ -88,8 +88,10 @@ class Holdfast:
         self._shots = Snapshotter(
             state,
             node_of=lambda rank: 0,
-            session_rank=rank,
+            global_rank=rank,
             world_size=RANKS,
+            session_rank=rank,
+            session_size=RANKS,
             injector=Injector((), None, rank=rank),
             on_done=lambda ticket: None,
         )
@@ -464,7 +466,7 @@ def _ms(values: list[float]) -> Estimate:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; the bars are not judged")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--folder", help="where rivals write; default: a temporary directory")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     args = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +72,9 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Iterator[Job]:
-    with job_in(tmp_path) as found:
+def job() -> Iterator[Job]:
+    # A short name: a DataLoader makes Unix sockets in $TMPDIR, whose paths must stay below 108 bytes.
+    with tempfile.TemporaryDirectory(prefix="hf-", dir="/tmp") as folder, job_in(Path(folder)) as found:
         yield found
 
 
