@@ -17,6 +17,7 @@ The subjects:
     dcp.async_save      its blocking part, with one stager kept over all rounds (warm)
     torchsnapshot       the blocking part of Snapshot.async_take
     torch_checkpointing the blocking part of CheckpointManager.save, and what the update still has to wait for
+    dlrover             DLRover's flash checkpoint: save_checkpoint to memory, its saver started by rank 0
 
 The state is that of AdamW over parameters sharded by DTensor. Every version has to become clean, and none may be
 skipped; that is checked in each round.
@@ -29,6 +30,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import logging
 import os
 import shutil
 import signal
@@ -208,6 +210,7 @@ class Large:
             ("dcp.async_save", self._dcp_async_save),
             ("torchsnapshot", self._torchsnapshot),
             ("torch_checkpointing", self._torch_checkpointing),
+            ("dlrover", self._dlrover),
         ):
             failure = ""
             try:
@@ -327,6 +330,32 @@ class Large:
 
         return subject
 
+    def _dlrover(self) -> Subject:
+        run = f"holdfast-bench-{os.getppid()}"
+        ranks = {"RANK": self._rank, "LOCAL_RANK": self._rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
+        os.environ |= {"TORCHELASTIC_RUN_ID": run} | {name: str(value) for name, value in ranks.items()}
+        from dlrover.trainer.torch.flash_checkpoint.ddp import DdpCheckpointer, StorageType
+
+        checkpointer = DdpCheckpointer(f"{self._options.folder}/dlrover", RANKS, RANKS)
+
+        def end() -> None:  # it leaves its process, its shared memory and its sockets behind
+            checkpointer._engine.close()
+            if checkpointer._engine.saver_proc is not None:
+                checkpointer._engine.saver_proc.kill()
+                checkpointer._engine.saver_proc.join(LIMIT_S)
+                shutil.rmtree("/tmp/ckpt_sock", ignore_errors=True)
+            for path in Path("/dev/shm").glob(f"{run}_ckpt_shm_{self._rank}"):
+                path.unlink()
+
+        self._rivals.callback(end)
+
+        def subject(round_: int) -> Sample:
+            began, cpu = time.perf_counter(), time.process_time()
+            checkpointer.save_checkpoint(round_ + 2, {"model": self._local}, storage_type=StorageType.MEMORY)
+            return Sample(time.perf_counter() - began, time.process_time() - cpu)
+
+        return subject
+
 
 class Small:
     """The subjects over many small tensors."""
@@ -365,6 +394,7 @@ class Small:
 def rank_main(rank: int, options: Options) -> None:
     """One rank: measure every subject once per round; rank 0 writes what the slower one took."""
     warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)  # the rivals' own
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(options.store, RANKS), rank=rank, world_size=RANKS)
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
