@@ -39,16 +39,22 @@ def with_holdfast(job: Job, case: str, parallel: str, faults: str = "") -> list[
     return fingerprints(job.root / "out" / case, WORLD[parallel])
 
 
+campaign = pytest.mark.campaign
 UNDISTURBED = [
-    ("adamw", "ddp"),
-    ("adamw-foreach", "none"),
     ("adamw-fused", "fsdp2"),
-    ("sgd", "ddp"),
     ("muon", "none"),
-    ("lbfgs", "fsdp2"),
-    ("scaler", "none"),
+    ("scaler", "ddp"),
+    pytest.param("adamw", "ddp", marks=campaign),
+    pytest.param("adamw-foreach", "none", marks=campaign),
+    pytest.param("sgd", "ddp", marks=campaign),
+    pytest.param("lbfgs", "fsdp2", marks=campaign),
 ]
-RESUMED = [("expert", "ddp"), ("muon", "fsdp2"), ("lbfgs", "none"), ("scaler", "ddp")]
+RESUMED = [
+    ("expert", "ddp"),
+    ("muon", "fsdp2"),
+    ("lbfgs", "none"),
+    pytest.param("scaler", "ddp", marks=campaign),
+]
 SLOW = "slow:rank=0,step=0,seconds=0.05,steps=25"
 """Steps of a few milliseconds would end before the memory tier is ready."""
 
