@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.jobs import BIN, TRAIN, Job, fingerprints, job_in, leftovers
+from support.jobs import TRAIN, Job, fingerprints, job_in, leftovers
 
 INSTANTS = ("begin", "forward", "loss", "backward", "optimizer", "updated", "boundary", "copy", "copied", "commit")
 STEPS = 12
@@ -22,16 +22,15 @@ Reference = Callable[..., list[dict[str, str]]]
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """What each rank ends with under stock torchrun without holdfast, computed once for a layout."""
+    """What each rank ends with without holdfast, computed once for a layout."""
     known: dict[tuple[str, int, int], list[dict[str, str]]] = {}
 
     def reference(parallel: str, world: int, steps: int = STEPS) -> list[dict[str, str]]:
         key = (parallel, world, steps)
         if key not in known:
             job = Job(tmp_path_factory.mktemp(f"plain-{parallel}-{world}"))
-            launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(world)]
             options = ["--plain", "--parallel", parallel, "--steps", str(steps), "--out", str(job.root / "out")]
-            assert job.run([*launcher, str(TRAIN), *options]) == 0, job.output()
+            assert job.plain(TRAIN, *options, ranks=world) == 0, job.output()
             known[key] = fingerprints(job.root / "out", world)
         return known[key]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.jobs import BIN, TRAIN, Job, fingerprints, job_in, leftovers
+from support.jobs import TRAIN, Job, fingerprints, job_in, leftovers
 
 STEPS = 60
 KILLS = 5
@@ -51,8 +51,7 @@ def test_whatever_is_killed_whenever_the_run_ends_as_if_nothing_had_happened(tmp
     options = ["--parallel", parallel, "--steps", str(STEPS)]
     plain = Job(tmp_path / "plain")
     plain.root.mkdir()
-    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2"]
-    code = plain.run([*launcher, str(TRAIN), "--plain", *options, "--out", str(plain.root / "out")])
+    code = plain.plain(TRAIN, "--plain", *options, "--out", plain.root / "out", ranks=2)
     assert code == 0, plain.output()
 
     (tmp_path / "held").mkdir()

@@ -98,17 +98,14 @@ def kill_when_ready(job: Job, command: list[str], rank: int) -> None:
     assert leftovers(job) == []
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.campaign), "fsdp2"])
 def test_a_forked_generation_ends_with_the_bits_of_an_undisturbed_run(job: Job, parallel: str) -> None:
     script = job.root / "gated.py"
     script.write_text(GATED)
     flags = ["--nproc-per-node", "2", "--hold-standby", "1"]
     arguments = ["--parallel", parallel, "--steps", "36", "--out"]
     kill_when_ready(job, job.holdfast(*flags, script, *arguments, job.root / "killed"), rank=1)
-    plain = job.holdfast(
-        "--nproc-per-node", "2", "--hold-standby", "0", script, *arguments, job.root / "plain", "ungated"
-    )
-    assert job.run(plain, timeout_s=WAIT_S) == 0, job.output()
+    assert job.plain(script, *arguments, job.root / "plain", "ungated", ranks=2) == 0, job.output()
     assert fingerprints(job.root / "killed", 2) == fingerprints(job.root / "plain", 2)
 
 

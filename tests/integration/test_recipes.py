@@ -47,16 +47,13 @@ def final_line(output: str) -> str:
 
 
 def undisturbed(root: Path, case: Case) -> str:
-    """The final line without a kill, under stock launchers."""
+    """The final line without a kill, and without a launcher of ours."""
     root.mkdir()
     with job_in(root, COMPILE_BACKEND="aot_eager") as job:
         folder = job.root / "out"
         folder.mkdir()
         (folder / "mended").touch()  # the reader of exception.py does not fail in this run
-        stock = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", str(case.ranks)]
-        python = [str(BIN / "python")]
-        command = [*(stock if case.ranks > 1 else python), str(RECIPES / f"{case.name}.py"), str(folder)]
-        code = job.run(command)
+        code = job.plain(RECIPES / f"{case.name}.py", folder, ranks=case.ranks)
         # Rarely a thread of gloo drops the last reference to a tensor while the interpreter ends, and the process
         # aborts after its last line (pytorch issue 190489). This run only says what the numbers are.
         ended = code == 0 or "terminate called without an active exception" in job.output()

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.zygote import run_plain
+
 TRAIN = Path(__file__).with_name("train.py")
 MARKER = "HOLDFAST_TEST_MARKER"
 BIN = Path(sys.executable).parent
@@ -78,6 +80,13 @@ class Job:
             raise AssertionError(
                 f"still running after {timeout_s} s: {' '.join(command)}\n{self.output(log)}"
             ) from None
+
+    def plain(self, script: Path, *arguments: str | os.PathLike[str], ranks: int = 1, log: str = "log.txt") -> int:
+        """Run a script without holdfast and give its exit code, as `zygote.run_plain` does."""
+        given = [str(argument) for argument in arguments]
+        return run_plain(
+            script, given, world_size=ranks, folder=self.root, variables=self.variables(), log=self.root / log
+        )
 
     def output(self, log: str = "log.txt") -> str:
         path = self.root / log
