@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
@@ -17,6 +18,7 @@ from holdfast.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
+_ABANDONED = re.compile(r"abandoned-\d{8}T\d{6}Z-[0-9a-f]{4}", re.ASCII)
 LEFT_OVER_S = 600.0
 """Seconds without a change after which an incomplete step directory counts as left over."""
 
@@ -83,7 +85,7 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
         return [i for i in complete if i.step in kept], [i for i in complete if i.step not in kept]
 
     def _kept(self, steps: list[StepInfo]) -> list[StepInfo]:
-        if self.last is None and self.every_steps is None and self.every_s is None and not self.best:
+        if not self.deletes:
             return steps
         kept = steps[-(self.last or 1) :]
         if self.every_steps is not None:
@@ -123,7 +125,16 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
         for info in _left_over(storage, steps, keep):
             storage.remove(info.path)
             logger.info("%s removed: an interrupted save left it", info.path)
+        if self.deletes:
+            for folder in _abandoned(storage, checkpoint_dir, keep):
+                storage.remove(folder)
+                logger.info("%s removed: the run that goes on has passed it", folder)
         return delete
+
+    @property
+    def deletes(self) -> bool:
+        """Whether it deletes anything at all."""
+        return bool(self.last is not None or self.every_steps is not None or self.every_s is not None or self.best)
 
 
 def _left_over(storage: Storage, steps: Sequence[StepInfo], keep: Sequence[StepInfo]) -> list[StepInfo]:
@@ -139,6 +150,21 @@ def _left_over(storage: Storage, steps: Sequence[StepInfo], keep: Sequence[StepI
         and info.time < keep[-1].time - LEFT_OVER_S
         and all(entry.name != ROOT_NAME for entry in storage.list(info.path))
     ]
+
+
+def _abandoned(storage: Storage, checkpoint_dir: Path, keep: Sequence[StepInfo]) -> list[Path]:
+    """Folders of checkpoints that were set aside when a run went on from an earlier one, once it has come further than
+    they had and made its newest checkpoint long after them. With a tag in one of them the folder stays."""
+    found: list[Path] = []
+    for entry in storage.list(checkpoint_dir) if keep else ():
+        if not entry.is_folder or not _ABANDONED.fullmatch(entry.name):
+            continue
+        steps = list_steps(checkpoint_dir / entry.name, storage=storage)
+        newest = max((info.time for info in steps), default=0.0)
+        passed = all(info.step < keep[-1].step and info.tag is None for info in steps)
+        if passed and newest < keep[-1].time - LEFT_OVER_S:
+            found.append(checkpoint_dir / entry.name)
+    return found
 
 
 def _spaced(steps: list[StepInfo], seconds: float) -> list[StepInfo]:

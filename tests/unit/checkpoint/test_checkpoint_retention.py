@@ -124,3 +124,33 @@ def test_what_interrupted_saves_left_is_removed_but_never_what_may_still_be_writ
     _save(tmp_path / step_dir_name(8), generation.at(8))
     Retention(last=1).apply(tmp_path)
     assert [info.step for info in list_steps(tmp_path)] == [6, 7, 8, 9]
+
+
+def test_what_was_set_aside_goes_once_the_run_has_passed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from holdfast.checkpoint import save
+    from holdfast.checkpoint.commit import abandon_after, list_steps
+
+    now = 1_000_000.0
+    monkeypatch.setattr("holdfast.checkpoint.commit.time.time", lambda: now)
+    for step in (1, 2, 5):
+        save({"w": torch.ones(2)}, tmp_path / f"step-{step:08d}")
+    folder = abandon_after(tmp_path, 1)
+    assert folder is not None
+    policy = Retention(last=9)
+    now += 10_000.0
+    save({"w": torch.ones(2)}, tmp_path / "step-00000004")
+    policy.apply(tmp_path)
+    assert folder.exists(), "the run has not come as far yet"
+    save({"w": torch.ones(2)}, tmp_path / "step-00000006")
+    Retention().apply(tmp_path)
+    assert folder.exists(), "this policy deletes nothing"
+    policy.apply(tmp_path)
+    assert not folder.exists()
+    assert [info.step for info in list_steps(tmp_path)] == [1, 4, 6]
+    folder = abandon_after(tmp_path, 4)
+    assert folder is not None
+    save({"w": torch.ones(2)}, tmp_path / "step-00000009")
+    policy.apply(tmp_path)
+    assert folder.exists(), "it was set aside just now"

@@ -84,7 +84,7 @@ def test_an_interrupted_reshard_goes_on_where_it_stopped(
 ) -> None:
     import holdfast.checkpoint.tools.building as building
 
-    write, count = building._write, 0
+    write, count = building._Image._write, 0
 
     def failing(*args: object) -> object:
         nonlocal count
@@ -93,12 +93,12 @@ def test_an_interrupted_reshard_goes_on_where_it_stopped(
             raise StorageError("no space is left")
         return write(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(building, "_write", failing)
-    assert "no space is left" in tool.refused("reshard", source, tmp_path / "r", "--world", "3")
+    monkeypatch.setattr(building._Image, "_write", failing)
+    assert "no space is left" in tool.refused("reshard", source, tmp_path / "r", "--world", "3", "--workers", "1")
     assert not (tmp_path / "r" / "root").exists()
     finished = {file.name: file.stat().st_ino for file in (tmp_path / "r").glob("*")} if stop_at > 1 else {}
     assert len(finished) == stop_at - 1
-    monkeypatch.setattr(building, "_write", write)
+    monkeypatch.setattr(building._Image, "_write", write)
     tool.works("reshard", source, tmp_path / "r", "--world", "3")
     assert all((tmp_path / "r" / name).stat().st_ino == inode for name, inode in finished.items())
     assert same(loaded(training_state(), tmp_path / "r"), training_state())
@@ -249,7 +249,7 @@ def test_an_interrupted_export_goes_on_where_it_stopped(
         return write(self, path, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PosixStorage, "write", failing)
-    assert "no space" in tool.refused("export", source, tmp_path / "hf", "--shard-size", "300")
+    assert "no space" in tool.refused("export", source, tmp_path / "hf", "--shard-size", "300", "--workers", "1")
     assert not (tmp_path / "hf" / "model.safetensors.index.json").exists()
     monkeypatch.setattr(PosixStorage, "write", write)
     inodes = {name: (tmp_path / "hf" / name).stat().st_ino for name in names}

@@ -1,8 +1,9 @@
 """Makes one of our checkpoints from a plan, part by part, and goes on with one that was interrupted.
 
-Every image is written to a temporary name, data first, its header last, and gets its name when it is durable. The
-generation in the names comes from the source and the options: an image that is there already under its name, and
-matches plan and checksums, is kept; what another source or other options left is removed after the commit.
+An image file is written to a temporary name, data first, its header last, and gets its name when it is durable. An
+object cannot be filled in later: for it the data is read twice, for its checksums and to be written. The generation in
+the names comes from the source and the options: an image that is there already under its name, and matches plan and
+checksums, is kept; what another source or other options left is removed after the commit.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from holdfast.checkpoint.image import ImageLayout, ImageMeta, block_checksums
 from holdfast.checkpoint.index import ImageRecord, image_file_name
 from holdfast.checkpoint.objects import ObjectRecord, encode_objects
 from holdfast.checkpoint.pieces import Piece
-from holdfast.checkpoint.source import FileSource
+from holdfast.checkpoint.places import UrlPath
 from holdfast.checkpoint.steps import StepInfo
-from holdfast.checkpoint.storage import TEMPORARY_PREFIX, PosixStorage, make_folders, refuse, sync_folder
+from holdfast.checkpoint.storage import TEMPORARY_PREFIX, make_folders, refuse, storage_of, sync_folder
+from holdfast.checkpoint.tools.parallel import LEAST_MEMORY_BYTES, in_parallel, share_of
 from holdfast.checkpoint.tools.units import Progress
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import GenerationId, Version
@@ -35,7 +37,9 @@ from holdfast.errors import CheckpointError, UsageError
 _WRITE_BUFFER_BYTES = 4 << 20
 _RESERVED_BYTES = 48 << 20
 """What a tool needs beside its buffer: interpreter state, windows and blocks of the reader."""
-LEAST_MEMORY_BYTES = 64 << 20
+
+Read = Callable[[Piece, Box, memoryview], None]
+"""Fills a buffer with a box of a piece (in indices of the global tensor)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,8 @@ class Build:
     """Of each rank of the new checkpoint."""
     objects: Sequence[Mapping[str, ObjectRecord]]
     """Of each rank."""
-    read: Callable[[Piece, Box, memoryview], None]
-    """Fills a buffer with a box of a piece (in indices of the global tensor)."""
+    readers: Sequence[Read]
+    """One for each worker: as many images are made at a time."""
     identity: str
     """Of the source and the options."""
     step: int = 0
@@ -56,6 +60,11 @@ class Build:
     metrics: Mapping[str, float] = field(default_factory=dict)
     history: str | None = None
     max_memory_bytes: int
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of one worker."""
+        return buffer_bytes(share_of(self.max_memory_bytes, len(self.readers), self.directory))
 
 
 def buffer_bytes(max_memory_bytes: int) -> int:
@@ -75,17 +84,23 @@ def build_checkpoint(build: Build) -> StepInfo:
     Raises:
         StorageError: the directory holds a checkpoint, or cannot be written.
         UsageError: too little memory.
-        CheckpointError: from `Build.read`.
+        CheckpointError: from a reader.
     """
-    refuse_committed(PosixStorage(), build.directory)
+    refuse_committed(storage_of(build.directory), build.directory)
     nonce = f"{xxhash.xxh3_64_intdigest(build.identity.encode()) & 0xFFFFFFFF:08x}"
     version = GenerationId(incarnation=1, nonce=nonce, generation=1).at(build.step)
-    total = sum(piece.size_bytes for pieces in build.images for piece in pieces)
+    passes = 2 if isinstance(build.directory, UrlPath) else 1
+    total = sum(piece.size_bytes for pieces in build.images for piece in pieces) * passes
+    records: dict[int, ImageRecord] = {}
     with Progress("writing", total) as progress:
-        records = [_image(build, version, rank, progress) for rank in range(len(build.images))]
+
+        def make(rank: int, read: Read) -> None:
+            records[rank] = _Image(build, version, rank, read, progress).record()
+
+        in_parallel(make, range(len(build.images)), build.readers, "build")
     return commit_step(
         build.directory,
-        records,
+        [records[rank] for rank in sorted(records)],
         version=version,
         world_size=len(build.images),
         metrics=build.metrics,
@@ -94,83 +109,128 @@ def build_checkpoint(build: Build) -> StepInfo:
     )
 
 
-def _image(build: Build, version: Version, rank: int, progress: Progress) -> ImageRecord:
-    blob = encode_objects(build.objects[rank])
-    layout = ImageLayout.plan(build.images[rank], objects_capacity=len(blob))
-    name = image_file_name(version.generation, rank, len(build.images))
-    path = build.directory / name
-    meta = _finished(path, layout, blob)
-    if meta is None:
-        meta = _write(build, path, layout, blob, version, rank, progress)
-    else:
-        progress.add(meta.size_bytes)
-    return image_record(name, meta, blob)
+class _Image:
+    """One image on its way."""
 
+    def __init__(self, build: Build, version: Version, rank: int, read: Read, progress: Progress) -> None:
+        self._build, self._version, self._rank = build, version, rank
+        self._read, self._progress = read, progress
+        self._blob = encode_objects(build.objects[rank])
+        self._layout = ImageLayout.plan(build.images[rank], objects_capacity=len(self._blob))
+        self._name = image_file_name(version.generation, rank, len(build.images))
+        self._path = build.directory / self._name
 
-def _finished(path: Path, layout: ImageLayout, blob: bytes) -> ImageMeta | None:
-    """An image that an interrupted run left whole; None where it must be written."""
-    if not path.exists():
-        return None
-    image = OpenImage(str(path), None, FileSource(path))
-    try:
-        meta = image.meta
-        if (
-            meta.pieces != layout.pieces
-            or meta.size_bytes != path.stat().st_size
-            or bytes(image.objects_blob()) != blob
-        ):
+    def record(self) -> ImageRecord:
+        """Make it, unless it is there; what a commit needs of it."""
+        meta = self._finished()
+        if meta is None:
+            meta = self._upload() if isinstance(self._path, UrlPath) else self._write()
+        else:
+            self._progress.add(meta.size_bytes)
+        return image_record(self._name, meta, self._blob)
+
+    def _finished(self) -> ImageMeta | None:
+        """An image that an interrupted run left whole; None where it must be written."""
+        storage = storage_of(self._path)
+        sizes = {entry.name: entry.size_bytes for entry in storage.list(self._path.parent)}
+        if self._name not in sizes:
             return None
-        image.verify()
-        return meta
-    except CheckpointError:
-        return None  # it is written again
-    finally:
-        image.close()
+        image = OpenImage(str(self._path), None, storage.source(self._path))
+        try:
+            meta = image.meta
+            if (
+                meta.pieces != self._layout.pieces
+                or meta.size_bytes != sizes[self._name]
+                or bytes(image.objects_blob()) != self._blob
+            ):
+                return None
+            image.verify()
+            return meta
+        except CheckpointError:
+            return None  # it is written again
+        finally:
+            image.close()
+
+    def _write(self) -> ImageMeta:
+        path = self._path
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            make_folders(path.parent)
+            with open(temporary, "xb", buffering=_WRITE_BUFFER_BYTES) as file:
+                file.seek(self._layout.data_start)
+                checksums = block_checksums(_into(file, self._data()), self._layout.block_bytes)
+                header = self._header(checksums)
+                file.seek(0)
+                file.write(header)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except OSError as error:
+            refuse("written", path, error)
+        finally:
+            with suppress(OSError):
+                os.unlink(temporary)
+        return self._meta(header, checksums)
+
+    def _upload(self) -> ImageMeta:
+        checksums = block_checksums(self._data(), self._layout.block_bytes)
+        header = self._header(checksums)
+        storage_of(self._path).write(self._path, _Again(lambda: _with_header(header, self._data())))
+        return self._meta(header, checksums)
+
+    def _data(self) -> Iterator[memoryview]:
+        """The data section; each part is good until the next."""
+        buffer = memoryview(bytearray(min(self._build.buffer_bytes, _longest(self._layout))))
+        for piece in self._layout.pieces:
+            if piece.box.is_empty:
+                continue
+            for box in cut_rows(piece.box, len(buffer) // itemsize(piece.dtype)):
+                part = buffer[: box.volume * itemsize(piece.dtype)]
+                self._read(piece, box, part)
+                self._progress.add(len(part))
+                yield part
+        yield memoryview(self._blob)
+
+    def _header(self, checksums: bytes) -> bytes:
+        return self._layout.header(
+            version=self._version,
+            global_rank=self._rank,
+            world_size=len(self._build.images),
+            checksums=checksums,
+            objects_bytes=len(self._blob),
+        )
+
+    def _meta(self, header: bytes, checksums: bytes) -> ImageMeta:
+        return self._layout.meta(
+            header,
+            version=self._version,
+            global_rank=self._rank,
+            world_size=len(self._build.images),
+            checksums=checksums,
+            objects_bytes=len(self._blob),
+        )
 
 
-def _write(
-    build: Build, path: Path, layout: ImageLayout, blob: bytes, version: Version, rank: int, progress: Progress
-) -> ImageMeta:
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        make_folders(path.parent)
-        with open(temporary, "xb", buffering=_WRITE_BUFFER_BYTES) as file:
-            file.seek(layout.data_start)
-            checksums = block_checksums(_data(build, layout, blob, file, progress), layout.block_bytes)
-            world = len(build.images)
-            header = layout.header(
-                version=version, global_rank=rank, world_size=world, checksums=checksums, objects_bytes=len(blob)
-            )
-            file.seek(0)
-            file.write(header)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        refuse("written", path, error)
-    finally:
-        with suppress(OSError):
-            os.unlink(temporary)
-    return layout.meta(
-        header, version=version, global_rank=rank, world_size=world, checksums=checksums, objects_bytes=len(blob)
-    )
+class _Again:
+    """Chunks that can be had again, which an upload that failed needs."""
+
+    def __init__(self, make: Callable[[], Iterator[bytes | memoryview]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[bytes | memoryview]:
+        return self._make()
 
 
-def _data(build: Build, layout: ImageLayout, blob: bytes, file: BinaryIO, progress: Progress) -> Iterator[memoryview]:
-    """The data section, written to the file as it goes by."""
-    buffer = memoryview(bytearray(min(buffer_bytes(build.max_memory_bytes), _longest(layout))))
-    for piece in layout.pieces:
-        if piece.box.is_empty:
-            continue
-        for box in cut_rows(piece.box, len(buffer) // itemsize(piece.dtype)):
-            part = buffer[: box.volume * itemsize(piece.dtype)]
-            build.read(piece, box, part)
-            file.write(part)
-            progress.add(len(part))
-            yield part
-    file.write(blob)
-    yield memoryview(blob)
+def _with_header(header: bytes, data: Iterator[memoryview]) -> Iterator[bytes | memoryview]:
+    yield header
+    yield from data
+
+
+def _into(file: BinaryIO, data: Iterator[memoryview]) -> Iterator[memoryview]:
+    for part in data:
+        file.write(part)
+        yield part
 
 
 def _longest(layout: ImageLayout) -> int:

@@ -10,83 +10,99 @@ from pathlib import Path
 import xxhash
 
 from holdfast.checkpoint.commit import open_checkpoint, read_step_info, refuse_committed
-from holdfast.checkpoint.root import ROOT_NAME, decode_root, encode_root
-from holdfast.checkpoint.source import FileSource
+from holdfast.checkpoint.places import place
+from holdfast.checkpoint.root import ROOT_NAME, Root, decode_root, encode_root
 from holdfast.checkpoint.steps import MAX_SMALL_BYTES
-from holdfast.checkpoint.storage import PosixStorage, remove_leftovers
+from holdfast.checkpoint.storage import Storage, remove_leftovers, storage_of
 from holdfast.checkpoint.tools.native import open_native
+from holdfast.checkpoint.tools.parallel import in_parallel, workers_within
 from holdfast.checkpoint.tools.units import Progress, human, parse_size
 from holdfast.checkpoint.verified import OpenImage
-from holdfast.errors import CheckpointError, CorruptError, UsageError
+from holdfast.errors import CheckpointError, CorruptError
 
-EXAMPLE = "holdfast ckpt copy checkpoints/step-00000100 /archive/step-00000100"
+EXAMPLE = "holdfast ckpt copy checkpoints/step-00000100 s3://bucket/archive/step-00000100"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("source", help="one of our checkpoints")
-    parser.add_argument("destination", help="a new directory")
+    parser.add_argument("source", type=place, help="one of our checkpoints: a directory or a URL")
+    parser.add_argument("destination", type=place, help="a new directory or URL")
+    parser.add_argument("--workers", type=int, default=2, help="images copied at the same time (default 2)")
     parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0."""
-    if "://" in arguments.destination:
-        raise UsageError(f"{arguments.destination}: only directories can be copied to yet")
+    workers = workers_within(arguments.workers, arguments.max_memory, arguments.destination)
     state = open_native(arguments.source)
     state.close()
-    copy_checkpoint(state.path, Path(arguments.destination))
-    info = read_step_info(Path(arguments.destination))
+    copy_checkpoint(state.path, arguments.destination, workers=workers)
+    info = read_step_info(arguments.destination)
     sys.stdout.write(f"{arguments.destination}: {human(info.size_bytes)}, every checksum matched\n")
     return 0
 
 
-def copy_checkpoint(source: Path, destination: Path) -> None:
+def copy_checkpoint(source: Path, destination: Path, *, workers: int = 1) -> None:
     """Copy images, index and root, in this order. An image that is there already and sound is not copied again.
 
     Raises:
         CorruptError: the source is damaged; the destination has no root then.
         StorageError: the destination holds a checkpoint, or cannot be written.
     """
-    storage = PosixStorage()
-    refuse_committed(storage, destination)
+    storage, target = storage_of(source), storage_of(destination)
+    refuse_committed(target, destination)
     root, _ = decode_root(storage.read(source / ROOT_NAME, limit=MAX_SMALL_BYTES))
+    there = {entry.name: entry.size_bytes for entry in target.list(destination)}
     with open_checkpoint(source) as catalog, Progress("copying", root.size_bytes) as progress:
-        for image in catalog.images:
-            target = destination / Path(image.name).name
-            if not _is_there(target, image):
-                storage.write(target, _counted(_bytes(image), progress))
-    data = _sound_index(storage, source, root.index_copies[0].size_bytes, root.index_digest)
+
+        def copy(image: OpenImage, worker: int) -> None:
+            path = destination / Path(image.name).name
+            if there.get(path.name) == image.meta.size_bytes and _is_sound(target, path, image):
+                progress.add(image.meta.size_bytes)
+            else:
+                target.write(path, _Bytes(image, progress))
+
+        in_parallel(copy, catalog.images, range(workers), "copy")
+    data = _sound_index(storage, source, root)
+    for copy_of in root.index_copies:
+        target.write(destination / copy_of.name, [data])
+    remove_leftovers(target, destination)
+    target.write(destination / ROOT_NAME, [encode_root(root)], exclusive=True)
+
+
+def _sound_index(storage: Storage, source: Path, root: Root) -> bytes:
+    names = {entry.name: entry.size_bytes for entry in storage.list(source)}
     for copy in root.index_copies:
-        storage.write(destination / copy.name, [data])
-    remove_leftovers(storage, destination)
-    storage.write(destination / ROOT_NAME, [encode_root(root)], exclusive=True)
-
-
-def _sound_index(storage: PosixStorage, source: Path, size_bytes: int, digest: bytes) -> bytes:
-    for file in sorted(source.glob("index*.json.zst")):
-        data = storage.read(file, limit=max(size_bytes, file.stat().st_size))
-        if xxhash.xxh3_128_digest(data) == digest:
-            return data
+        if copy.name in names:
+            data = storage.read(source / copy.name, limit=max(copy.size_bytes, names[copy.name]))
+            if xxhash.xxh3_128_digest(data) == root.index_digest:
+                return data
     raise CorruptError(f"{source}: no copy of the index matches its digest")
 
 
-def _bytes(image: OpenImage) -> Iterator[memoryview]:
-    meta = image.meta
-    yield image.source.read(0, meta.data_start)
-    yield from image.windows(meta.data_start, meta.size_bytes - meta.data_start)
+class _Bytes:
+    """The bytes of an image; can be had again, which an upload that failed needs."""
+
+    def __init__(self, image: OpenImage, progress: Progress) -> None:
+        self._image, self._progress = image, progress
+        self._counted = 0
+
+    def __iter__(self) -> Iterator[memoryview]:
+        meta = self._image.meta
+        self._progress.add(-self._counted)
+        self._counted = 0
+        yield self._count(self._image.source.read(0, meta.data_start))
+        for window in self._image.windows(meta.data_start, meta.size_bytes - meta.data_start):
+            yield self._count(window)
+
+    def _count(self, chunk: memoryview) -> memoryview:
+        self._counted += len(chunk)
+        self._progress.add(len(chunk))
+        return chunk
 
 
-def _counted(chunks: Iterator[memoryview], progress: Progress) -> Iterator[memoryview]:
-    for chunk in chunks:
-        progress.add(len(chunk))
-        yield chunk
-
-
-def _is_there(target: Path, image: OpenImage) -> bool:
-    if not target.exists() or target.stat().st_size != image.meta.size_bytes:
-        return False
-    found = OpenImage(str(target), None, FileSource(target), expected_digest=image.meta.header_digest)
+def _is_sound(storage: Storage, path: Path, image: OpenImage) -> bool:
+    found = OpenImage(str(path), None, storage.source(path), expected_digest=image.meta.header_digest)
     try:
         found.verify()
         return True

@@ -7,14 +7,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.objects import ObjectRecord, TensorRef, decode, encode
 from holdfast.checkpoint.pieces import Piece
-from holdfast.checkpoint.tools.building import Build, build_checkpoint
-from holdfast.checkpoint.tools.native import ALIASES, DCP_MAPPINGS, DCP_OBJECTS, TREE, NativeState, open_native
+from holdfast.checkpoint.places import place
+from holdfast.checkpoint.tools.building import Build, Read, build_checkpoint
+from holdfast.checkpoint.tools.native import ALIASES, DCP_MAPPINGS, DCP_OBJECTS, TREE, NativeState, open_several
+from holdfast.checkpoint.tools.parallel import workers_within
 from holdfast.checkpoint.tools.units import human, parse_size
 from holdfast.errors import MismatchError, UsageError
 
@@ -26,7 +27,7 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     parser.add_argument("source", help="one of our checkpoints")
-    parser.add_argument("destination", type=Path, help="a new directory")
+    parser.add_argument("destination", type=place, help="a new directory or URL")
     parser.add_argument(
         "--rename",
         action="append",
@@ -41,19 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="leave out a tensor or object, all below it, or all that match a pattern with *",
     )
+    parser.add_argument("--workers", type=int, default=2, help="images made at the same time (default 2)")
     parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0."""
     changes = Changes.parse(arguments.rename, arguments.drop)
-    state = open_native(arguments.source)
+    workers = workers_within(arguments.workers, arguments.max_memory, arguments.destination)
+    states = open_several(arguments.source, workers)
     try:
-        changes = changes.with_optimizers(state)
-        build = _plan(state, changes, arguments)
+        changes = changes.with_optimizers(states[0])
+        build = _plan(states, changes, arguments)
         info = build_checkpoint(build)
     finally:
-        state.close()
+        for state in states:
+            state.close()
     names = {piece.name for pieces in build.images for piece in pieces}
     sys.stdout.write(f"{arguments.destination}: {len(names)} tensors, {human(info.size_bytes)}\n")
     return 0
@@ -106,13 +110,17 @@ class Changes:
         return self.rename[old] + name[len(old) :]
 
 
-def _plan(state: NativeState, changes: Changes, arguments: argparse.Namespace) -> Build:
+def _plan(states: list[NativeState], changes: Changes, arguments: argparse.Namespace) -> Build:
+    state = states[0]
     kept = [tensor for tensor in state.tensors if not changes.drops(tensor.name)]
     saved = {(changes.new(tensor.name), tensor.rank): tensor for tensor in kept}
     _check(state, changes, len(kept), len(saved))
 
-    def read(piece: Piece, box: Box, out: memoryview) -> None:
-        state.read(saved[piece.name, piece.rank], box, out)
+    def reader(state: NativeState) -> Read:
+        def read(piece: Piece, box: Box, out: memoryview) -> None:
+            state.read(saved[piece.name, piece.rank], box, out)
+
+        return read
 
     return Build(
         directory=arguments.destination,
@@ -125,7 +133,7 @@ def _plan(state: NativeState, changes: Changes, arguments: argparse.Namespace) -
             for pieces in state.pieces()
         ],
         objects=[edited_objects(records, changes) for records in state.objects()],
-        read=read,
+        readers=[reader(state) for state in states],
         identity=f"edit {state.fingerprint} {sorted(changes.rename.items())} {sorted(changes.drop)}",
         step=state.step,
         tag=state.info.tag,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.exported import Export, cast_dtype
+from holdfast.checkpoint.tools.parallel import share_of, workers_within
 from holdfast.checkpoint.tools.states import open_state
 from holdfast.checkpoint.tools.units import Progress, human, parse_size
 
@@ -24,29 +25,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-size", metavar="SIZE", type=parse_size, default="5GB", help="hf: most bytes in a file (default 5GB)"
     )
+    parser.add_argument("--workers", type=int, default=2, help="hf: files written at the same time (default 2)")
     parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0."""
     cast = None if arguments.cast is None else cast_dtype(arguments.cast)
-    state = open_state(arguments.source)
+    workers = workers_within(arguments.workers, arguments.max_memory) if arguments.format == "hf" else 1
+    states = [open_state(arguments.source) for _ in range(workers)]
+    max_bytes = buffer_bytes(share_of(arguments.max_memory, workers)) // 8
     try:
-        export = Export.of(state, only=arguments.only, cast=cast, max_bytes=buffer_bytes(arguments.max_memory) // 8)
+        exports = [Export.of(state, only=arguments.only, cast=cast, max_bytes=max_bytes) for state in states]
+        export = exports[0]
         with Progress("exporting", export.size_bytes) as progress:
-            export.progress = progress
-            _write(export, arguments)
+            for one in exports:
+                one.progress = progress
+            _write(exports, arguments)
     finally:
-        state.close()
+        for state in states:
+            state.close()
     sys.stdout.write(f"{arguments.destination}: {len(export.items)} tensors, {human(export.size_bytes)}\n")
     return 0
 
 
-def _write(export: Export, arguments: argparse.Namespace) -> None:
+def _write(exports: list[Export], arguments: argparse.Namespace) -> None:
+    export = exports[0]
     if arguments.format == "hf":
         from holdfast.checkpoint.tools.export_hf import export_hf
 
-        export_hf(export, arguments.destination, arguments.shard_size)
+        export_hf(exports, arguments.destination, arguments.shard_size)
     elif arguments.format == "dcp":
         from holdfast.checkpoint.tools.export_dcp import export_dcp
 

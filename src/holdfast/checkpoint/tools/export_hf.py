@@ -13,18 +13,25 @@ import xxhash
 from holdfast.checkpoint.dtypes import dtype_info
 from holdfast.checkpoint.storage import PosixStorage, remove_leftovers
 from holdfast.checkpoint.tools.exported import Export, Item
+from holdfast.checkpoint.tools.parallel import in_parallel
 from holdfast.checkpoint.tools.safetensors_format import INDEX_NAME
 from holdfast.errors import StateError, StorageError
 
 
-def export_hf(export: Export, directory: Path, shard_bytes: int) -> None:
+def export_hf(exports: Sequence[Export], directory: Path, shard_bytes: int) -> None:
     """Write the files, then the index. A file that an interrupted run finished is kept.
+
+    Args:
+        exports: the same export once for each worker: one thread at a time may use one.
+        directory: a new one.
+        shard_bytes: most bytes in a file, unless one tensor has more.
 
     Raises:
         StateError: a dtype that safetensors lacks.
         StorageError: there is an export already, or something cannot be written.
     """
     storage = PosixStorage()
+    export = exports[0]
     if (directory / INDEX_NAME).exists():
         raise StorageError(f"{directory} holds an export already: give another directory")
     for item in export.items:
@@ -32,11 +39,15 @@ def export_hf(export: Export, directory: Path, shard_bytes: int) -> None:
             raise StateError(f"{item.name} is {item.dtype}, which safetensors cannot hold: --cast it, or export torch")
     shards = _shards(export.items, shard_bytes)
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header = _header(export, shard)
-        if not _is_there(directory / name, header, shard):
-            storage.write(directory / name, _file(export, header, shard))
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+
+    def write(number: int, export: Export) -> None:
+        header = _header(export, shards[number])
+        if not _is_there(directory / names[number], header, shards[number]):
+            storage.write(directory / names[number], _file(export, header, shards[number]))
+
+    in_parallel(write, range(len(shards)), exports, "export")
+    for name, shard in zip(names, shards, strict=True):
         weight_map.update((item.name, name) for item in shard)
     remove_leftovers(storage, directory)
     index = {"metadata": {"total_size": export.size_bytes}, "weight_map": dict(sorted(weight_map.items()))}

@@ -76,6 +76,7 @@ def _described(state: SavedState, tensor: SavedTensor) -> dict[str, object]:
     }
     if isinstance(state, NativeState):
         row["pieces"] = len(set(state.catalog.boxes(tensor.name, rank=tensor.rank)))
+        row["written_by"] = state.writers(tensor)
     return row
 
 
@@ -124,11 +125,19 @@ def _print(head: dict[str, object], rows: list[dict[str, object]], stats: bool) 
             sys.stdout.write(f"size: {human(value)}\n")
         elif value not in (None, [], {}):
             sys.stdout.write(f"{name}: {value}\n")
-    columns = ["name", "dtype", "shape", "size_bytes", *(["pieces"] if rows and "pieces" in rows[0] else [])]
+    columns = [
+        "name",
+        "dtype",
+        "shape",
+        "size_bytes",
+        *(["pieces", "written_by"] if rows and "pieces" in rows[0] else []),
+    ]
     columns += ["min", "max", "mean", "norm", "nan", "inf"] if stats else []
     body = [[_cell(column, row) for column in columns] for row in rows]
     if rows:
-        sys.stdout.write("\n" + table([[column.removesuffix("_bytes").upper() for column in columns], *body]))
+        sys.stdout.write(
+            "\n" + table([[column.removesuffix("_bytes").replace("_", " ").upper() for column in columns], *body])
+        )
 
 
 def _cell(column: str, row: dict[str, object]) -> str:
@@ -137,4 +146,17 @@ def _cell(column: str, row: dict[str, object]) -> str:
         return f"{value}@rank{row['rank']}"
     if column == "size_bytes" and isinstance(value, int):
         return human(value)
+    if column == "written_by" and isinstance(value, list):
+        return ranges(value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def ranges(numbers: list[int]) -> str:
+    """``0-3,7`` of ordered numbers."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

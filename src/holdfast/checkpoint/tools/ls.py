@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.steps import StepInfo, list_steps
 from holdfast.checkpoint.tools.units import human, put_json, table
@@ -17,7 +18,7 @@ EXAMPLE = "holdfast ckpt ls checkpoints --latest"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("directory", type=Path, help="checkpoint directory")
+    parser.add_argument("directory", type=place, help="checkpoint directory")
     parser.add_argument("--latest", action="store_true", help="print the path of the newest complete one only")
     parser.add_argument("--keep", metavar="POLICY", help="JSON of a Retention: show what it would keep, and why")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -14,6 +14,8 @@ from holdfast.checkpoint.commit import open_checkpoint, read_step_info
 from holdfast.checkpoint.objects import ObjectRecord, TensorRef, decode
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.root import ROOT_NAME
+from holdfast.checkpoint.steps import MAX_SMALL_BYTES
+from holdfast.checkpoint.storage import storage_of
 from holdfast.checkpoint.tools.states import SavedState, SavedTensor, open_state
 from holdfast.errors import UsageError
 
@@ -39,7 +41,7 @@ class NativeState:
         self.info = read_step_info(path)
         self.step = self.info.step
         self.catalog: Catalog = open_checkpoint(path)
-        self.fingerprint = xxhash.xxh3_128_hexdigest((path / ROOT_NAME).read_bytes())
+        self.fingerprint = xxhash.xxh3_128_hexdigest(storage_of(path).read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
         self.tensors = tuple(SavedTensor(s.name, s.rank, s.dtype, s.shape) for s in self.catalog.saved)
 
     def read(self, tensor: SavedTensor, box: Box, out: memoryview) -> None:
@@ -61,6 +63,11 @@ class NativeState:
                 piece = Piece(entry.name, entry.dtype, entry.shape, tile, entry.rank)
                 by_rank[self.catalog.ranks[number]].append(piece)
         return by_rank
+
+    def writers(self, tensor: SavedTensor) -> list[int]:
+        """The ranks whose images hold something of a tensor."""
+        placement = next(e.placement for e in self.catalog.saved if (e.name, e.rank) == (tensor.name, tensor.rank))
+        return sorted({self.catalog.ranks[number] for _, number in placement.overlapping(whole(tensor.shape))})
 
     def nested(self) -> Any:
         """See `SavedState.nested`. Of state that each rank has of its own, rank 0's."""
@@ -105,6 +112,16 @@ def open_native(path: str | Path) -> NativeState:
         state.close()
         raise UsageError(f"{path} is a {state.format} checkpoint: bring it into our form with `holdfast ckpt import`")
     return state
+
+
+def open_several(path: str | Path, number: int) -> list[NativeState]:
+    """The same checkpoint several times, for as many threads: a state is for one thread at a time.
+
+    Raises:
+        UsageError: it is something else.
+        CheckpointError: it cannot be read.
+    """
+    return [open_native(path) for _ in range(number)]
 
 
 class _Node(msgspec.Struct):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.steps import list_steps
 from holdfast.checkpoint.tools.units import human, put_json
@@ -16,7 +16,7 @@ EXAMPLE = "holdfast ckpt prune checkpoints --last 3 --every-steps 10000 --best 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("directory", type=Path, help="checkpoint directory")
+    parser.add_argument("directory", type=place, help="checkpoint directory")
     parser.add_argument("--last", type=int, metavar="N", help="keep the newest N")
     parser.add_argument("--every-steps", type=int, metavar="N", help="keep multiples of N")
     parser.add_argument("--every-seconds", type=float, metavar="N", help="keep one in N seconds")

@@ -24,10 +24,10 @@ import xxhash
 from holdfast.checkpoint.commit import INDEX_NAME, commit_step, image_record, read_index
 from holdfast.checkpoint.image import read_header
 from holdfast.checkpoint.index import IMAGE_NAME, ImageRecord, build_index, encode_index
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, IndexFile, Root, decode_root, encode_root
-from holdfast.checkpoint.source import FileSource
 from holdfast.checkpoint.steps import MAX_SMALL_BYTES
-from holdfast.checkpoint.storage import PosixStorage
+from holdfast.checkpoint.storage import storage_of
 from holdfast.checkpoint.tools.verify import problems_of, step_paths
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import Version
@@ -38,7 +38,7 @@ EXAMPLE = "holdfast ckpt repair checkpoints --dry-run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("path", type=Path, help="a step directory, or a checkpoint directory (all its steps)")
+    parser.add_argument("path", type=place, help="a step directory, or a checkpoint directory (all its steps)")
     parser.add_argument("--rebuild", action="store_true", help="finish steps whose images are all there and sound")
     parser.add_argument(
         "--min-age",
@@ -72,7 +72,7 @@ def repair(path: Path, *, rebuild: bool, min_age_s: float, dry_run: bool) -> Ite
     Raises:
         StorageError: something cannot be written or moved.
     """
-    storage = PosixStorage()
+    storage = storage_of(path)
     if not (path / ROOT_NAME).exists():
         yield from _unfinished(path, rebuild=rebuild, min_age_s=min_age_s, dry_run=dry_run)
         return
@@ -89,7 +89,7 @@ def repair(path: Path, *, rebuild: bool, min_age_s: float, dry_run: bool) -> Ite
 
 
 def _index(path: Path, root: Root, *, dry_run: bool) -> Iterator[str]:
-    storage = PosixStorage()
+    storage = storage_of(path)
     good, damaged = _copies(path, root)
     if not damaged:
         return
@@ -117,7 +117,7 @@ def _index(path: Path, root: Root, *, dry_run: bool) -> Iterator[str]:
 def _write_root(path: Path, root: Root, index: bytes) -> None:
     copies = tuple(IndexFile(name=copy.name, size_bytes=len(index)) for copy in root.index_copies)
     new = msgspec.structs.replace(root, index_digest=xxhash.xxh3_128_digest(index), index_copies=copies)
-    PosixStorage().write(path / ROOT_NAME, [encode_root(new)])
+    storage_of(path).write(path / ROOT_NAME, [encode_root(new)])
 
 
 def _copies(path: Path, root: Root) -> tuple[bytes | None, list[str]]:
@@ -126,7 +126,7 @@ def _copies(path: Path, root: Root) -> tuple[bytes | None, list[str]]:
     damaged: list[str] = []
     for copy in root.index_copies:
         try:
-            data = PosixStorage().read(path / copy.name, limit=max(copy.size_bytes, 1))
+            data = storage_of(path).read(path / copy.name, limit=max(copy.size_bytes, 1))
         except CheckpointError:
             data = b""
         if xxhash.xxh3_128_digest(data) == root.index_digest:
@@ -160,15 +160,15 @@ def _without_root(path: Path, problem: str, *, dry_run: bool) -> Iterator[str]:
         size_bytes=sum(record.size_bytes for record in records),
         index_digest=xxhash.xxh3_128_digest(data),
         index_copies=tuple(IndexFile(name=name, size_bytes=len(data)) for name in names),
-        time=path.stat().st_mtime,
+        time=max((entry.time for entry in storage_of(path).list(path)), default=0.0),
     )
     for name in names:
-        PosixStorage().write(path / name, [data])
-    PosixStorage().write(path / ROOT_NAME, [encode_root(root)])
+        storage_of(path).write(path / name, [data])
+    storage_of(path).write(path / ROOT_NAME, [encode_root(root)])
 
 
 def _unfinished(path: Path, *, rebuild: bool, min_age_s: float, dry_run: bool) -> Iterator[str]:
-    age = time.time() - max((file.stat().st_mtime for file in path.iterdir()), default=path.stat().st_mtime)
+    age = time.time() - last_change(path)
     if age < min_age_s:
         yield f"no root, changed {age:.0f} s ago: left alone (--min-age)"
         return
@@ -180,7 +180,7 @@ def _unfinished(path: Path, *, rebuild: bool, min_age_s: float, dry_run: bool) -
     aside = path.parent / f"incomplete-{stamp}" / path.name
     yield f"no root, so it was never finished: set aside as {aside}"
     if not dry_run:
-        PosixStorage().move(path, aside)
+        storage_of(path).move(path, aside)
 
 
 def _finish(path: Path, *, dry_run: bool) -> Generator[str, None, bool]:
@@ -200,10 +200,18 @@ def _finish(path: Path, *, dry_run: bool) -> Generator[str, None, bool]:
     return False
 
 
+def last_change(path: Path) -> float:
+    """Unix seconds of the last change in a step directory."""
+    times = [entry.time for entry in storage_of(path).list(path)]
+    times += [entry.time for entry in storage_of(path).list(path.parent) if not times and entry.name == path.name]
+    return max(times, default=0.0)
+
+
 def _versions(path: Path) -> Iterator[tuple[Version, int]]:
-    for file in sorted(path.iterdir()):
-        if IMAGE_NAME.fullmatch(file.name):
-            source = FileSource(file)
+    storage = storage_of(path)
+    for entry in storage.list(path):
+        if IMAGE_NAME.fullmatch(entry.name):
+            source = storage.source(path / entry.name)
             try:
                 meta = read_header(source.read)
                 yield meta.version, meta.world_size
@@ -220,16 +228,18 @@ def records_of(path: Path, version: Version, world_size: int, *, verify: bool = 
         CorruptError: one is damaged.
     """
     records: list[ImageRecord] = []
-    for file in sorted(path.iterdir()):
-        if not IMAGE_NAME.fullmatch(file.name) or not file.name.startswith(f"{version.generation}-"):
+    storage = storage_of(path)
+    for entry in storage.list(path):
+        if not IMAGE_NAME.fullmatch(entry.name) or not entry.name.startswith(f"{version.generation}-"):
             continue
-        image = OpenImage(str(file), None, FileSource(file))
+        file = path / entry.name
+        image = OpenImage(str(file), None, storage.source(file))
         try:
             meta = image.meta
             if (meta.version, meta.world_size) != (version, world_size):
                 continue
-            if file.stat().st_size != meta.size_bytes:
-                raise CorruptError(f"{file} has {file.stat().st_size} bytes, its header says {meta.size_bytes}")
+            if entry.size_bytes != meta.size_bytes:
+                raise CorruptError(f"{file} has {entry.size_bytes} bytes, its header says {meta.size_bytes}")
             if verify:
                 image.verify()
             records.append(image_record(file.name, meta, bytes(image.objects_blob())))

@@ -1,8 +1,8 @@
-"""``reshard``: the same state in the images of another number of ranks, cut as FSDP2 cuts.
+"""``reshard``: the same state in the images of another number of ranks, cut as they will load it.
 
-Every tensor is cut along its first dimension as `torch.chunk` does it, so that a load by that many ranks reads each
-image from start to end. State that each rank has of its own goes to rank r from old rank r mod old world size, as a
-load does it.
+``--world`` cuts every tensor along its first dimension as `torch.chunk` does it, and so FSDP2; ``--layout`` cuts as a
+file says (`layouts`). A load by ranks of that layout reads each image from start to end. State that each rank has of
+its own goes to rank r from old rank r mod old world size, as a load does it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from pathlib import Path
 from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.objects import ObjectRecord, decode, encode
 from holdfast.checkpoint.pieces import Piece
-from holdfast.checkpoint.tools.building import Build, build_checkpoint
-from holdfast.checkpoint.tools.native import DCP_MAPPINGS, DCP_OBJECTS, NativeState, open_native
+from holdfast.checkpoint.places import place
+from holdfast.checkpoint.tools.building import Build, Read, build_checkpoint
+from holdfast.checkpoint.tools.layouts import Layout
+from holdfast.checkpoint.tools.native import DCP_MAPPINGS, DCP_OBJECTS, NativeState, open_several
+from holdfast.checkpoint.tools.parallel import workers_within
+from holdfast.checkpoint.tools.states import SavedTensor
 from holdfast.checkpoint.tools.units import human, parse_size
 from holdfast.errors import UsageError
 
@@ -26,53 +30,71 @@ EXAMPLE = "holdfast ckpt reshard checkpoints/step-00000100 resharded/step-000001
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     parser.add_argument("source", help="one of our checkpoints")
-    parser.add_argument("destination", type=Path, help="a new directory")
-    parser.add_argument("--world", type=int, required=True, help="number of ranks that will load it")
+    parser.add_argument("destination", type=place, help="a new directory or URL")
+    layout = parser.add_mutually_exclusive_group(required=True)
+    layout.add_argument(
+        "--world", type=int, metavar="N", help="number of ranks that will load it, with FSDP2's sharding"
+    )
+    layout.add_argument("--layout", type=Path, metavar="FILE", help="JSON: mesh, and which axis cuts which dim of what")
+    parser.add_argument("--workers", type=int, default=2, help="images made at the same time (default 2)")
     parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0."""
-    if arguments.world < 1:
+    if arguments.world is not None and arguments.world < 1:
         raise UsageError(f"--world {arguments.world}: give at least 1")
-    state = open_native(arguments.source)
+    layout = None if arguments.layout is None else Layout.read(arguments.layout)
+    world = arguments.world if layout is None else layout.world_size
+    workers = workers_within(min(arguments.workers, world), arguments.max_memory, arguments.destination)
+    states = open_several(arguments.source, workers)
     try:
-        info = build_checkpoint(_plan(state, arguments))
+        info = build_checkpoint(_plan(states, world, layout, arguments))
     finally:
-        state.close()
-    sys.stdout.write(f"{arguments.destination}: {arguments.world} images, {human(info.size_bytes)}\n")
+        for state in states:
+            state.close()
+    sys.stdout.write(f"{arguments.destination}: {world} images, {human(info.size_bytes)}\n")
     return 0
 
 
-def _plan(state: NativeState, arguments: argparse.Namespace) -> Build:
-    world, old_world = arguments.world, state.catalog.world_size
-    images: list[list[Piece]] = [[] for _ in range(world)]
+def _plan(states: list[NativeState], world: int, layout: Layout | None, arguments: argparse.Namespace) -> Build:
+    state = states[0]
+    old_world = state.catalog.world_size
     saved = {(tensor.name, tensor.rank): tensor for tensor in state.tensors}
+    shared = [tensor for tensor in state.tensors if tensor.rank is None]
+    images = _cut(shared, world) if layout is None else layout.images(shared)
     for tensor in state.tensors:
-        if tensor.rank is None:
-            for rank, box in enumerate(shares(tensor.shape, world)):
-                if box is not None:
-                    images[rank].append(Piece(tensor.name, tensor.dtype, tensor.shape, box))
-            continue
-        for rank in range(tensor.rank, world, old_world):
+        for rank in range(tensor.rank, world, old_world) if tensor.rank is not None else ():
             images[rank].append(Piece(tensor.name, tensor.dtype, tensor.shape, whole(tensor.shape), rank))
 
-    def read(piece: Piece, box: Box, out: memoryview) -> None:
-        rank = None if piece.rank is None else piece.rank % old_world
-        state.read(saved[piece.name, rank], box, out)
+    def reader(state: NativeState) -> Read:
+        def read(piece: Piece, box: Box, out: memoryview) -> None:
+            rank = None if piece.rank is None else piece.rank % old_world
+            state.read(saved[piece.name, rank], box, out)
+
+        return read
 
     return Build(
         directory=arguments.destination,
         images=images,
         objects=_objects(state, world),
-        read=read,
-        identity=f"reshard {state.fingerprint} {world}",
+        readers=[reader(state) for state in states],
+        identity=f"reshard {state.fingerprint} {world} {layout}",
         step=state.step,
         tag=state.info.tag,
         metrics=state.info.metrics,
         history=state.info.history,
         max_memory_bytes=arguments.max_memory,
     )
+
+
+def _cut(tensors: list[SavedTensor], world: int) -> list[list[Piece]]:
+    images: list[list[Piece]] = [[] for _ in range(world)]
+    for tensor in tensors:
+        for rank, box in enumerate(shares(tensor.shape, world)):
+            if box is not None:
+                images[rank].append(Piece(tensor.name, tensor.dtype, tensor.shape, box))
+    return images
 
 
 def shares(shape: tuple[int, ...], world: int) -> list[Box | None]:

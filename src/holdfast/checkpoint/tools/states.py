@@ -11,6 +11,7 @@ import xxhash
 from holdfast.checkpoint.boxes import Box, cut_rows, whole
 from holdfast.checkpoint.dtypes import itemsize
 from holdfast.checkpoint.objects import TensorRef
+from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.errors import MismatchError, UsageError
 
@@ -73,18 +74,20 @@ def open_state(path: str | Path) -> SavedState:
     """Find out what lies at a path and open it.
 
     Args:
-        path: a step directory, a checkpoint directory (its newest step), a DCP directory, a safetensors file or a
-            folder of them, or a file of `torch.save`.
+        path: a step directory or a checkpoint directory (its newest step) or the URL of one, a DCP directory, a
+            safetensors file or a folder of them, or a file of `torch.save`.
 
     Raises:
         UsageError: there is nothing that is known.
         CheckpointError: it cannot be read.
     """
-    path = Path(path)
+    path = place(path)
     if (path / ROOT_NAME).exists():
         from holdfast.checkpoint.tools.native import NativeState
 
         return NativeState(path)
+    if isinstance(path, UrlPath):
+        return _open_folder(path)
     if (path / ".metadata").exists():
         from holdfast.checkpoint.tools.dcp_format import DcpState
 
@@ -110,6 +113,8 @@ def _open_folder(path: Path) -> SavedState:
         from holdfast.checkpoint.tools.native import NativeState
 
         return NativeState(newest.path)
+    if isinstance(path, UrlPath):
+        raise UsageError(f"{path} holds no complete checkpoint of holdfast; other formats are read from files only")
     if any(path.glob("*.safetensors")):
         from holdfast.checkpoint.tools.safetensors_format import SafetensorsState
 

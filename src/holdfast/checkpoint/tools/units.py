@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -57,7 +58,7 @@ def put_json(value: object) -> None:
 class Progress:
     """One line on standard error with share, rate and time left; nothing where that is no terminal.
 
-    One thread at a time.
+    Any thread may add.
     """
 
     _INTERVAL_S = 0.2
@@ -70,23 +71,26 @@ class Progress:
         """
         self._what = what
         self._total = max(total_bytes, 1)
+        self._lock = threading.Lock()
         self._done = 0
         self._shown = sys.stderr.isatty()
         self._start = self._last = time.monotonic()
 
     def add(self, size_bytes: int) -> None:
-        """So many more are done."""
-        self._done += size_bytes
-        now = time.monotonic()
-        if self._shown and now - self._last > self._INTERVAL_S:
-            self._last = now
-            rate = self._done / max(now - self._start, 1e-9)
-            left = max(self._total - self._done, 0) / max(rate, 1.0)
-            share = min(100 * self._done // self._total, 100)
-            sys.stderr.write(
-                f"\r\x1b[K{self._what}: {share}% of {human(self._total)}, {human(rate)}/s, {left:.0f} s left"
-            )
-            sys.stderr.flush()
+        """So many more are done; fewer where something begins again."""
+        with self._lock:
+            self._done += size_bytes
+            now = time.monotonic()
+            if self._shown and now - self._last > self._INTERVAL_S:
+                self._last = now
+                self._show(now - self._start)
+
+    def _show(self, seconds: float) -> None:
+        rate = self._done / max(seconds, 1e-9)
+        left = max(self._total - self._done, 0) / max(rate, 1.0)
+        share = min(100 * self._done // self._total, 100)
+        sys.stderr.write(f"\r\x1b[K{self._what}: {share}% of {human(self._total)}, {human(rate)}/s, {left:.0f} s left")
+        sys.stderr.flush()
 
     def __enter__(self) -> Progress:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,20 +13,21 @@ import xxhash
 from holdfast.checkpoint.boxes import whole
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.commit import open_checkpoint
+from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, Root, decode_root
 from holdfast.checkpoint.steps import MAX_SMALL_BYTES, list_steps
-from holdfast.checkpoint.storage import PosixStorage
+from holdfast.checkpoint.storage import storage_of
+from holdfast.checkpoint.tools.parallel import workers_within
 from holdfast.checkpoint.tools.units import Progress, human, parse_size, put_json
-from holdfast.checkpoint.verified import WINDOW_BYTES, OpenImage
+from holdfast.checkpoint.verified import OpenImage
 from holdfast.errors import CheckpointError, CorruptError, UsageError
 
 EXAMPLE = "holdfast ckpt verify checkpoints/step-00000100 --workers 4"
-_PER_WORKER_BYTES = 4 * WINDOW_BYTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("path", type=Path, help="a step directory, or a checkpoint directory (all its steps)")
+    parser.add_argument("path", type=place, help="a step directory, or a checkpoint directory (all its steps)")
     parser.add_argument("--workers", type=int, default=2, help="images read at the same time (default 2)")
     parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -34,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0 where all is sound, 1 where something is broken."""
-    if arguments.workers < 1:
-        raise UsageError(f"--workers {arguments.workers}: give at least 1")
-    workers = max(1, min(arguments.workers, arguments.max_memory // _PER_WORKER_BYTES))
+    workers = workers_within(arguments.workers, arguments.max_memory)
     results: dict[str, list[str]] = {}
     for path in step_paths(arguments.path):
         results[str(path)] = problems_of(path, workers=workers)
@@ -55,7 +54,8 @@ def step_paths(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise UsageError(f"{path} is no directory")
-    if (path / ROOT_NAME).exists() or any(path.glob("*.safetensors")):
+    names = [entry.name for entry in storage_of(path).list(path)]
+    if ROOT_NAME in names or any(name.endswith(".safetensors") for name in names):
         return [path]
     found = [info.path for info in list_steps(path)]
     if not found:
@@ -67,14 +67,14 @@ def _print(path: Path, problems: list[str]) -> None:
     for problem in problems:
         sys.stdout.write(f"{path}: {problem}\n")
     if not problems:
-        size = sum(file.stat().st_size for file in path.iterdir())
+        size = sum(entry.size_bytes for entry in storage_of(path).list(path))
         sys.stdout.write(f"{path}: sound, {human(size)} read\n")
 
 
 def problems_of(path: Path, *, workers: int = 1) -> list[str]:
     """All that is wrong with a step directory, one line each; none where it is sound."""
     try:
-        root, corrected = decode_root(PosixStorage().read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
+        root, corrected = decode_root(storage_of(path).read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
     except CheckpointError as error:
         return [f"root: {error}"]
     problems = ["root: wrong bytes, which its parity corrects"] if corrected else []
@@ -90,7 +90,8 @@ def problems_of(path: Path, *, workers: int = 1) -> list[str]:
             problems.append(str(error))
         with Progress("verifying", root.size_bytes) as progress, ThreadPoolExecutor(workers, "verify") as pool:
             holds = _names_by_image(catalog)
-            for number, found in enumerate(pool.map(_image_problems, catalog.images)):
+            sizes = {entry.name: entry.size_bytes for entry in storage_of(path).list(path)}
+            for number, found in enumerate(pool.map(lambda image: _image_problems(image, sizes), catalog.images)):
                 problems += [f"{problem}{_named(holds[number], lost)}" for problem, lost in found]
                 progress.add(root.size_bytes // len(catalog.images))
     return problems
@@ -99,7 +100,7 @@ def problems_of(path: Path, *, workers: int = 1) -> list[str]:
 def _index_problems(path: Path, root: Root) -> Iterator[str]:
     for copy in root.index_copies:
         try:
-            data = PosixStorage().read(path / copy.name, limit=copy.size_bytes)
+            data = storage_of(path).read(path / copy.name, limit=copy.size_bytes)
         except CheckpointError as error:
             yield f"index copy: {error}"
             continue
@@ -122,7 +123,7 @@ def _named(all_names: list[str], lost: list[str] | None) -> str:
     return f"; it holds {', '.join(names[:5])}{more}" if names else ""
 
 
-def _image_problems(image: OpenImage) -> list[tuple[str, list[str] | None]]:
+def _image_problems(image: OpenImage, sizes: Mapping[str, int]) -> list[tuple[str, list[str] | None]]:
     """(what is wrong, the pieces that it concerns; None: all of the image). One thread per image."""
     try:
         meta = image.meta
@@ -130,7 +131,7 @@ def _image_problems(image: OpenImage) -> list[tuple[str, list[str] | None]]:
     except CheckpointError as error:
         return [(str(error), None)]
     problems: list[tuple[str, list[str] | None]] = []
-    if Path(image.name).stat().st_size != meta.size_bytes:
+    if sizes.get(Path(image.name).name, meta.size_bytes) != meta.size_bytes:
         problems.append((f"{image.name} is longer than its header says", []))
     for block in range(meta.num_blocks):
         start = meta.data_start + block * meta.block_bytes
