@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -60,11 +61,16 @@ def in_parallel(work: Callable[[T, R], object], items: Iterable[T], tools: Itera
     free: SimpleQueue[R] = SimpleQueue()
     for tool in tools:
         free.put(tool)
+    failed = threading.Event()
 
     def one(item: T) -> None:
-        tool = free.get(timeout=3600.0)
+        tool = free.get(timeout=60.0)  # there are as many as threads, so one is free
         try:
-            work(item, tool)
+            if not failed.is_set():
+                work(item, tool)
+        except BaseException:
+            failed.set()
+            raise
         finally:
             free.put(tool)
 
