@@ -30,6 +30,7 @@ from holdfast.launcher.budget import RestartBudget
 from holdfast.launcher.channel import Channel
 from holdfast.launcher.console import say
 from holdfast.launcher.daemons import DaemonDied, DaemonLink
+from holdfast.launcher.hangs import HangLimits
 from holdfast.launcher.orders import OURS, holdfast_variables, node_info, start_message, worker_spec
 from holdfast.launcher.processes import Guard, reap_orphans
 from holdfast.launcher.recoveries import RecoveryBook
@@ -39,6 +40,8 @@ from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.signals import SignalPipe
 from holdfast.launcher.standby import Standby, can_stand_by, user_path
 from holdfast.launcher.timeline import describe_failure, signal_name
+from holdfast.launcher.vigil import DumpStacks, Vigil, WorkerHangs
+from holdfast.launcher.watching import NodeWatch
 from holdfast.launcher.wire import (
     DaemonInfo,
     Failure,
@@ -124,6 +127,8 @@ class Agent:
         self._steps = StepReader(seat.arena) if link is not None else None
         self._sessions = SessionBook()
         self._recoveries = RecoveryBook(self._write)
+        self._watch = NodeWatch(seat.arena, run_dir)
+        self._vigil = Vigil(HangLimits(hang_timeout_s=launch.hold.hang_timeout_s), self._write)
         self._store: object | None = None
         self._stops = 0
         self._verdict: Verdict | None = None
@@ -146,6 +151,7 @@ class Agent:
         failures = self._old_groups[0].failures() if self._old_groups else {}
         for group in self._old_groups:
             group.finish_logs(5.0)
+        self._watch.close()
         if self._steps is not None:
             self._steps.close()
         if self._standby is not None:
@@ -251,6 +257,7 @@ class Agent:
         if self._group is not None and self._rehearsal.due:
             self._rehearsal.fire(self._group.pids(), self._steps, self._link.pid if self._link is not None else 0)
         now = time.monotonic()
+        self._keep_watch(now)
         if self._group is not None and self._group.tick(now):
             self._group_gone(self._group)
         if self._leader is not None:
@@ -334,6 +341,23 @@ class Agent:
         )
         self._do(self._member.failed(self._generation, failure, time.monotonic()))
 
+    def _keep_watch(self, now: float) -> None:
+        """Look at our own workers; where this agent leads, over the whole job."""
+        if not self._watch.due(now):
+            return
+        pids = self._group.pids() if self._group is not None and not self._group.stopping else {}
+        plan = self._member.plan
+        if plan is not None and plan.generation == self._generation:
+            self._watch.dump(plan.dump, pids, now)
+        self._member.pulses(self._watch.look(pids, now))
+        for order in self._vigil.ticked(now) if self._leader is not None else ():
+            assert self._leader is not None, "only a leader has orders"
+            match order:
+                case DumpStacks(generation, number):
+                    self._do(self._leader.dump_ordered(generation, number, now))
+                case WorkerHangs(generation, failure):
+                    self._do(self._leader.hung(generation, failure, now))
+
     def _group_gone(self, group: WorkerGroup) -> None:
         assert self._generation is not None, "a group without a generation"
         self._group = None
@@ -360,6 +384,7 @@ class Agent:
             match message:
                 case Report() if self._leader is not None:
                     self._recoveries.observe(message)
+                    self._vigil.observe(message)
                     self._do(self._leader.reported(message, now))
                 case Plan():
                     self._do(self._member.planned(message, now))
@@ -457,6 +482,7 @@ class Agent:
                 if self._channel is not None:
                     self._channel.broadcast(plan)
                 self._recoveries.agreed(plan)
+                self._vigil.planned(plan)
                 self._do(self._member.planned(plan, now))
             case member.SendReport(report):
                 self._send_report(report, now)
@@ -485,6 +511,7 @@ class Agent:
     def _send_report(self, report: Report, now: float) -> None:
         if self._leader is not None:
             self._recoveries.observe(report)
+            self._vigil.observe(report)
             self._do(self._leader.reported(report, now))
         elif self._channel is not None:
             self._channel.report(report)
@@ -512,6 +539,7 @@ class Agent:
         self._sessions.begin(plan.generation)
         self._log.enter(place.node_rank, str(plan.generation))
         self._rehearsal.begin(plan.generation, place.node_rank)
+        self._watch.begin(plan.generation, place.first_global_rank)
         message = None
         if self._link is not None:
             message = start_message(plan, place)

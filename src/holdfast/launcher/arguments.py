@@ -51,6 +51,13 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def _parse_timeout(text: str) -> float:
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected more than 0")
+    return seconds
+
+
 def _parse_exit_code(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 255:
         raise argparse.ArgumentTypeError(f"{text!r} is no exit code for an unfinished job: expected 1 to 255")
@@ -121,6 +128,8 @@ class HoldOptions:
     """What is encrypted between nodes when there is a job token: control messages, or all."""
     job_token_file: Path | None = None
     """Holds the job token; None: HOLDFAST_TOKEN does, or there is none."""
+    hang_timeout_s: float = 600.0
+    """Silence of all ranks after which workers in a Session are restarted."""
     standby: bool = True
     """Whether a warm process stands by, from which the workers of later generations are forked."""
 
@@ -143,6 +152,7 @@ _FLAGS = (
     _Flag("grace", parse_duration, "TIME", "how long a job that is asked to stop may take (default 30s)"),
     _Flag("heartbeat", parse_duration, "TIME", "interval of heartbeats between nodes (default 0.5s)"),
     _Flag("dead_after", parse_duration, "TIME", "silence after which a node counts as lost (default 2s)"),
+    _Flag("hang_timeout", _parse_timeout, "TIME", "silence of all ranks after which a job hangs (default 10m)"),
     _Flag(
         "redundancy",
         _parse_redundancy,
@@ -310,7 +320,7 @@ def launch_from(args: argparse.Namespace, meeting: Meeting, *, log_dir: Path) ->
 def hold_options(args: argparse.Namespace) -> HoldOptions:
     """Our part of the command line."""
     values = {flag.name: getattr(args, f"hold_{flag.name}") for flag in _FLAGS}
-    seconds = {name: f"{name}_s" for name in ("linger", "grace", "heartbeat", "dead_after")}
+    seconds = {name: f"{name}_s" for name in ("linger", "grace", "heartbeat", "dead_after", "hang_timeout")}
     return HoldOptions(**{seconds.get(name, name): value for name, value in values.items() if value is not None})
 
 

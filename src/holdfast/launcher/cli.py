@@ -9,6 +9,9 @@ _HELP = """usage: holdfast COMMAND …
 
   holdfast run [torchrun's flags] [--hold-…] script.py args…   run a training script, restart it from memory
   holdfast ckpt ls|inspect|verify|diff|export|import|…           look at checkpoints, check, convert and tend them
+  holdfast doctor                                              check whether this host can run jobs well
+  holdfast status                                              show the jobs of this user on this host
+  holdfast report RUN_DIR                                      tell how a run went, from its events
   holdfast --version
 
 example:
@@ -30,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from holdfast.checkpoint.tools.cli import main as ckpt
 
             return ckpt(arguments[1:])
+        case ["doctor" | "status" | "report" as name]:
+            from holdfast.launcher.tool import main as tool
+
+            return tool(name, arguments[1:])
         case ["--version"]:
             from importlib.metadata import version
 
@@ -42,5 +49,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr.write(_HELP)
             return 2
         case _:
-            sys.stderr.write(f"holdfast: error: unknown command {arguments[0]!r}: `holdfast run` or `holdfast ckpt`\n")
+            sys.stderr.write(f"holdfast: error: unknown command {arguments[0]!r}: see `holdfast --help`\n")
             return 2

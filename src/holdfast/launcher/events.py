@@ -28,6 +28,8 @@ Kinds, and the fields that each one adds (fields that have their default are lef
     daemon              change (started, adopted, died, off, failed), pid, text
     standby             change (ready, failed), pid, modules (that it has imported), text
     notice              severity (info, warning, error), text
+    hang                change (dump, suspected, resumed, hung), global_rank (that stopped first), step, text
+    straggler           global_rank, slow (false: it has caught up), text
     stop_requested      signal (name), urgent
     fault               fault (the entry of the schedule that this agent is about to carry out), step
     run_ended           outcome (done, failed, stopped), exit_code, reason, persisted (version in storage), path
@@ -132,6 +134,23 @@ class Noticed(Event, frozen=True, kw_only=True, tag="notice", omit_defaults=True
     text: str
 
 
+class HangEvent(Event, frozen=True, kw_only=True, tag="hang", omit_defaults=True):
+    """The job is silent, goes on after all, or hangs; written by the leader's agent."""
+
+    change: str
+    text: str
+    global_rank: int = -1
+    step: int = -1
+
+
+class StragglerEvent(Event, frozen=True, kw_only=True, tag="straggler", omit_defaults=True):
+    """A rank is persistently slower than the others, or no longer; written by the leader's agent."""
+
+    global_rank: int
+    slow: bool
+    text: str
+
+
 class StopRequested(Event, frozen=True, kw_only=True, tag="stop_requested", omit_defaults=True):
     """A signal asked this agent to end the job."""
 
@@ -165,6 +184,8 @@ AnyEvent = (
     | DaemonChanged
     | StandbyEvent
     | Noticed
+    | HangEvent
+    | StragglerEvent
     | StopRequested
     | FaultFired
     | RunEnded

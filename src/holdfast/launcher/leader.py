@@ -175,6 +175,7 @@ class Leader:
         self._stop_deadline: float | None = None
         self._session = False
         self._verdict: Verdict | None = None
+        self._dump = 0
         self._sequence = 0
         self._sent: Plan | None = None
         self._unsent = True
@@ -206,6 +207,18 @@ class Leader:
         """Time has passed: at least every heartbeat."""
         for node_id in [n for n, node in self._nodes.items() if now - node.heard > self._limits.dead_after_s]:
             self._lost(node_id, now)
+        return self._advance(now)
+
+    def hung(self, generation: GenerationId, failure: Failure, now: float) -> list[Instruction]:
+        """A worker hangs, and only a restart helps: it counts as failed."""
+        if self._phase == Phase.RUN and self._run is not None and self._run.generation == generation:
+            self._worker_failed(failure, now)
+        return self._advance(now)
+
+    def dump_ordered(self, generation: GenerationId, number: int, now: float) -> list[Instruction]:
+        """All nodes shall write the stacks of their workers, for the `number`-th time in this generation."""
+        if self._run is not None and self._run.generation == generation:
+            self._dump = number
         return self._advance(now)
 
     def next_wake(self, now: float) -> float:
@@ -316,6 +329,7 @@ class Leader:
         self._restarts = number - self._first_number
         self._previous_ranks = ranks
         self._session = False
+        self._dump = 0
         self._phase = FORMING
         self._out.append(HostStore(self._run.generation))
 
@@ -486,6 +500,7 @@ class Leader:
             store=run.store if run is not None else "",
             session=self._session,
             verdict=self._verdict,
+            dump=self._dump,
         )
 
     def _renew_plan(self) -> None:

@@ -29,6 +29,7 @@ from holdfast.launcher.wire import (
     Phase,
     Place,
     Plan,
+    Pulse,
     Rejected,
     Report,
     SessionState,
@@ -174,6 +175,10 @@ class Member:
         self._update(progress=max(step, self._report.progress))
         return self._advance(now)
 
+    def pulses(self, pulses: tuple[Pulse, ...]) -> None:
+        """What is seen of this node's workers; goes out with the next report, and is no reason for one."""
+        self._report = msgspec.structs.replace(self._report, pulses=pulses)
+
     def asked_to_stop(self, request: StopRequest, now: float) -> list[Instruction]:
         """Somebody wants the job to end."""
         self._update(stop=request)
@@ -262,6 +267,7 @@ class Member:
             failure=None,
             session=SessionState(),
             started_s=0.0,
+            pulses=(),
         )
         self._out.append(StartWorkers(plan, place))
 

@@ -44,16 +44,21 @@ def job_key(name: str | None, *, script: str, rendezvous_id: str | None, argumen
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
-def runtime_directory() -> Path:
+def runtime_directory(*, make: bool = True) -> Path:
     """Directory of seats and sockets, mode 0700 and ours: under XDG_RUNTIME_DIR where that is usable, else /tmp.
+
+    Args:
+        make: False: only say where it would be.
 
     Raises:
         UsageError: the directory belongs to somebody else.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime and len(runtime) < _MAX_SOCKET_PATH - 70 and os.path.isdir(runtime) and os.access(runtime, os.W_OK):
-        return private(Path(runtime, "holdfast"))
-    return private(Path("/tmp", f"holdfast-{os.getuid()}"))
+        path = Path(runtime, "holdfast")
+    else:
+        path = Path("/tmp", f"holdfast-{os.getuid()}")
+    return private(path) if make else path
 
 
 def private(path: Path) -> Path:

@@ -12,6 +12,8 @@ from holdfast.launcher.wire import Failure, Plan, Report, SessionState
 
 def describe_failure(failure: Failure) -> str:
     """What happened to the worker, to be followed by more: "rank 1 was killed (SIGKILL)"."""
+    if failure.exit_code == 0:
+        return f"rank {failure.global_rank} hangs ({failure.message})"
     if failure.exit_code < 0:
         return f"rank {failure.global_rank} was killed ({signal_name(-failure.exit_code)})"
     text = f"rank {failure.global_rank} ended with exit code {failure.exit_code}"

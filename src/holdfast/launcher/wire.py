@@ -54,9 +54,9 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     local_rank: int
     pid: int
     exit_code: int
-    """Negative: the signal that ended the process."""
+    """Negative: the signal that ended the process. 0: it has not ended, it hangs."""
     message: str = ""
-    """One line: the exception, where the worker left an error file."""
+    """One line: the exception, where the worker left an error file; of a hang, what was seen of it."""
     step: int = -1
     """Newest finished step of the worker, -1 where it published none."""
     time_s: float = 0.0
@@ -101,6 +101,46 @@ class WorkerState(enum.StrEnum):
     """They were ended by their agent before they were done."""
 
 
+class Pulse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an agent sees of one of its workers that is in a Session; gathered every heartbeat, no event by itself."""
+
+    global_rank: int
+    local_rank: int
+    pid: int
+    phase: int
+    """`holdfast.snapshot.control.Phase` of its Session."""
+    step: int = -1
+    """Newest finished step."""
+    steps_done: int = 0
+    """Steps finished in this generation."""
+    inner_beats: int = 0
+    """Signs of life since then: how far it is into the next one."""
+    silent_s: float = 0.0
+    """Since the newest sign of life."""
+    beat_s: float = 0.0
+    """time.time() of that sign on its host."""
+    exempt: bool = False
+    """In a `session.section` whose limit is not over."""
+    step_s: float = 0.0
+    """How long the newest step took; 0 before there is one."""
+    lead_s: float = 0.0
+    """The part of it before the first forward pass had ended, 0 where none was seen."""
+    state: str = ""
+    """Process state as in /proc: R, S, D, T, ..."""
+    stuck_s: float = 0.0
+    """For how long it has been seen in state T, or in state D without a moment of running."""
+    cpu_s: float = 0.0
+    """CPU time of all its threads."""
+    io_bytes: int = 0
+    """Bytes read and written."""
+    dump: int = 0
+    """Number of the newest dump of stacks that it has answered, or failed to."""
+    stack: str = ""
+    """Digest of its stacks in that dump, without threads of holdfast."""
+    frame: str = ""
+    """Where its main thread stood: "train.py:88 in step"; or why nobody knows."""
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     """Member to leader: everything the leader needs to know of this node."""
 
@@ -127,6 +167,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     stop: StopRequest | None = None
     ended: bool = False
     """This node has carried out the end of the job."""
+    pulses: tuple[Pulse, ...] = ()
+    """Of the workers of `generation` that are in a Session."""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -185,6 +227,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     session: bool = False
     """All ranks have entered a Session and none has left it: stop requests become agreed steps."""
     verdict: Verdict | None = None
+    dump: int = 0
+    """Number of the newest dump of all workers' stacks that was ordered in this generation."""
 
 
 class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):

@@ -223,6 +223,11 @@ class TrainingState:
 
     # The tree of models and their names
 
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """The modules that were given."""
+        return tuple(module for _, module in self._models)
+
     def _name_models(self) -> None:
         """Find the first name of every tensor. Raises StateError where two tensors have one name."""
         self._fqns, self._aliases = {}, {}

@@ -9,9 +9,10 @@ that at different times; they settle it together, at a step that all know before
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
 from holdfast.checkpoint.places import place
@@ -19,6 +20,7 @@ from holdfast.checkpoint.saving import Ranks
 from holdfast.environment import WorkerEnvironment
 from holdfast.errors import CorruptError, PeerError, PeerTimeout, StorageError
 from holdfast.faults import When
+from holdfast.runtime.beats import Beats, StackWriter
 from holdfast.runtime.census import Census, HolderWatch, meet
 from holdfast.runtime.huddle import Huddle, session_name
 from holdfast.runtime.init_from import init_weights
@@ -29,7 +31,7 @@ from holdfast.runtime.say import plural, say, size
 from holdfast.runtime.snapshotter import Snapshotter
 from holdfast.runtime.storage_tier import StorageTier
 from holdfast.snapshot.client import SnapshotClient
-from holdfast.snapshot.control import Phase
+from holdfast.snapshot.control import Phase, stack_file
 from holdfast.snapshot.copier import Ticket
 from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore, SessionConfig
 
@@ -93,6 +95,10 @@ class LiveMode(Mode):
         self._persist_end = True
         self._said_start = False
         self._boundary_at = time.monotonic()
+        self._beats: Beats | None = None
+        self._stacks: StackWriter | None = None
+        self._sections = 0
+        """Depth of `section` blocks."""
         # Written by the training thread, read by the copying thread for the doorbell; off by one wait at worst.
         self._wait_s = 0.0
         self._step_s = 0.0
@@ -102,6 +108,8 @@ class LiveMode(Mode):
     def open(self) -> Restored | None:
         """Restore what the leader's daemon chooses, or initialise."""
         options, rank = self._context.options, self._ranks.rank
+        self._stacks = StackWriter(stack_file(self._environment.arena, self._environment.local_rank))
+        self._client.answers_to(self._stacks.signal)
         chosen = self._client.open(self._config(), timeout=_OPEN_TIMEOUT)
         meet(self._context, self._huddle)
         restore = self._restore(chosen)
@@ -111,8 +119,10 @@ class LiveMode(Mode):
                 path = init_weights(options.init_from, self._context.state.entries())
                 say(log, f"weights initialised from {path}", rank=rank)
             meet(self._context, self._huddle, sample=True)
+            self._beats = Beats(self._client, self._context.state.models)
             return None
         meet(self._context, self._huddle)
+        self._beats = Beats(self._client, self._context.state.models)
         if restore.tier == "storage":
             self._stored_step = self._step
         self._ask_for_slots()
@@ -134,6 +144,8 @@ class LiveMode(Mode):
         previous, self._step = self._step, step
         self._client.publish_step(step)
         self._client.beat()
+        if self._beats is not None:
+            self._beats.step_ended()
         self._listen()
         if previous == self._start_step:
             self._client.reached(Phase.FIRST_STEP, step)
@@ -167,11 +179,27 @@ class LiveMode(Mode):
 
     def before_update(self) -> None:
         """Wait for the running copy."""
+        self._client.beat()
         self._wait_s += self._shots.before_update()
+
+    @contextlib.contextmanager
+    def section(self, limit: timedelta | None) -> Iterator[None]:
+        """Said on the control page; what is nested belongs to the outermost one."""
+        self._sections += 1
+        if self._sections == 1:
+            self._client.in_section(limit)
+        try:
+            yield
+        finally:
+            self._sections -= 1
+            if self._sections == 0:
+                self._client.out_of_section()
 
     def close(self, step: int, *, failed: bool) -> None:
         """Make the final step a version and wait until it is in storage; where `failed`, just leave."""
         outcome = "failed"
+        if self._beats is not None:
+            self._beats.close()
         try:
             if not failed:
                 self._finish(step)
@@ -181,6 +209,9 @@ class LiveMode(Mode):
                 request.give_up("the Session ended before it was made")
             self._census.close()
             self._shots.close(_FAILED_COPY_S if failed else _SLOTS_TIMEOUT_S)
+            if self._stacks is not None:
+                self._client.answers_to(0)
+                self._stacks.close()
             self._client.close(step, outcome)
 
     # --- opening
@@ -400,7 +431,8 @@ class LiveMode(Mode):
         if not self._wait_for_slots():
             return
         self._client.final(step, persist)
-        self._final_version(step, persist=persist)
+        with self.section(_PERSIST_TIMEOUT if persist else _GRANT_TIMEOUT):
+            self._final_version(step, persist=persist)
         self._listen()
 
     def _final_version(self, step: int, *, persist: bool) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 from holdfast.faults import Injector
 from holdfast.runtime.capture import TrainingState
@@ -67,3 +69,7 @@ class Mode(abc.ABC):
     @abc.abstractmethod
     def before_update(self) -> None:
         """The state is about to be changed in place: return when nothing reads it any more."""
+
+    def section(self, limit: timedelta | None) -> contextlib.AbstractContextManager[None]:
+        """A declared stretch without steps, exempt from hang detection for `limit`; without a launcher, nothing."""
+        return contextlib.nullcontext()

@@ -317,11 +317,12 @@ class Session:
 
         Args:
             name: appears in the log.
-            limit: how long it may take.
+            limit: how long it may take; past it, hang detection goes on.
         """
-        self._live()
+        mode, _ = self._live()
         begun = time.monotonic()
-        yield
+        with mode.section(limit):
+            yield
         seconds = time.monotonic() - begun
         if limit is not None and seconds > limit.total_seconds():
             log.warning("section %s took %.1f s, its limit is %.1f s", name, seconds, limit.total_seconds())

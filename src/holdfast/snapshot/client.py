@@ -43,7 +43,7 @@ from holdfast.errors import (
 )
 from holdfast.snapshot.agreement import Decision, at_boundary
 from holdfast.snapshot.arena import Slot
-from holdfast.snapshot.control import ControlPage, Phase, generation_word
+from holdfast.snapshot.control import NO_LIMIT, ControlPage, Phase, generation_word
 from holdfast.snapshot.images import open_image
 from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.messages import (
@@ -292,6 +292,29 @@ class SnapshotClient:
         """A sign of life."""
         if self._part.generation == self._word:
             self._part.beat()
+
+    def timed(self, step_s: float, lead_s: float) -> None:
+        """The newest step took `step_s`; `lead_s` until its first forward pass had ended, 0 where there was none."""
+        if self._part.generation == self._word:
+            self._part.timed(int(step_s * 1e9), int(lead_s * 1e9))
+
+    def in_section(self, limit: timedelta | None) -> None:
+        """A stretch without steps begins; it is exempt from hang detection for `limit`, or however long it lasts."""
+        if self._part.generation == self._word:
+            self._part.beat()
+            limit_ns = 0 if limit is None else int(limit.total_seconds() * 1e9)
+            self._part.section_until = NO_LIMIT if limit is None else time.monotonic_ns() + limit_ns
+
+    def out_of_section(self) -> None:
+        """It has ended."""
+        if self._part.generation == self._word:
+            self._part.section_until = 0
+            self._part.beat()
+
+    def answers_to(self, number: int) -> None:
+        """The worker writes its stacks when signal `number` arrives; 0: no more."""
+        if self._part.generation == self._word:
+            self._part.stack_signal = number
 
     def reached(self, phase: Phase, step: int) -> None:
         """The Session reached `phase`."""

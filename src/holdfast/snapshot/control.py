@@ -19,6 +19,7 @@ import contextlib
 import enum
 import mmap
 import os
+import time
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,8 @@ from holdfast.snapshot.reports import Agreed
 MAX_LOCAL_RANKS: Final = 253
 MAX_SLOTS: Final = 32
 MAX_STEP: Final = 1 << 39
+NO_LIMIT: Final = (1 << 63) - 1
+"""`RankPart.section_until` of a section without a limit."""
 
 _MAGIC: Final = 0x3130_7466_646C_6F68  # "holdft01"
 _EPOCH, _GENERATION, _INCARNATION, _POOL, _RUNNING, _AGREED_SEQUENCE = 1, 2, 3, 4, 5, 6
@@ -50,6 +53,11 @@ class Phase(enum.IntEnum):
     CLOSED = 4
 
 
+def stack_file(arena: Path, local_rank: int) -> Path:
+    """Where the worker of `local_rank` writes its stacks, in the arena's directory; the agent reads and empties it."""
+    return arena / f"stacks-{local_rank}"
+
+
 def generation_word(generation: GenerationId) -> int:
     """`generation` as one positive 63-bit word; different for different generations of a job."""
     return (int(generation.nonce, 16) << 31) | (generation.generation & 0x7FFF_FFFF)
@@ -59,6 +67,7 @@ class RankPart:
     """The words of one local rank. Written by that worker only (the daemon clears them when a generation starts)."""
 
     _GENERATION, _PID, _STEP, _BEATS, _ACKNOWLEDGED, _PHASE, _PHASE_STEP = range(7)
+    _BEAT_NS, _SECTION, _SIGNAL, _STEP_NS, _LEAD_NS, _INNER = range(7, 13)
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
@@ -66,6 +75,7 @@ class RankPart:
     def enter(self, generation: GenerationId, pid: int) -> None:
         """Take the seat: a worker calls this once, before anything else here."""
         self.clear()
+        self._words[self._BEAT_NS] = time.monotonic_ns()
         self._words[self._PID] = pid
         self._words[self._GENERATION] = generation_word(generation)
 
@@ -93,6 +103,7 @@ class RankPart:
 
     @step.setter
     def step(self, value: int) -> None:
+        self._words[self._INNER] = 0
         self._words[self._STEP] = value
 
     @property
@@ -101,8 +112,54 @@ class RankPart:
         return int(self._words[self._BEATS])
 
     def beat(self) -> None:
-        """One more sign of life (one thread only)."""
+        """One more sign of life. A count that two threads raise at once may grow by one only, which nobody minds."""
         self._words[self._BEATS] += 1
+        self._words[self._INNER] += 1
+        self._words[self._BEAT_NS] = time.monotonic_ns()
+
+    @property
+    def inner_beats(self) -> int:
+        """Signs of life since the newest finished step: how far into the next one the rank is."""
+        return int(self._words[self._INNER])
+
+    @property
+    def beat_ns(self) -> int:
+        """time.monotonic_ns() of the newest sign of life: one clock for all processes of a host."""
+        return int(self._words[self._BEAT_NS])
+
+    @property
+    def section_until(self) -> int:
+        """While the script is in a declared stretch without steps: time.monotonic_ns() at which that has lasted too
+        long, `NO_LIMIT` where it may last; else 0."""
+        return int(self._words[self._SECTION])
+
+    @section_until.setter
+    def section_until(self, value: int) -> None:
+        self._words[self._SECTION] = value
+
+    @property
+    def stack_signal(self) -> int:
+        """Number of the signal at which the worker writes its Python stacks, 0 where it does not."""
+        return int(self._words[self._SIGNAL])
+
+    @stack_signal.setter
+    def stack_signal(self, value: int) -> None:
+        self._words[self._SIGNAL] = value
+
+    @property
+    def step_ns(self) -> int:
+        """How long the newest finished step took, boundary to boundary, in ns; 0 before there is one."""
+        return int(self._words[self._STEP_NS])
+
+    @property
+    def lead_ns(self) -> int:
+        """The part of `step_ns` before the first forward pass had ended: what no other rank delays."""
+        return int(self._words[self._LEAD_NS])
+
+    def timed(self, step_ns: int, lead_ns: int) -> None:
+        """Note how long the newest step took."""
+        self._words[self._STEP_NS] = step_ns
+        self._words[self._LEAD_NS] = lead_ns
 
     @property
     def acknowledged(self) -> int:

@@ -39,6 +39,7 @@ class PlayedDaemon:
         self.ready: tuple[Slot, ...] | None = None
         self.config: SessionConfig | None = None
         self.heard: list[tuple[Any, ...]] = []
+        self.life: list[str] = []
         self.clean: list[int] = []
         self.refused: list[int] = []
         self.metrics: dict[int, dict[str, float]] = {}
@@ -70,6 +71,18 @@ class PlayedDaemon:
 
     def publish_step(self, step: int) -> None:
         self.heard.append(("step", step))
+
+    def answers_to(self, number: int) -> None:
+        self.life.append("stacks" if number else "no stacks")
+
+    def timed(self, step_s: float, lead_s: float) -> None:
+        assert 0 <= lead_s <= step_s
+
+    def in_section(self, limit: object) -> None:
+        self.life.append(f"section {limit}")
+
+    def out_of_section(self) -> None:
+        self.life.append("section over")
 
     def beat(self) -> None:
         pass
@@ -186,6 +199,18 @@ def test_room_is_asked_for_after_the_first_step_and_granted_steps_are_copied(dae
     assert daemon.heard[-2:] == [("final", 5, False), ("close", 5, "done")]
     assert daemon.ready is not None
     assert [slot.read_header().state for slot in daemon.ready[:2]] == [SlotState.CLEAN] * 2
+
+
+def test_sections_are_said_and_what_is_nested_belongs_to_the_outermost(daemon: PlayedDaemon) -> None:
+    job = Job()
+    with job.session as session:
+        with session.section("outer", timedelta(seconds=9)), session.section("inner"):
+            assert daemon.life == ["stacks", "section 0:00:09"]
+        assert daemon.life[2:] == ["section over"]
+        with pytest.raises(RuntimeError), session.section("broken"):
+            raise RuntimeError
+        assert daemon.life[3:] == ["section None", "section over"]
+    assert daemon.life[5:] == ["no stacks"]
 
 
 def test_state_that_outgrew_its_slots_misses_and_asks_for_more(daemon: PlayedDaemon) -> None:

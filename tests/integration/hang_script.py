@@ -1,0 +1,82 @@
+"""A small DDP job that hangs, or only seems to, in its first generation: ``hang_script.py OUT HOW``.
+
+Beside the hang it shows that what the launcher needs of a worker disturbs nobody: handlers of the script's own for
+signals stay, and a model that is compiled in one piece, copied and pickled inside the Session is as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import holdfast
+
+STEPS = 14
+HANG_AT = 8
+
+
+def misbehave(how: str, rank: int, session: holdfast.Session) -> None:
+    """What happens at step HANG_AT."""
+    match how:
+        case "loop" if rank == 1:
+            while True:
+                pass
+        case "absent" if rank == 1:
+            time.sleep(3600)
+        case "section":
+            with session.section("evaluation", timedelta(minutes=1)):
+                time.sleep(8)
+        case "loader":
+            loader = DataLoader(TensorDataset(torch.zeros(8, 1)))
+            for _ in loader:
+                time.sleep(1)
+        case "writes" if rank == 0:
+            with (Path(sys.argv[1]) / "big").open("wb") as file:
+                for _ in range(120):
+                    file.write(bytes(8 << 20))
+                    os.fsync(file.fileno())
+                    file.seek(0)
+                    time.sleep(0.9)
+
+
+def main() -> None:
+    out, how = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    mine = signal.SIGRTMAX - 1
+    signal.signal(mine, lambda *_: None)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with holdfast.Session(model=model, optimizer=optimizer) as session:
+        assert signal.getsignal(mine).__name__ == "<lambda>"
+        assert signal.getsignal(signal.SIGUSR1).__name__ == "<lambda>"
+        for step in session.steps(until=STEPS):
+            if step == HANG_AT and first:
+                misbehave(how, rank, session)
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).sum().backward()
+            optimizer.step()
+            time.sleep(0.05)
+        if how == "loop":
+            assert copy.deepcopy(model.module).weight.equal(model.module.weight)
+            assert pickle.loads(pickle.dumps(model.module)).weight.equal(model.module.weight)
+    (out / f"done-{rank}").write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""`holdfast doctor`, `status` and `report`: what they find, and their exit codes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast.checkpoint.version import GenerationId
+from holdfast.errors import UsageError
+from holdfast.launcher import cli, health, report, status
+from holdfast.launcher.events import EventLog, GenerationStarted, HangEvent, Recovery, RunEnded, RunStarted
+from holdfast.launcher.seats import RunRecord, Seat, Tenant
+
+GENERATION = GenerationId(incarnation=1, nonce="7f3a9c02", generation=2)
+
+
+def recorded(run_dir: Path, *, outcome: str | None) -> None:
+    """The log of a run with one recovery."""
+    with EventLog(run_dir, "h") as log:
+        log.write(RunStarted(run_id="abc", command="train.py", arguments=("--lr", "1"), nproc=2, job="j"), 1000.0)
+        for number in (1, 2):
+            log.enter(0, f"i01-7f3a9c02-g000{number}")
+            log.write(
+                GenerationStarted(members=("h",), world_size=2, restart_count=number - 1, store="", pids=(1, 2)), 1001.0
+            )
+        log.write(HangEvent(change="hung", text="rank 1 stands still", global_rank=1, step=7), 1005.0)
+        phases = {"stopped": 0.1, "agreed": 0.2, "first_step": 0.5}
+        log.write(
+            Recovery(cause="rank 1 hangs", restart_count=1, tier="memory", step=7, steps_lost=1, phases=phases), 1006.0
+        )
+        if outcome is not None:
+            log.write(RunEnded(outcome=outcome, exit_code=0, reason="all workers ended"), 1010.0)
+
+
+def test_a_report_sums_up_recoveries_and_losses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded(tmp_path, outcome="done")
+    assert cli.main(["report", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["outcome"], found["seconds"], found["generations"], found["hangs"]) == ("done", 10.0, 2, 1)
+    assert (found["steps_lost"], found["recovery_seconds"]) == (1, 0.5)
+    assert found["recoveries"][0]["cause"] == "rank 1 hangs"
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "rank 1 hangs" in capsys.readouterr().out
+
+
+def test_a_report_of_a_failed_run_is_a_problem_and_of_no_run_a_wrong_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", str(tmp_path)]) == 2
+    recorded(tmp_path, outcome="failed")
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert cli.main(["report"]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_a_run_without_an_end_runs_until_it_was_silent_for_a_day(tmp_path: Path) -> None:
+    recorded(tmp_path, outcome=None)
+    events = report.read_events(tmp_path)
+    assert report.summarise(events, now=1100.0).outcome == "running"
+    assert report.summarise(events, now=1100.0).seconds == 100
+    assert report.summarise(events, now=1e6).outcome == "unknown"
+    with pytest.raises(UsageError, match="empty"):
+        report.summarise([], now=0.0)
+
+
+def test_a_second_launch_of_a_run_has_its_own_end(tmp_path: Path) -> None:
+    recorded(tmp_path, outcome="stopped")
+    with EventLog(tmp_path, "h") as log:
+        log.write(RunStarted(run_id="abc", command="train.py", arguments=(), nproc=2, job="j"), 2000.0)
+    assert report.summarise(report.read_events(tmp_path), now=2001.0).outcome == "running"
+
+
+# --- doctor
+
+
+def test_the_doctor_prints_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json", "--directory", str(tmp_path)]) == 0
+    found = {entry["check"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert {"versions", "disk", "memory", "shm", "cgroup", "files", "clock", "kernel", "erasure"} <= found.keys()
+    assert all(entry["status"] in ("ok", "warn") for entry in found.values())
+
+
+def test_an_endpoint_that_does_not_answer_is_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+        assert health.reach(endpoint).status == "fail"
+        server.listen()
+        assert health.reach(endpoint).status == "ok"
+    assert health.reach("nowhere").status == "fail"
+    assert cli.main(["doctor", "--endpoint", "127.0.0.1:1"]) == 1
+    assert "does not answer" in capsys.readouterr().out
+
+
+def test_small_file_systems_are_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert health.disk(tmp_path / "not" / "yet").status == "ok"
+    usage = health.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(health.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    assert health.disk(tmp_path).status == "fail"
+    shm = os.statvfs_result((4096, 4096, 16384, 16384, 16384, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(health.os, "statvfs", lambda path: shm)
+    found = health.shared_memory()
+    assert found.status == "warn"
+    assert "emptyDir" in found.text
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("0, NVIDIA H200, 0, No, No", "ok"),
+        ("0, NVIDIA H200, 0, 0, 0", "ok"),
+        ("1, NVIDIA L4, [N/A], [N/A], [N/A]", "ok"),
+        ("3, NVIDIA H200, 2, No, No", "fail"),
+        ("3, NVIDIA H200, 0, Yes, No", "fail"),
+    ],
+)
+def test_memory_errors_of_gpus_are_problems(line: str, expected: str) -> None:
+    assert health.parse_gpu_line(line).status == expected
+
+
+def test_the_worst_finding_decides() -> None:
+    found = [health.Finding(check="a", status=each, text="") for each in ("ok", "fail", "warn")]
+    assert health.worst(found) == "fail"
+    assert health.worst([]) == "ok"
+
+
+# --- status
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose sockets would fit: pytest's own has a long name."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)
+
+
+def test_status_shows_a_job_that_runs_and_one_that_lost_its_launcher(
+    short: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
+    assert cli.main(["status"]) == 0
+    assert "no job" in capsys.readouterr().out
+    assert not (short / "holdfast").exists(), "a look changes nothing"
+    with Seat("one", Tenant(pid=os.getpid(), endpoint=""), num_seats=1) as seat:
+        seat.write_record(RunRecord(run_id="abc", run_dir="/runs/one", generation=GENERATION))
+        assert cli.main(["status", "--json"]) == 0
+        (job,) = json.loads(capsys.readouterr().out)
+        assert (job["job"], job["state"], job["agent"]) == ("one", "running", os.getpid())
+        assert job["generation"] == str(GENERATION)
+    assert cli.main(["status", "one"]) == 1, "its launcher has gone"
+    assert "lingering" in capsys.readouterr().out
+    assert cli.main(["status", "other"]) == 1
+    assert status.find_jobs()[0].agent == 0
+
+
+def test_the_lock_of_a_living_agent_is_only_looked_at(tmp_path: Path) -> None:
+    lock = tmp_path / "agent.lock"
+    lock.write_text('{"pid": 7, "endpoint": ""}')
+    with lock.open() as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        assert status._holder(lock) == 7
+        with pytest.raises(BlockingIOError), lock.open() as other:
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert status._holder(lock) == 0
