@@ -70,9 +70,8 @@ def _end(helper: subprocess.Popen[str]) -> None:
 
 def _serve() -> None:
     """The helper's loop: one line in, one exit code out."""
-    import torch
     import torch._dynamo
-    import torch.distributed.fsdp
+    import torch.distributed.fsdp  # noqa: F401
 
     assert not any(name.split(".")[0] == "holdfast" for name in sys.modules)
     for line in sys.stdin:
