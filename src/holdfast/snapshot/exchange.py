@@ -59,6 +59,7 @@ from holdfast.snapshot.exchange_events import (
     SourceReset,
     StreamAsked,
     StreamReceived,
+    VersionFailed,
 )
 
 WINDOW: Final = 8
@@ -159,6 +160,9 @@ class Exchange:
             case KeepParity():
                 self._kept = event.version
                 self._drop_finished(out)
+            case VersionFailed():
+                if event.version == self.running:
+                    self._drop_running(out)
             case Nudged():
                 self._nudge(out)
             case _:
@@ -250,7 +254,7 @@ class Exchange:
             return
         running = self._running
         if running is not None and running.version == version:
-            running.streams.setdefault(stream.node_rank, stream)
+            running.streams.setdefault(stream.node_rank, stream)  # ours is there already
             self._reserve_if_known(running, out)
         elif self._wanted is None or version.step > self._wanted.step:
             self._early.setdefault(version, {})[stream.node_rank] = stream

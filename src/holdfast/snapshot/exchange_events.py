@@ -101,6 +101,12 @@ class ParitySealed(msgspec.Struct, frozen=True, kw_only=True):
     version: Version
 
 
+class VersionFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """Feed with the ledger's `ParityFailed`: the parity of this version can never be made here."""
+
+    version: Version
+
+
 class KeepParity(msgspec.Struct, frozen=True, kw_only=True):
     """Feed at the ledger's `Protected`: this version is the protected one. Every other finished parity goes, but that
     of a version that is being protected."""
@@ -123,6 +129,7 @@ ExchangeEvent = (
     | ChunkRefused
     | SourceReset
     | ParitySealed
+    | VersionFailed
     | KeepParity
     | Nudged
 )

@@ -49,6 +49,7 @@ from holdfast.snapshot.ledger_events import (
     OrdersReceived,
     ParityAvailable,
     ParityDone,
+    ParityFailed,
     PoolPaused,
     PoolReady,
     Protect,
@@ -93,6 +94,7 @@ __all__ = [
     "OrdersReceived",
     "ParityAvailable",
     "ParityDone",
+    "ParityFailed",
     "PoolPaused",
     "PoolReady",
     "Protect",
@@ -146,6 +148,7 @@ class NodeLedger:
         self._told_protected = False
         """`Protected` was said in this generation."""
         self._coded: Version | None = None
+        self._uncodable: Version | None = None
         self._parity: bool | None = None
         self._grants: tuple[int, ...] = ()
         self._pins: dict[Version, Pin] = {}
@@ -232,6 +235,9 @@ class NodeLedger:
             case ParityDone():
                 if event.version.generation == self.generation:
                     self._coded = event.version
+            case ParityFailed():
+                if event.version.generation == self.generation:
+                    self._uncodable = event.version
             case LeaderConnected():
                 return True
             case OrdersReceived():
@@ -298,7 +304,8 @@ class NodeLedger:
         self._ranks = {global_rank: RankState(global_rank=global_rank) for global_rank in local_ranks}
         self.table.places = {global_rank: local for local, global_rank in enumerate(local_ranks)}
         self.parent, self._complete, self._agreed = None, None, None
-        self._protect, self._coded, self._parity, self._told_protected = None, None, None, False
+        self._protect, self._coded, self._uncodable, self._parity = None, None, None, None
+        self._told_protected = False
         self._grants, self._num_slots, self._leader_epoch = (), 0, 0
         self._reported = None
 
@@ -439,6 +446,7 @@ class NodeLedger:
             agreed=self._agreed,
             coded=self._coded,
             protected=self._protected,
+            uncodable=self._uncodable,
             parity=self._parity,
         )
 

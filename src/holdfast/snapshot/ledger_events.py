@@ -194,6 +194,14 @@ class ParityDone(msgspec.Struct, frozen=True, kw_only=True):
     version: Version
 
 
+class ParityFailed(msgspec.Struct, frozen=True, kw_only=True):
+    """Feed when the parity of `version` can never be made here: a source's bytes do not match their checksums, or the
+    record cannot be written. Feed the exchange `VersionFailed` too. The leader gives the version up and takes a newer
+    one."""
+
+    version: Version
+
+
 class LeaderConnected(msgspec.Struct, frozen=True):
     """Feed when the connection to the leader's daemon is (re)made: yields a `SendReport`."""
 
@@ -222,6 +230,7 @@ NodeEvent = (
     | Requested
     | ParityAvailable
     | ParityDone
+    | ParityFailed
     | LeaderConnected
     | OrdersReceived
 )

@@ -8,7 +8,9 @@ Rules
 3. Over a change of generations the protected version of an older one stays in the same way. Only where a node has fewer
    than three slots, and the version that the generation started from is another one, is it given up: the two would
    leave no slot for a new version.
-4. A node that has no room for parity ends it for the generation: versions are then kept as without redundancy.
+4. A version whose parity some node can never make is given up; the next newer one is taken. Where there are fewer than
+   three slots, the older protected one goes with it: the two would leave no slot for a new version.
+5. A node that has no room for parity ends it for the generation: versions are then kept as without redundancy.
 
 Theory of operation
 -------------------
@@ -66,21 +68,29 @@ class Protection:
         """
         if self._hopeless(reports, complete, num_slots):
             self.protected = None
+        if not self._coded or any(state.parity is False for state in reports):
+            self.current = None
         if not self._coded or not all(state.parity for state in reports):
-            self.current = self.current if self._coded and all(state.parity is not False for state in reports) else None
             return []
         done: list[VersionProtected] = []
         if self.current is not None and all(state.coded == self.current for state in reports):
             self.protected, self.current = self.current, None
             done.append(VersionProtected(version=self.protected))
-        if self.current is None and complete is not None and complete != self.protected:
+        elif self.current is not None and _uncodable(self.current, reports):
+            self.current = None
+        if self.current is None and complete not in (None, self.protected) and not _uncodable(complete, reports):
             self.current = complete
         return done
 
     def _hopeless(self, reports: Collection[NodeState], complete: Version | None, num_slots: int) -> bool:
-        """Whether the older protected version stands in the way of new ones, or nothing will ever take its place."""
-        if self.protected is None:
+        """Whether the protected version stands in the way of new ones, or nothing will ever take its place."""
+        if self.protected is None or self.protected == complete:
             return False
-        if complete is not None:
-            return not self._coded or any(state.parity is False for state in reports)
-        return 0 < num_slots < 3 and self.protected != self._parent
+        if complete is None:
+            return 0 < num_slots < 3 and self.protected != self._parent
+        never = not self._coded or any(state.parity is False for state in reports)
+        return never or (0 < num_slots < 3 and _uncodable(complete, reports))
+
+
+def _uncodable(version: Version | None, reports: Collection[NodeState]) -> bool:
+    return version is not None and any(state.uncodable == version for state in reports)

@@ -116,6 +116,8 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """The parities that this node holds of it are whole: the newest version of which that is so."""
     protected: Version | None = None
     """What the node was last told to be protected."""
+    uncodable: Version | None = None
+    """The newest version whose parity can never be made on this node."""
     parity: bool | None = None
     """Whether this node has room for parity; None while that is not known."""
     ask: bool = False
