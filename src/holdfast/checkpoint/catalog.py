@@ -7,7 +7,7 @@ image that holds it; only when none is left does the read fail.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -108,6 +108,17 @@ class Catalog:
     def saved(self) -> tuple[Saved, ...]:
         """Every tensor of the job and of each rank, and which image holds what of it, by name and rank."""
         return tuple(sorted(self._saved.values(), key=lambda entry: (entry.name, entry.rank or 0)))
+
+    def leave_out(self, name: str, box: Box, images: Collection[int]) -> None:
+        """Never read this region of a tensor of the job from these images: others hold it (see `replicas`)."""
+        entry = self._saved[name, None]
+        kept = [
+            (tile, number)
+            for tile, number in entry.placement.overlapping(whole(entry.shape))
+            if tile != box or number not in images
+        ]
+        tiles = Tiles(tuple(tile for tile, _ in kept), tuple(number for _, number in kept))
+        self._saved[name, None] = entry._replace(placement=Placement(entry.shape, tiles, len(self._images)))
 
     # --- objects ---
 

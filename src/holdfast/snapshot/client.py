@@ -44,6 +44,7 @@ from holdfast.errors import (
 from holdfast.snapshot.agreement import Decision, at_boundary
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.control import NO_LIMIT, ControlPage, Phase, generation_word
+from holdfast.snapshot.divergence import settle
 from holdfast.snapshot.images import open_image
 from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.messages import (
@@ -52,6 +53,7 @@ from holdfast.snapshot.messages import (
     AnyMessage,
     CloseSession,
     Committed,
+    Diverged,
     FinalStep,
     Missed,
     NeedSlots,
@@ -243,11 +245,23 @@ class SnapshotClient:
         try:
             for location in restore.images:
                 images.append(open_image(self._context, location, restore.version, self._keys))
+            catalog = Catalog(images)
+            self._settle(catalog, restore)
         except BaseException:
             for image in images:
                 image.source.close()
             raise
-        return Catalog(images)
+        return catalog
+
+    def _settle(self, catalog: Catalog, restore: Restore) -> None:
+        """Raises CorruptError where copies that should agree do not, and none of them has a majority."""
+        assert restore.version is not None
+        found = settle(catalog, [location.node_rank for location in restore.images])
+        if self._environment.global_rank == 0:
+            for text in found.texts:
+                self._tell(Diverged(generation=self._generation, version=restore.version, text=text))
+        if found.undecided:
+            raise CorruptError(found.undecided)
 
     # --- slots
 

@@ -236,6 +236,14 @@ class Reached(Message, frozen=True, kw_only=True):
     seconds: float
 
 
+class Diverged(Message, frozen=True, kw_only=True):
+    """W -> D: copies that should agree do not; for the run's log."""
+
+    generation: GenerationId
+    version: Version
+    text: str
+
+
 class NeedSlots(Message, frozen=True, kw_only=True):
     """W -> D: the image of this rank takes `size_bytes`; make slots ready. Answered (late) by `SlotsReady` or
     `Refused`. Sent again, larger, when the state has grown."""
@@ -495,6 +503,7 @@ AnyMessage = (
     | Restore
     | RestoreFailed
     | Reached
+    | Diverged
     | NeedSlots
     | SlotsReady
     | SlotsMapped

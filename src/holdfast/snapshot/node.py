@@ -27,6 +27,7 @@ from holdfast.snapshot.messages import (
     CloseSession,
     Committed,
     DaemonMoved,
+    Diverged,
     FinalStep,
     Inventory,
     LeaderRestore,
@@ -451,6 +452,8 @@ class Node:
                 self._need_slots(message)
             case SlotsMapped() if self._current(message.generation):
                 self._room.mapped(message.global_rank - self._first_rank(), message.pool)
+            case Diverged() if self._current(message.generation):
+                self._to_agent(Notice(severity="error", text=f"{message.version}: {message.text}"))
             case Reached() if self._current(message.generation):
                 self._reached(message)
             case FinalStep(generation=generation, global_rank=rank, step=step, persist=persist):
