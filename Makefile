@@ -51,3 +51,8 @@ clean: ## remove .venv and everything built
 	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 	rm -rf src/holdfast.egg-info
+
+.PHONY: test-dcp
+test-dcp: $(STAMP) ## DCP's own tests with our writer and reader; from GitHub, or FROM=checkout of pytorch
+	@$(PIP) expecttest
+	$(BIN)/python tests/external/dcp_tests.py $(if $(FROM),--from $(FROM))

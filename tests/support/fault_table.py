@@ -292,7 +292,8 @@ def _on_full_disk(at: Path, side: str) -> str:
         f"import fault_table as t; from pathlib import Path\n"
         f"print('VERDICT', t._fill_disk(Path({str(at)!r}), t.{side}))"
     )
-    mount = f"import subprocess; subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', {str(at)!r}], check=True)"
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(at)]
+    mount = f"import subprocess; subprocess.run({mounted!r}, check=True)"
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     command = [*namespace, sys.executable, "-W", "ignore", "-c", f"{mount}\n{code}"]
     at.mkdir()
