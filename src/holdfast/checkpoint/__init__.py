@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from holdfast.checkpoint.flat import FlatRange
 from holdfast.checkpoint.objects import register_codec
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.steps import list_steps
 
 __all__ = [
+    "FlatRange",
     "HoldfastReader",
     "HoldfastWriter",
     "Retention",

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,30 +20,20 @@ from typing import Any
 
 import torch
 
-from holdfast.checkpoint.boxes import Box
-from holdfast.checkpoint.catalog import Catalog
-from holdfast.checkpoint.commit import open_checkpoint
-from holdfast.checkpoint.objects import ObjectRecord, decode, encode, join_tensors, split_tensors
-from holdfast.checkpoint.ownership import Shard, own
+from holdfast.checkpoint.fsdp1 import flat_state, is_fsdp1
+from holdfast.checkpoint.held import Held, hold
+from holdfast.checkpoint.loading import TREE, load_tree
+from holdfast.checkpoint.objects import ObjectRecord, encode, split_tensors
+from holdfast.checkpoint.ownership import own
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.saving import Ranks, agree, refuse_save, save_pieces
 from holdfast.checkpoint.steps import StepInfo, step_of
-from holdfast.checkpoint.tensors import (
-    contiguous_on_cpu,
-    dtype_name,
-    empty_for,
-    layout_shard,
-    plain_shard,
-    tensor_bytes,
-)
+from holdfast.checkpoint.tensors import contiguous_on_cpu, tensor_bytes
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import MismatchError
 
 logger = logging.getLogger(__name__)
 
-TREE = "state"
-"""The object that holds the state, with `TensorRef` in the place of tensors."""
 _calls: Counter[tuple[str, int]] = Counter()
 """Saves of this process by (path, world size): ranks that save together agree on the count. Main thread only."""
 
@@ -195,7 +184,7 @@ class _Attempt:
 class _Bytes:
     """The bytes of pieces of the caller's tensors; views are kept, because a save asks twice, copies are not."""
 
-    def __init__(self, held: Mapping[str, _Held]) -> None:
+    def __init__(self, held: Mapping[str, Held]) -> None:
         self._held = held
         self._views: dict[Piece, memoryview] = {}
 
@@ -213,160 +202,71 @@ class _Bytes:
 
 def _prepare(state: Mapping[str, Any], ranks: Ranks, process_group: Any, copy: bool) -> _Prepared:
     tree, tensors = split_tensors("", _state_of(state))
-    local, shards = _local(tensors, ranks, process_group)
+    local = {part.shard.name: part for part in hold(tensors, ranks, process_group)}
+    shards = [part.shard for part in local.values()]
     pieces = tuple(piece for piece in own(shards, global_rank=ranks.rank, node_of=lambda rank: rank) if piece.job)
-    held = {shard.name: part for shard, part in zip(shards, local, strict=True)}
     encoded = encode(tree)
     if not copy:
-        return _Prepared(pieces, _Bytes(held), encoded)
-    copies = {piece: held[piece.name].copy(piece.box) for piece in pieces}
+        return _Prepared(pieces, _Bytes(local), encoded)
+    copies = {piece: local[piece.name].copy(piece.box) for piece in pieces}
     return _Prepared(pieces, lambda piece: tensor_bytes(copies[piece]), encoded)
 
 
-def load(state: Mapping[str, Any], path: str | Path, *, process_group: Any = None) -> dict[str, Any]:
+def load(
+    state: Mapping[str, Any],
+    path: str | Path,
+    *,
+    strict: bool = True,
+    cast: bool = False,
+    process_group: Any = None,
+    timeout: timedelta = timedelta(minutes=30),
+) -> dict[str, Any]:
     """Load a checkpoint into `state`: tensors and DTensors in place, whatever parallelism saved them.
+
+    Every rank of the group calls it. What several want is read from storage once and handed on. Beyond the tensors of
+    `state` a rank needs some 64 MiB.
 
     Args:
         state: nested, with the same keys as the saved one; its tensors are filled in place.
         path: the checkpoint.
-        process_group: whose ranks load.
+        strict: raise where keys are missing or unexpected. If False, what is not saved stays as it is in `state`, and
+            what only the checkpoint has is left out.
+        cast: convert tensors that are saved in another dtype. If False, they are an error, whatever `strict` says.
+        process_group: whose ranks load (None: the default group, or this process alone).
+        timeout: how long to wait for the slowest rank.
 
     Returns:
-        A state like the saved one, which holds the tensors of `state` and the saved other values. Objects with
+        A state like `state`, which holds its tensors and, in place of its other values, the saved ones. Objects with
         ``load_state_dict`` have been given theirs and stand in it themselves.
 
     Raises:
-        MismatchError: tensors are missing or unexpected, or have other shapes or dtypes; lists them. Nothing was
-            loaded.
+        MismatchError: keys are missing or unexpected (`strict`), tensors have other shapes or (without `cast`) dtypes,
+            or a region lies in no image; lists the keys. Nothing was loaded.
         CorruptError, StorageError: the checkpoint cannot be read; tensors of `state` may have been filled.
+        PeerTimeout: a rank did not come; named.
+        PeerError: another rank failed otherwise.
     """
-    ranks = Ranks.of(process_group)
     tree, tensors = split_tensors("", _state_of(state))
-    del tree
-    local, shards = _local(tensors, ranks, process_group)
-    with open_checkpoint(path) as catalog:
-        _check_same(catalog, tensors)
-        saved = _saved_tree(catalog, path, ranks.rank)
-        for shard, part in zip(shards, local, strict=True):
-            for box in shard.boxes:
-                _read_into(catalog, part.view(box), shard, box)
-    loaded = join_tensors(saved, lambda name: tensors[name])
-    return {key: _give(value, loaded[key]) if key in loaded else value for key, value in state.items()}
+    loaded = load_tree(tree, tensors, path, strict=strict, cast=cast, process_group=process_group, timeout=timeout)
+    return {key: _give(value, loaded[key]) for key, value in state.items()}
 
 
 def _state_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: dict(value.state_dict()) if hasattr(value, "state_dict") and hasattr(value, "load_state_dict") else value
-        for key, value in state.items()
-    }
+    return {key: _value_of(value) for key, value in state.items()}
+
+
+def _value_of(value: Any) -> Any:
+    if isinstance(value, torch.nn.Module) and any(map(is_fsdp1, value.modules())):
+        return flat_state(value)
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+        return dict(value.state_dict())
+    return value
 
 
 def _give(value: Any, loaded: Any) -> Any:
+    if isinstance(value, torch.nn.Module) and any(map(is_fsdp1, value.modules())):
+        return value  # its shards were filled in place
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
         value.load_state_dict(loaded)
         return value
     return loaded
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """The local part of a tensor, and the boxes of the global one that lie in it."""
-
-    tensor: torch.Tensor
-    boxes: tuple[Box, ...]
-    origins: tuple[tuple[int, ...], ...]
-    """For each box, the indices in `tensor` at which it begins."""
-
-    def view(self, box: Box) -> torch.Tensor:
-        """The elements of a region of the global tensor."""
-        if box.lengths == self.tensor.shape:
-            return self.tensor
-        view = self.tensor
-        for outer, origin in zip(self.boxes, self.origins, strict=True):
-            if outer.contains(box) and not box.is_empty:
-                for dim, (start, first, place) in enumerate(zip(box.offsets, outer.offsets, origin, strict=True)):
-                    view = view.narrow(dim, start - first + place, box.lengths[dim])
-                return view
-        raise AssertionError(f"{box} does not lie in {self.boxes}")
-
-    def copy(self, box: Box) -> torch.Tensor:
-        """The elements of a region in memory of their own."""
-        view = self.view(box)
-        part = contiguous_on_cpu(view)
-        # Bytes compare what matters: `part` may be a view of the caller's storage or already a copy of it.
-        shared = part.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
-        return part.clone(memory_format=torch.contiguous_format) if shared else part
-
-
-def _local(tensors: Mapping[str, torch.Tensor], ranks: Ranks, process_group: Any) -> tuple[list[_Held], list[Shard]]:
-    """The local parts of all tensors, and what of the global ones they are; in the same order."""
-    # Importing it takes seconds; where it was not imported there is no DTensor.
-    module = sys.modules.get("torch.distributed.tensor")
-    everyone = tuple(range(ranks.world_size))
-    local: list[_Held] = []
-    shards: list[Shard] = []
-    for name, tensor in tensors.items():
-        if module is not None and isinstance(tensor, module.DTensor):
-            from holdfast.checkpoint.layout import dtensor_layout, local_part
-
-            layout = dtensor_layout(name, tensor)
-            local.append(_Held(local_part(tensor).detach(), layout.boxes, layout.origins))
-            shards.append(_in_group(layout_shard(name, tensor, layout), ranks, process_group))
-        else:
-            shard = plain_shard(name, tensor, holders=everyone)
-            local.append(_Held(tensor.detach(), shard.boxes, ((0,) * tensor.dim(),)))
-            shards.append(shard)
-    return local, shards
-
-
-def _in_group(shard: Shard, ranks: Ranks, process_group: Any) -> Shard:
-    """A DTensor's shard with holders counted in the process group."""
-    if process_group is None:
-        return shard
-    import torch.distributed as dist
-
-    holders = tuple(sorted(dist.get_group_rank(process_group, rank) for rank in shard.holders))
-    return Shard(shard.name, shard.dtype, shard.shape, shard.boxes, holders, shard.rank)
-
-
-def _read_into(catalog: Catalog, local: torch.Tensor, shard: Shard, box: Box) -> None:
-    if box.is_empty:
-        return
-    if local.device.type == "cpu" and local.is_contiguous():
-        catalog.read(shard.name, box, tensor_bytes(local))
-        return
-    staging = empty_for(shard.dtype, box.lengths)
-    catalog.read(shard.name, box, tensor_bytes(staging))
-    with torch.no_grad():
-        local.copy_(staging)
-
-
-def _saved_tree(catalog: Catalog, path: str | Path, rank: int) -> Any:
-    data = catalog.objects(rank).get(TREE)
-    if data is None:
-        raise MismatchError(
-            f"{path} was not written by holdfast.checkpoint.save: load it with the Session or the HoldfastReader that "
-            f"its writer belongs to, or bring it into this form with `holdfast ckpt export` and `import`"
-        )
-    return decode(data)
-
-
-def _check_same(catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> None:
-    problems = list(_differences(catalog, tensors))
-    if problems:
-        more = f" and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise MismatchError(f"the checkpoint is of another state: {'; '.join(problems[:10])}{more}")
-
-
-def _differences(catalog: Catalog, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    for name in sorted(tensors.keys() - catalog.tensors.keys()):
-        yield f"{name} is not saved"
-    for name in sorted(catalog.tensors.keys() - tensors.keys()):
-        yield f"{name} is saved but not in the state"
-    for name in sorted(tensors.keys() & catalog.tensors.keys()):
-        saved, tensor = catalog.tensors[name], tensors[name]
-        if (saved.dtype, saved.shape) != (dtype_name(tensor.dtype), tuple(tensor.shape)):
-            yield (
-                f"{name} is saved as {saved.dtype}{list(saved.shape)}, "
-                f"in the state it is {dtype_name(tensor.dtype)}{list(tensor.shape)}"
-            )

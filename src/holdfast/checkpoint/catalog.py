@@ -203,6 +203,31 @@ class Catalog:
         entry = self._entry(name, rank)
         return tuple(tile for tile, _ in entry.placement.overlapping(whole(entry.shape)))
 
+    def tiles(self, name: str, box: Box) -> Iterator[tuple[Box, int]]:
+        """The tiles of a tensor of the job that hold a part of `box`, and the image that each lies in.
+
+        Raises:
+            MismatchError: nothing is saved under the name.
+        """
+        return self._entry(name, None).placement.overlapping(box)
+
+    def missing(self, name: str, box: Box) -> tuple[Box, ...]:
+        """The parts of `box` that no image holds.
+
+        Raises:
+            MismatchError: nothing is saved under the name.
+        """
+        return self._entry(name, None).placement.missing(box)
+
+    def piece_start(self, name: str, tile: Box, number: int) -> int:
+        """First byte of a tile, from the start of its image.
+
+        Raises:
+            CorruptError: the image does not hold it, or as something else.
+            MismatchError: nothing is saved under the name.
+        """
+        return self._piece_offset(self._entry(name, None), tile, number)
+
     def check_complete(self) -> None:
         """Check that every element of every tensor lies in some image.
 

@@ -306,9 +306,17 @@ def open_checkpoint(path: str | Path, *, storage: Storage | None = None) -> Cata
         StorageError: there is no root, or something cannot be read.
         CorruptError: root or both copies of the index are damaged.
     """
+    return catalog_of(path, read_index(path, storage=storage), storage=storage)
+
+
+def catalog_of(path: str | Path, index: Index, *, storage: Storage | None = None) -> Catalog:
+    """The same for an index that was read before.
+
+    Raises:
+        CorruptError: the index says what cannot be.
+    """
     path = place(path)
     storage = storage or storage_of(path)
-    index = read_index(path, storage=storage)
     images = [
         OpenImage(
             str(path / image.name),

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
-from holdfast.checkpoint.boxes import Box, whole
+from holdfast.checkpoint.boxes import Box, flat_range_boxes, whole
+from holdfast.checkpoint.flat import FlatRange
+from holdfast.checkpoint.planner import strides_of
 from holdfast.errors import StateError
 
 if TYPE_CHECKING:
@@ -34,9 +36,39 @@ class Layout:
     boxes: tuple[Box, ...]
     """What is held here; () where nothing is."""
     origins: tuple[tuple[int, ...], ...]
-    """For each box, the indices in the local tensor at which it begins."""
+    """For each box, the indices in the local tensor at which it begins; of a flat range, in the 1-D tensor."""
     holders: tuple[int, ...] | None
-    """Global ranks that hold the same boxes, ascending; None for a plain tensor, which says nothing about it."""
+    """Global ranks that hold the same boxes, ascending; None for a plain tensor, which says nothing about it; () for
+    this rank alone."""
+    flat_start: int | None = None
+    """Where the local tensor is a range of the flattened global one: the index of its first element."""
+
+    def view(self, local: torch.Tensor, box: Box) -> torch.Tensor:
+        """The elements of `box`, which lies within one of `boxes`, in the local tensor; shares its memory.
+
+        Raises:
+            ValueError: no box contains it.
+        """
+        if self.flat_start is not None:
+            strides = strides_of(self.shape, 1)
+            first = sum(o * s for o, s in zip(box.offsets, strides, strict=True)) - self.flat_start
+            assert 0 <= first <= local.numel(), (box, self)
+            return local.as_strided(box.lengths, strides, local.storage_offset() + first)
+        for held, origin in zip(self.boxes, self.origins, strict=True):
+            if held == box and len(self.boxes) == 1:
+                return local
+            if held.contains(box):
+                return box_view(local, box, held, origin)
+        raise ValueError(f"this rank holds {self.boxes}, which does not contain {box}")
+
+
+def box_view(tensor: torch.Tensor, box: Box, held: Box, origin: tuple[int, ...]) -> torch.Tensor:
+    """The part of a local tensor that is `box`, where `held`, a box that contains it, begins at `origin` locally."""
+    for dim, (start, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
+        local_start = start - held.offsets[dim] + origin[dim]
+        if local_start or length != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, local_start, length)
+    return tensor
 
 
 def plain_layout(shape: tuple[int, ...]) -> Layout:
@@ -52,10 +84,31 @@ def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
+def local_part(tensor: torch.Tensor | FlatRange) -> torch.Tensor:
     """The plain tensor that holds this rank's elements; no communication."""
+    if isinstance(tensor, FlatRange):
+        return tensor.tensor
     local: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
     return local
+
+
+def layout_of(name: str, tensor: torch.Tensor | FlatRange) -> Layout:
+    """The layout of a tensor of any kind.
+
+    Raises:
+        StateError: as `dtensor_layout`.
+    """
+    if isinstance(tensor, FlatRange):
+        return flat_layout(tensor)
+    return dtensor_layout(name, tensor) if is_dtensor(tensor) else plain_layout(tuple(tensor.shape))
+
+
+def flat_layout(part: FlatRange) -> Layout:
+    """A range of the flattened tensor, as boxes."""
+    boxes = flat_range_boxes(part.shape, part.start, part.end)
+    strides = strides_of(part.shape, 1)
+    origins = tuple((sum(o * s for o, s in zip(box.offsets, strides, strict=True)) - part.start,) for box in boxes)
+    return Layout(part.shape, boxes, origins, part.holders or (), part.start)
 
 
 def dtensor_layout(name: str, tensor: DTensor) -> Layout:

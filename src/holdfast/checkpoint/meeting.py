@@ -13,12 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import msgspec
+import zstandard
 
 from holdfast.errors import (
     CheckpointError,
@@ -192,15 +193,32 @@ class Meeting:
         if self._ranks.world_size == 1:
             return [data]
         if said is not None:
-            self.announce(msgspec.msgpack.encode(said))
+            # Compressed because replicas say the same.
+            self.announce(zstandard.compress(msgspec.msgpack.encode(said), 1))
             return said
-        return msgspec.msgpack.decode(self.wait(), type=list[bytes])
+        return msgspec.msgpack.decode(zstandard.decompress(self.wait()), type=list[bytes])
 
     def fail(self, error: Exception) -> None:
         """Tell the others, which wait in the round that this rank is in or should begin next, that it cannot; a store
         that does not answer any more is not waited for."""
         if self._ranks.world_size > 1 and not self._failed:
-            self._tell(_Part.of_error(error, self._ranks.rank), self._round + (not self._is_open))
+            part = _Part.of_error(error, self._ranks.rank)
+            self._tell(part, self._round + (not self._is_open))
+
+    def alarm(self, error: Exception) -> None:
+        """The same, also to ranks that are between two rounds and call `check`."""
+        if self._ranks.world_size > 1 and not self._failed:
+            with suppress(PeerError):
+                self._set("alarm", _Part.of_error(error, self._ranks.rank))
+            self.fail(error)
+
+    def check(self) -> None:
+        """
+        Raises:
+            HoldfastError: what a rank called `alarm` about.
+        """
+        if self._ranks.world_size > 1 and self._is_there("alarm"):
+            self._get("alarm").check()
 
     # --- inside
 

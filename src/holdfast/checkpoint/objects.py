@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from holdfast.checkpoint.flat import FlatRange
 from holdfast.errors import CorruptError, StateError
 
 if TYPE_CHECKING:
@@ -299,25 +300,26 @@ _READ: dict[str, Callable[..., Any]] = {
 }
 
 
-def split_tensors(prefix: str, value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+def split_tensors(prefix: str, value: Any) -> tuple[Any, dict[str, Any]]:
     """Lift the tensors out of a nested value.
 
     Args:
         prefix: starts every tensor's name, may be empty; keys and positions are joined to it with dots.
-        value: nested dicts, OrderedDicts, defaultdicts, lists, tuples and deques; other values are left as they are.
+        value: nested dicts, OrderedDicts, defaultdicts, lists, tuples and deques; other values are left as they are. A
+            `FlatRange` counts as a tensor.
 
     Returns:
         The tree with a `TensorRef` in the place of each tensor, which `encode` takes, and the tensors by name (the same
-        objects, not copies). A tensor that stands in several places has one name.
+        objects, not copies). A tensor that stands in several places has one name. Any: tensors and flat ranges.
     """
     tensors: dict[str, torch.Tensor] = {}
     return _split(prefix, value, tensors, {}), tensors
 
 
-def _split(name: str, value: Any, tensors: dict[str, torch.Tensor], seen: dict[int, str]) -> Any:
+def _split(name: str, value: Any, tensors: dict[str, Any], seen: dict[int, str]) -> Any:
     import torch
 
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | FlatRange):
         if id(value) not in seen:
             unique, count = name, 1
             while unique in tensors:
@@ -329,7 +331,7 @@ def _split(name: str, value: Any, tensors: dict[str, torch.Tensor], seen: dict[i
     return _rebuild(value, lambda key, item: _split(f"{name}.{key}" if name else str(key), item, tensors, seen))
 
 
-def join_tensors(tree: Any, get: Callable[[str], torch.Tensor]) -> Any:
+def join_tensors(tree: Any, get: Callable[[str], Any]) -> Any:
     """Put tensors back: the inverse of `split_tensors`.
 
     Args:

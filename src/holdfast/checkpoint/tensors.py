@@ -10,6 +10,7 @@ import torch
 
 from holdfast.checkpoint.boxes import whole
 from holdfast.checkpoint.dtypes import dtype_info
+from holdfast.checkpoint.flat import FlatRange
 from holdfast.checkpoint.ownership import Shard
 from holdfast.errors import StateError
 
@@ -96,8 +97,18 @@ def dtensor_shard(name: str, tensor: DTensor) -> Shard:
     return layout_shard(name, tensor, dtensor_layout(name, tensor))
 
 
-def layout_shard(name: str, tensor: DTensor, layout: Layout) -> Shard:
-    """The shard that a layout of a DTensor describes."""
+def layout_shard(name: str, tensor: DTensor | FlatRange, layout: Layout, *, rank: int = 0) -> Shard:
+    """The shard that a layout of a DTensor or of a flat range describes.
+
+    Args:
+        name: of the tensor.
+        tensor: laid out so.
+        layout: its own.
+        rank: this global rank, which holds a flat range.
+    """
+    if isinstance(tensor, FlatRange):
+        # Nobody holds elements of an empty tensor: whoever has it says that it is there.
+        return Shard(name, dtype_name(tensor.dtype), layout.shape, layout.boxes, layout.holders or (rank,))
     mesh = tensor.device_mesh
     me = mesh.get_rank()
     holders = layout.holders or (me,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import xxhash
 
@@ -57,14 +57,14 @@ class OpenImage:
             CorruptError, StorageError, PeerError: it cannot be read or does not match what is expected.
         """
         if self._meta is None:
-            self._meta = self._read_meta()
+            self._meta = self._read_meta(self.source.read)
         return self._meta
 
-    def _read_meta(self) -> ImageMeta:
+    def _read_meta(self, read: Callable[[int, int], memoryview]) -> ImageMeta:
         if self._broken is not None:
             raise self._broken
         try:
-            meta = read_header(self.source.read, expected_digest=self._expected_digest)
+            meta = read_header(read, expected_digest=self._expected_digest)
             if self._expected_size is not None and meta.size_bytes != self._expected_size:
                 raise CorruptError(f"its header speaks of {meta.size_bytes} bytes, the index of {self._expected_size}")
         except CorruptError as error:
@@ -108,6 +108,37 @@ class OpenImage:
             stop = min(end, start + step - (start - meta.data_start) % meta.block_bytes)
             yield self.range(start, stop - start)
             start = stop
+
+    def blocks(self, first: int, end: int) -> memoryview:
+        """Whole blocks ``first <= i < end``, verified, in memory of their own (of a `MemorySource`: a view).
+
+        Raises:
+            CorruptError: one does not match its checksum; names image and block.
+            StorageError, PeerError: the source cannot give them.
+        """
+        start, length = self._extent(first, end - 1)
+        data = self.source.read(start, length)
+        size = self.meta.block_bytes
+        for block in range(first, end):
+            self._check(block, data[(block - first) * size : (block - first + 1) * size])
+        return data
+
+    def header(self) -> memoryview:
+        """The bytes of the header, for `adopt` of another rank's.
+
+        Raises:
+            CorruptError, StorageError, PeerError: it cannot be read or does not match what is expected.
+        """
+        return self.source.read(0, self.meta.data_start)
+
+    def adopt(self, header: memoryview) -> None:
+        """Take the header as another rank read it; checked against the expected values.
+
+        Raises:
+            CorruptError: it is not this image's.
+        """
+        if self._meta is None:
+            self._meta = self._read_meta(lambda offset, length: header[offset : offset + length])
 
     def objects_blob(self) -> memoryview:
         """The used part of the objects blob."""

@@ -1,0 +1,86 @@
+"""What a rank holds of the tensors of a state, and how pieces of them are reached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from holdfast.checkpoint.boxes import Box
+from holdfast.checkpoint.flat import FlatRange
+from holdfast.checkpoint.layout import Layout, is_dtensor, layout_of, local_part
+from holdfast.checkpoint.meeting import Ranks
+from holdfast.checkpoint.ownership import Shard
+from holdfast.checkpoint.tensors import contiguous_on_cpu, layout_shard, plain_shard
+
+StateTensor = torch.Tensor | FlatRange
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The local part of a tensor of the state."""
+
+    tensor: torch.Tensor
+    """Plain and detached."""
+    layout: Layout
+    shard: Shard
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """What is held."""
+        return self.shard.boxes
+
+    def view(self, box: Box) -> torch.Tensor:
+        """The elements of a region that lies in one of `boxes`; shares memory."""
+        if box.is_empty or box.lengths == self.tensor.shape:
+            return self.tensor.reshape(box.lengths) if box.is_empty else self.tensor
+        return self.layout.view(self.tensor, box)
+
+    def copy(self, box: Box) -> torch.Tensor:
+        """The elements of a region in memory of their own, on the CPU."""
+        view = self.view(box)
+        part = contiguous_on_cpu(view)
+        # Bytes compare what matters: `part` may be a view of the caller's storage or already a copy of it.
+        shared = part.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+        return part.clone(memory_format=torch.contiguous_format) if shared else part
+
+
+def hold(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: Any) -> list[Held]:
+    """The local parts of all tensors, in the same order.
+
+    Args:
+        tensors: by name; plain ones are taken to be on all ranks.
+        ranks: who save or load together.
+        process_group: theirs; None: the default one (Any: torch's).
+
+    Raises:
+        StateError: a tensor that cannot be stored.
+    """
+    everyone = tuple(range(ranks.world_size))
+    held: list[Held] = []
+    for name, tensor in tensors.items():
+        layout = layout_of(name, tensor)
+        if isinstance(tensor, FlatRange) or is_dtensor(tensor):
+            shard = _in_group(layout_shard(name, tensor, layout, rank=_global_rank(ranks)), process_group)
+        else:
+            shard = plain_shard(name, tensor, holders=everyone)
+        held.append(Held(local_part(tensor).detach(), layout, shard))
+    return held
+
+
+def _global_rank(ranks: Ranks) -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else ranks.rank
+
+
+def _in_group(shard: Shard, process_group: Any) -> Shard:
+    """The shard with holders counted in the process group."""
+    if process_group is None:
+        return shard
+    import torch.distributed as dist
+
+    holders = tuple(sorted(dist.get_group_rank(process_group, rank) for rank in shard.holders))
+    return Shard(shard.name, shard.dtype, shard.shape, shard.boxes, holders, shard.rank)
