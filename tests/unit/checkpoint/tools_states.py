@@ -84,12 +84,6 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def text_keys(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {str(key): text_keys(item) for key, item in state.items()}
-    return [text_keys(item) for item in state] if isinstance(state, list) else state
-
-
 def loaded(state: Any, path: Path) -> Any:
     return holdfast.checkpoint.load(zeros_like(state), path)
 

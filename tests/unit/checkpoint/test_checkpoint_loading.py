@@ -1,0 +1,223 @@
+"""Loads: strictness, casts, flat ranges, and bytes that are read once and handed on between ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import holdfast.checkpoint
+from holdfast.checkpoint import FlatRange, loading
+from holdfast.checkpoint.meeting import Ranks
+from holdfast.checkpoint.objects import split_tensors
+from holdfast.checkpoint.source import FileSource
+from holdfast.errors import CorruptError, HoldfastError, MismatchError, PeerTimeout, StateError
+
+_LIMIT = timedelta(seconds=60)
+
+
+def test_what_is_only_here_or_only_there_is_listed(tmp_path: Path) -> None:
+    saved = {"m": {"a": torch.ones(2), "b": torch.ones(3)}, "lr": 0.1, "history": {"x": 1}}
+    holdfast.checkpoint.save(saved, tmp_path / "c")
+    into = {"m": {"a": torch.zeros(2), "c": torch.zeros(1)}, "step": 3, "history": {}}
+    with pytest.raises(MismatchError) as raised:
+        holdfast.checkpoint.load(into, tmp_path / "c")
+    for what in ("m.c is not saved", "step is not saved", "m.b is saved but not in", "lr is saved but not in"):
+        assert what in str(raised.value)
+    assert into["m"]["a"].tolist() == [0, 0]  # type: ignore[index]
+
+    loaded = holdfast.checkpoint.load(into, tmp_path / "c", strict=False)
+    assert loaded["m"]["a"].tolist() == [1, 1]
+    assert loaded["m"]["c"].tolist() == [0]
+    assert loaded == {"m": loaded["m"], "step": 3, "history": {"x": 1}}
+    assert set(loaded["m"]) == {"a", "c"}
+
+
+def test_another_shape_or_dtype_is_an_error_also_where_keys_may_differ(tmp_path: Path) -> None:
+    holdfast.checkpoint.save({"a": torch.ones(2), "b": torch.ones(3)}, tmp_path / "c")
+    into = {"a": torch.zeros(2, dtype=torch.float64), "b": torch.zeros(4)}
+    with pytest.raises(MismatchError, match=r"a is saved as float32\[2\], .* float64\[2\]; b is saved as float32\[3\]"):
+        holdfast.checkpoint.load(into, tmp_path / "c", strict=False)
+
+
+@pytest.mark.parametrize("made", [torch.zeros, lambda *shape, **kw: torch.zeros(*reversed(shape), **kw).t()])
+def test_a_cast_is_explicit_and_right_for_any_strides(tmp_path: Path, made: Callable[..., torch.Tensor]) -> None:
+    saved = torch.randn(700, 900)
+    holdfast.checkpoint.save({"a": saved}, tmp_path / "c")
+    into = made(700, 900, dtype=torch.bfloat16)
+    version = into._version
+    holdfast.checkpoint.load({"a": into}, tmp_path / "c", cast=True)
+    assert torch.equal(into, saved.to(torch.bfloat16))
+    assert into._version > version
+    strided = made(700, 900)
+    version = strided._version
+    holdfast.checkpoint.load({"a": strided}, tmp_path / "c")
+    assert torch.equal(strided, saved)
+    assert strided._version > version
+
+
+def test_tied_tensors_load_into_untied_ones_and_back(tmp_path: Path) -> None:
+    one = torch.randn(4)
+    holdfast.checkpoint.save({"m": {"a": one, "b": one}}, tmp_path / "tied")
+    into = {"m": {"a": torch.zeros(4), "b": torch.zeros(4)}}
+    holdfast.checkpoint.load(into, tmp_path / "tied")
+    assert torch.equal(into["m"]["a"], one)
+    assert torch.equal(into["m"]["b"], one)
+    holdfast.checkpoint.save(into, tmp_path / "untied")
+    both = torch.zeros(4)
+    holdfast.checkpoint.load({"m": {"a": both, "b": both}}, tmp_path / "untied")
+    assert torch.equal(both, one)
+
+
+def test_a_flat_range_must_lie_in_its_tensor() -> None:
+    with pytest.raises(StateError, match="not within"):
+        FlatRange(torch.zeros(5), (2, 3), 2)
+    with pytest.raises(StateError, match="1-D"):
+        FlatRange(torch.zeros(2, 2), (2, 3), 0)
+
+
+# --- several ranks, as threads
+
+
+def _together(world: int, act: Callable[[Ranks], Any]) -> list[Any]:
+    store = dist.HashStore()
+
+    def one(rank: int) -> Any:
+        try:
+            return act(Ranks(rank, world, store))
+        except Exception as error:  # noqa: BLE001  # the test looks at it
+            return error
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+_lock = threading.Lock()
+
+
+def _load(
+    ranks: Ranks, state: dict[str, Any], path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> dict[str, Any]:
+    """`load` as one of several threads: what is a process's own is set for the thread."""
+    tree, tensors = split_tensors("", state)
+    with _lock:
+        monkeypatch.setattr(loading, "_calls", Counter())
+        monkeypatch.setattr(Ranks, "of", classmethod(lambda cls, group=None: group))
+    choice = {"strict": True, "cast": False, "timeout": _LIMIT, **options}
+    return loading.load_tree(tree, tensors, path, process_group=ranks, **choice)  # type: ignore[no-any-return]
+
+
+class _Reads:
+    """Counts what is read of images."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bytes = 0
+        read = FileSource.read
+
+        def counted(source: FileSource, offset: int, length: int) -> memoryview:
+            with _lock:
+                self.bytes += length
+            return read(source, offset, length)
+
+        monkeypatch.setattr(FileSource, "read", counted)
+
+
+@pytest.fixture
+def _no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    from holdfast.checkpoint import held
+
+    monkeypatch.setattr(held, "_in_group", lambda shard, group: shard)
+
+
+@pytest.mark.usefixtures("_no_groups")
+@pytest.mark.parametrize("world", [2, 5])
+def test_each_byte_is_read_once_by_ranks_that_all_want_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    saved = {"a": torch.randn(1500, 2000), "small": {str(i): torch.randn(7, i) for i in range(1, 40)}, "n": 5}
+    holdfast.checkpoint.save(saved, tmp_path / "c")
+    (image,) = (tmp_path / "c").glob("*.safetensors")
+    reads = _Reads(monkeypatch)
+
+    def act(ranks: Ranks) -> dict[str, Any]:
+        into = {"a": torch.zeros(1500, 2000), "small": {k: torch.zeros_like(v) for k, v in saved["small"].items()}}
+        return _load(ranks, {**into, "n": 0}, tmp_path / "c", monkeypatch)
+
+    for loaded in _together(world, act):
+        assert torch.equal(loaded["a"], saved["a"])
+        assert all(torch.equal(loaded["small"][k], v) for k, v in saved["small"].items())
+        assert loaded["n"] == 5
+    header_and_tree = 2 * (1 << 20)
+    assert reads.bytes <= image.stat().st_size + header_and_tree
+
+
+@pytest.mark.usefixtures("_no_groups")
+def test_flat_ranges_of_a_tensor_saved_whole_are_read_once_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = torch.randn(2048, 1536)
+    holdfast.checkpoint.save({"a": full}, tmp_path / "c")
+    reads = _Reads(monkeypatch)
+
+    def act(ranks: Ranks) -> FlatRange:
+        cut = [0, 1_000_001, 2_222_222, full.numel()]
+        part = FlatRange(torch.zeros(cut[ranks.rank + 1] - cut[ranks.rank]), tuple(full.shape), cut[ranks.rank])
+        _load(ranks, {"a": part}, tmp_path / "c", monkeypatch)
+        return part
+
+    parts = _together(3, act)
+    assert torch.equal(torch.cat([part.tensor for part in parts]).view_as(full), full)
+    assert reads.bytes <= 1.05 * full.numel() * 4 + (2 << 20)
+
+
+@pytest.mark.usefixtures("_no_groups")
+def test_what_one_rank_cannot_read_fails_the_load_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    holdfast.checkpoint.save({"a": torch.ones(3_000_000)}, tmp_path / "c")
+    (image,) = (tmp_path / "c").glob("*.safetensors")
+    data = bytearray(image.read_bytes())
+    data[9_000_000] ^= 1
+    image.write_bytes(data)
+    errors = _together(3, lambda ranks: _load(ranks, {"a": torch.zeros(3_000_000)}, tmp_path / "c", monkeypatch))
+    assert all(isinstance(error, CorruptError) for error in errors), errors
+    assert all(r"a[0:3000000] cannot be read: " in str(error) for error in errors)
+    assert sum("rank " in str(error).split(": ")[0] for error in errors) == 2
+
+
+@pytest.mark.usefixtures("_no_groups")
+@pytest.mark.parametrize("of_another_state", [0, 2])
+def test_a_rank_with_another_state_or_none_is_named_to_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_another_state: int
+) -> None:
+    holdfast.checkpoint.save({"a": torch.ones(3)}, tmp_path / "c")
+
+    def act(ranks: Ranks) -> Any:
+        state = {"b": torch.zeros(3)} if ranks.rank == of_another_state else {"a": torch.zeros(3)}
+        return _load(ranks, state, tmp_path / "c", monkeypatch)
+
+    for rank, error in enumerate(_together(3, act)):
+        assert isinstance(error, MismatchError)
+        assert (f"rank {of_another_state}: " in str(error)) == (rank != of_another_state)
+
+    def late(ranks: Ranks) -> Any:
+        if ranks.rank == of_another_state:
+            return None
+        state = {"a": torch.zeros(3)}
+        return _load(ranks, state, tmp_path / "c", monkeypatch, timeout=timedelta(seconds=0.5))
+
+    errors = _together(3, late)
+    assert all(isinstance(error, PeerTimeout) for error in errors if error is not None), errors
+    if of_another_state:
+        assert "rank 2 did not come" in str(errors[0])
+
+
+def test_an_absent_checkpoint_is_an_error_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = _together(2, lambda ranks: _load(ranks, {"a": torch.zeros(3)}, tmp_path / "none", monkeypatch))
+    assert all(isinstance(error, HoldfastError) and "none" in str(error) for error in errors), errors
