@@ -59,15 +59,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT over bytes; the embedding also serves as the output layer."""
+    """A GPT, over bytes if nothing else is said; the embedding also serves as the output layer."""
 
-    def __init__(self, width: int, layers: int, heads: int, context: int) -> None:
+    def __init__(self, width: int, layers: int, heads: int, context: int, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
         self.apply(self._initialise)
         for block in self.blocks:  # the residual stream keeps its scale whatever the depth (GPT-2)
             for last in (block.attention.out, block.down):
