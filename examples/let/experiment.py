@@ -1,4 +1,4 @@
-"""The whole experiment at small scale: pretrain the teacher, train the larger model plain and guided, compare.
+"""The whole experiment at small scale: pretrain the teacher, train the larger model plain and guided, compare, draw.
 
     python examples/let/experiment.py --out runs/let
 
@@ -6,11 +6,12 @@ Each training runs under `holdfast run`. The guided one is killed once in mid-gu
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from plot import curve, plot, recoveries
 
 TRAIN = Path(__file__).with_name("train.py")
 
@@ -21,6 +22,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
         epilog="Other options go to train.py: --steps, --weight, --stop, --layer, --data, --seed, ...",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/let"), help="replaced if it is there")
+    parser.add_argument("--teacher-steps", type=int, default=1000, help="how long the small model is pretrained")
     parser.add_argument("--kill-at", type=int, default=50, help="the step at which the guided run is killed; 0: never")
     return parser.parse_known_args()
 
@@ -35,20 +37,8 @@ def train(role: str, out: Path, options: list[str], kill_at: int = 0) -> None:
     subprocess.run(command, check=True)
 
 
-def curve(role: str, out: Path) -> dict[int, dict[str, float]]:
-    """Evaluations by step."""
-    lines = (out / role / "curve.jsonl").read_text().splitlines()
-    return {line["step"]: line for line in map(json.loads, lines)}
-
-
-def recoveries(role: str, out: Path) -> list[dict[str, object]]:
-    """What `holdfast run` wrote down about failures."""
-    lines = [line for path in (out / role / "run").glob("events*.jsonl") for line in path.read_text().splitlines()]
-    return [event for event in map(json.loads, lines) if event["kind"] == "recovery"]
-
-
 def compare(out: Path) -> None:
-    plain, guided = curve("plain", out), curve("guided", out)
+    plain, guided, teacher = (curve(role, out) for role in ("plain", "guided", "teacher"))
     print("\n step   plain  guided  cosine  lambda")
     for step in sorted(plain):
         row = guided[step]
@@ -57,7 +47,8 @@ def compare(out: Path) -> None:
     last = max(plain)
     goal = plain[last]["held_out"]
     reached = next((step for step in sorted(guided) if guided[step]["held_out"] <= goal), None)
-    print(f"\nheld-out loss of the plain run after {last} steps: {goal:.4f} nats per byte")
+    print(f"\nheld-out loss of the teacher: {teacher[max(teacher)]['held_out']:.4f} nats per byte")
+    print(f"held-out loss of the plain run after {last} steps: {goal:.4f}")
     print(f"the guided run is there at step {reached}" if reached else "the guided run does not get there")
     for event in recoveries("guided", out):
         print(f"the guided run was killed and went on from {event['tier']}, {event.get('steps_lost', 0)} steps lost")
@@ -66,9 +57,12 @@ def compare(out: Path) -> None:
 def main() -> None:
     args, options = arguments()
     shutil.rmtree(args.out, ignore_errors=True)
-    for role in ("teacher", "plain", "guided"):
-        train(role, args.out, options, args.kill_at if role == "guided" else 0)
+    train("teacher", args.out, [*options, "--steps", str(args.teacher_steps)])  # the last one given counts
+    train("plain", args.out, options)
+    train("guided", args.out, options, args.kill_at)
     compare(args.out)
+    (args.out / "plot.svg").write_text(plot(args.out))
+    print(f"the curves are drawn in {args.out / 'plot.svg'}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def arguments() -> argparse.Namespace:
     add("role", choices=tuple(SIZES))
     add("--out", type=Path, default=Path("runs/let"), help="checkpoints and curves of all three go here")
     add("--steps", type=int, default=200)
-    add("--weight", type=float, default=0.1, help="lambda at step 0")
+    add("--weight", type=float, default=1.0, help="lambda at step 0")
     add("--stop", type=float, default=0.5, help="where guidance ends, as a part of all steps")
     add("--layer", default="blocks.1", help="the layer that is guided")
     add("--teacher-layer", default="norm", help="the teacher's layer: its final norm")
@@ -56,6 +56,10 @@ def model_of(role: str, context: int) -> GPT:
     return GPT(width, layers, heads, context)
 
 
+def stop_step_of(args: argparse.Namespace) -> int:
+    return max(1, round(args.stop * args.steps))
+
+
 def guide_of(model: GPT, args: argparse.Namespace) -> LateToEarly:
     """The larger model's early layer follows the small model's last states until `--stop`."""
     return LateToEarly(
@@ -65,7 +69,7 @@ def guide_of(model: GPT, args: argparse.Namespace) -> LateToEarly:
         layer=args.layer,
         teacher_layer=args.teacher_layer,
         weight=args.weight,
-        stop_step=max(1, round(args.stop * args.steps)),
+        stop_step=stop_step_of(args),
     )
 
 
@@ -106,6 +110,8 @@ def main() -> None:
             seconds = time.perf_counter() - began
             if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
                 values = guide.metrics() if guide is not None and guide.active else {}
+                if guide is not None:
+                    values["stop_step"] = stop_step_of(args)
                 held_out = validate(model, held_out_data, 0, args)
                 note(folder / "curve.jsonl", step=step + 1, held_out=held_out, ms=1000 * seconds, **values)
 

@@ -1,9 +1,10 @@
-"""examples/let, at the smallest scale: three trainings, one kill, one table."""
+"""examples/let, at the smallest scale: three trainings, one kill, one table, one plot."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -26,6 +27,8 @@ def test_the_experiment_runs_to_its_table_through_a_kill(tmp_path: Path) -> None
             "2",
             "--data-bytes",
             "100000",
+            "--teacher-steps",
+            "30",
         ]
         out = tmp_path / "let"
         command = [str(BIN / "python"), str(EXAMPLE / "experiment.py"), "--out", str(out), "--kill-at", "13", *options]
@@ -36,3 +39,7 @@ def test_the_experiment_runs_to_its_table_through_a_kill(tmp_path: Path) -> None
     assert ["cosine" in line for line in lines if line["step"] in (10, 30)] == [True, False]
     assert len([line for line in table.splitlines() if line[:5].strip().isdigit()]) == 3
     assert "was killed and went on from memory" in table
+    lines_drawn = [
+        node.get("points", "").split() for node in ElementTree.parse(out / "plot.svg").iter() if node.get("points")
+    ]
+    assert [len(points) for points in lines_drawn] == [3, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -192,19 +193,6 @@ def pipeline(rank: int) -> None:
         assert guide is None or not guide.active
 
 
-def worker(rank: int, case: Callable[[int], None], folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=90))
-    try:
-        case(rank)
-    except BaseException:
-        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
 CASES = [
     ddp,
     fsdp2_replicated_teacher,
@@ -217,10 +205,35 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_two_processes_get_the_gradients_of_one(case: Callable[[int], None], tmp_path: Path) -> None:
+def worker(rank: int, folder: str) -> None:
+    """Run the cases one after the other, each with a file that says how it ended."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=90))
     try:
-        mp.spawn(worker, args=(case, str(tmp_path)), nprocs=WORLD)
-    except mp.ProcessRaisedException:
-        errors = "\n".join(path.read_text() for path in sorted(tmp_path.glob("error-*")))
-        pytest.fail(errors or "a worker failed without a word")
+        for case in CASES:
+            said = Path(folder, f"{case.__name__}-{rank}")
+            try:
+                case(rank)
+            except BaseException:
+                said.write_text(traceback.format_exc())
+                raise  # the other rank may wait for this one in the middle of a collective call
+            said.write_text("")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each case said on each rank: two processes for all cases, because importing torch costs more than a case."""
+    folder = tmp_path_factory.mktemp("cases")
+    with contextlib.suppress(mp.ProcessRaisedException):
+        mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_two_processes_get_the_gradients_of_one(case: Callable[[int], None], ended: Path) -> None:
+    said = [path.read_text() for path in sorted(ended.glob(f"{case.__name__}-*"))]
+    assert not any(said), "\n".join(said)
+    assert len(said) == WORLD, "it did not run to its end: see the first case that failed"
