@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from holdfast.errors import UsageError
 from holdfast.runtime.guidance import LateToEarly
 from support.guidance_models import expected, gradients, loss_of, student, teacher, tokens
 
@@ -84,3 +85,22 @@ def test_a_model_that_is_compiled_as_a_whole_is_guided(counting: Counting, how: 
         if step < 4:
             torch.testing.assert_close(gradients(model), expected(step), rtol=1e-9, atol=1e-14)
     assert counting.graphs > 0
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_code_that_was_compiled_without_the_guide_is_noticed(counting: Counting, how: str) -> None:
+    model: nn.Module = student()
+    if how == "in place":
+        model.compile(backend=counting)
+    else:
+        model = torch.compile(model, backend=counting)
+    loss_of(model, tokens(9))
+    guide = LateToEarly(model, teacher(), layer="blocks.1", teacher_layer="norm", stop_step=4)
+    with pytest.raises(UsageError, match=r"there were 0 since .* needs torch\.compiler\.reset\(\)"):
+        guide(loss_of(model, tokens(1)), 1)
+    guide.attach(step=1)
+    with pytest.raises(UsageError, match=r"nothing is guided: .* needs torch\.compiler\.reset\(\)"):
+        loss_of(model, tokens(1))
+    torch.compiler.reset()
+    loss_of(model, tokens(1)).backward()
+    torch.testing.assert_close(gradients(model), expected(1), rtol=1e-9, atol=1e-14)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from support.jobs import BIN, job_in, leftovers
+import pytest
 
-SCRIPT = Path(__file__).with_name("guidance_script.py")
+from support.guidance_script import main as train
+from support.jobs import job_in, leftovers
+
+SCRIPT = Path(__file__).resolve().parents[1] / "support" / "guidance_script.py"
 TESTS = str(Path(__file__).resolve().parents[1])
 
 
+@pytest.mark.campaign  # in-process resumes, bit for bit as well, are in unit/runtime/test_guidance_resume.py
 def test_a_kill_in_mid_guidance_changes_no_bit(tmp_path: Path) -> None:
     with job_in(tmp_path, PYTHONPATH=TESTS) as job:
         killed, plain = tmp_path / "killed.txt", tmp_path / "plain.txt"
@@ -19,7 +23,5 @@ def test_a_kill_in_mid_guidance_changes_no_bit(tmp_path: Path) -> None:
         assert recovery["tier"] == "memory", job.output()
         assert len(job.fired()) == 1
         assert leftovers(job) == []
-        assert job.run([str(BIN / "python"), str(SCRIPT), str(plain), "0"], log="plain.log") == 0, job.output(
-            "plain.log"
-        )
-        assert killed.read_text() == plain.read_text()
+    train(plain, 0)
+    assert killed.read_text() == plain.read_text()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from holdfast.errors import MismatchError, UsageError
 from holdfast.runtime.guidance_attach import inject
 from holdfast.runtime.guidance_gradients import average_gradients
-from holdfast.runtime.guidance_layers import Tap, find_layer, state_of, uncompiled, unwrap, width_of
+from holdfast.runtime.guidance_layers import Border, Tap, argument_of, find_layer, state_of, unwrap, width_of
 from holdfast.runtime.guidance_matching import (
     LearnedMatch,
     LinearMatch,
@@ -44,6 +44,7 @@ from holdfast.runtime.guidance_vocabulary import Tokenizer, check_same_tokenizer
 
 log = logging.getLogger(__name__)
 
+_USUAL_MASK = "attention_mask"
 Mask = str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 
@@ -111,8 +112,9 @@ class LateToEarly:
         teacher_device: where it runs, moved in place; None: as it is, with the model where we make it.
         teacher_inputs: makes the teacher's ``(args, kwargs)`` of the student's, where these are not the same tokens
             (a later pipeline stage, another signature).
-        mask: tokens that count, ``[batch, tokens]``: the name of an argument of the model's forward, taken where it has
-            that shape, or a function of ``(args, kwargs)``; None: all count.
+        mask: tokens that count, ``[batch, tokens]``: the name of an argument of the model's forward, or a function of
+            ``(args, kwargs)``, say ``lambda args, kwargs: kwargs["labels"] != -100``; None: all count. The default name
+            is passed over where a model has no such argument or it has another shape.
         tokenizer: the student's: a mapping, an object with ``get_vocab()`` or a folder; compared with the teacher's.
         teacher_tokenizer: the teacher's; default: its Hugging Face folder.
         process_group: ranks over which gradients of learned projections are averaged; default: those of DDP or FSDP2.
@@ -141,7 +143,7 @@ class LateToEarly:
         teacher_dtype: torch.dtype | None = None,
         teacher_device: torch.device | str | None = None,
         teacher_inputs: Callable[[tuple[Any, ...], dict[str, Any]], Inputs] | None = None,
-        mask: Mask | None = "attention_mask",
+        mask: Mask | None = _USUAL_MASK,
         tokenizer: Tokenizer | None = None,
         teacher_tokenizer: Tokenizer | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -174,7 +176,7 @@ class LateToEarly:
             self.learned["late_to_early"] = self._match.to(device_of(model))
             average_gradients(self._match, model, process_group)
         self._teacher_inputs = teacher_inputs
-        self._mask = mask
+        self._mask = _mask_reader(root, mask)
         self._settings = {
             "weight": float(weight),
             "stop_step": stop_step,
@@ -189,7 +191,7 @@ class LateToEarly:
         self._pending: list[_Guided] = []
         self._attached: _Attached | None = None
         self._tap = Tap(root, self._layer, self._seen, argument="layer")
-        self._pre_hook = root.register_forward_pre_hook(uncompiled(self._before), with_kwargs=True)
+        self._border = Border(root, self._before, self._after)
         if self._schedule.weight == 0:
             self.close()
 
@@ -240,8 +242,14 @@ class LateToEarly:
             scale: what the loop multiplies its loss by before backward: 1 / n for n accumulated micro-batches (not for
                 a pipeline schedule, which scales gradients itself), GradScaler's scale, or their product.
             num_tokens: as in `__call__`.
+
+        Raises:
+            UsageError: guidance had ended at an earlier step.
         """
-        step_of = step if callable(step) else _constant(operator.index(step))
+        if not callable(step):
+            step = operator.index(step)
+            self._check_not_ended(step)
+        step_of = step if callable(step) else _constant(step)
         scale_of = scale if callable(scale) else _constant(scale)
         self._attached = _Attached(step_of, scale_of, num_tokens)
         self._pending.clear()
@@ -259,7 +267,7 @@ class LateToEarly:
             self._teacher.drop()
             self._teacher = None
         self._tap.remove()
-        self._pre_hook.remove()
+        self._border.remove()
         self._meter.stop()
         self.clear()
 
@@ -309,9 +317,12 @@ class LateToEarly:
 
     # --- hooks
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs before each forward of the student: runs the teacher."""
-        if not torch.is_grad_enabled() or _in_backward():
+        if _in_backward():
+            return
+        self._current = None  # of a forward that ended in an error
+        if not torch.is_grad_enabled():
             return
         if self._attached is not None and self._schedule.over(self._attached.step()):
             self.close()
@@ -321,7 +332,17 @@ class LateToEarly:
         inputs = self._teacher_inputs(args, kwargs) if self._teacher_inputs else (args, kwargs)
         with self._meter.teacher(self._teacher.device):
             state = self._teacher.run(*inputs)
-        self._current = _Forward(state, self._mask_of(args, kwargs, state))
+        self._current = _Forward(state, self._mask(args, kwargs, state))
+
+    def _after(self) -> None:
+        """Runs behind each forward: with `attach` nothing else would tell that the layer was not guided."""
+        if self._current is None or self._attached is None or _in_backward():
+            return
+        self._current = None
+        raise UsageError(
+            f"layer {self._layer!r} did not run in this forward, so nothing is guided: name one that always runs "
+            "(a model that was compiled and run before the guide was made needs torch.compiler.reset() after that)"
+        )
 
     def _seen(self, output: Any) -> Any:
         """Runs behind each call of the layer: the first one in a forward is guided."""
@@ -368,13 +389,13 @@ class LateToEarly:
             raise UsageError(
                 "attach() was called: each forward carries the guidance already, leave out guide(loss, step)"
             )
-        if self._teacher is None:
-            raise UsageError(f"guidance has ended; step={step} is before stop_step={self._schedule.stop_step}")
+        self._check_not_ended(step)
         pending, self._pending = self._pending, []
         if len(pending) != 1:
             raise UsageError(
                 f"guide() is called once per forward of the model, there were {len(pending)} since the last call "
-                "(evaluate under torch.no_grad(); guide.clear() forgets a skipped batch)"
+                "(evaluate under torch.no_grad(); guide.clear() forgets a skipped batch; a model that was compiled and "
+                "run before the guide was made needs torch.compiler.reset() after that)"
             )
         guided = pending[0]
         if guided.student._version != guided.version:
@@ -387,17 +408,36 @@ class LateToEarly:
         self._meter.at(step)
         self._meter.value, self._meter.weight = value.detach(), weight
 
-    def _mask_of(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor) -> Tensor | None:
-        if callable(self._mask):
-            return self._mask(args, kwargs)
-        mask = kwargs.get(self._mask) if self._mask is not None else None
-        return mask if isinstance(mask, Tensor) and mask.shape == state.shape[:-1] else None
+    def _check_not_ended(self, step: int) -> None:
+        if self._teacher is None and not self._schedule.over(step):
+            raise UsageError(f"guidance has ended; step={step} is before stop_step={self._schedule.stop_step}")
 
 
 def _layer_name(name: str | None, argument: str, logits: bool) -> str:
     if name is None and not logits:
         raise UsageError(f"give {argument}: the name of a layer, as in model.named_modules()")
     return name or ""
+
+
+def _mask_reader(model: nn.Module, mask: Mask | None) -> Callable[[tuple[Any, ...], dict[str, Any], Tensor], Any]:
+    """How to get the mask of a forward out of its arguments and the teacher's state. Any: a tensor or None."""
+    if mask is None:
+        return lambda args, kwargs, state: None
+    if not isinstance(mask, str):
+        return lambda args, kwargs, state: mask(args, kwargs)
+    read = argument_of(model, mask)
+    usual = mask == _USUAL_MASK
+    if read is None:
+        if usual:
+            return lambda args, kwargs, state: None
+        raise UsageError(f"mask={mask!r} is no argument of the forward of {type(model).__name__}")
+
+    def per_token(args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor) -> Tensor | None:
+        value = read(args, kwargs)
+        fits = isinstance(value, Tensor) and value.shape == state.shape[:-1]
+        return value if fits or not usual else None  # a usual one of another form says who sees whom in attention
+
+    return per_token
 
 
 def _tokenizer_of(teacher: Source, tokenizer: Tokenizer | None) -> Tokenizer | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -214,6 +215,65 @@ class Tap:
         """Leave the layer as it was; harmless twice."""
         self._remove()
         self._remove, self._layer, self._wrapped = _nothing, None, None
+
+
+class Border:
+    """Calls `before` with the arguments of each forward of a module, and `after` when the forward has ended well.
+
+    Where ``module.compile()`` was called before, the two stand outside of the compiled code, which may have been made
+    already and would not notice new hooks; elsewhere they are hooks. Training thread only.
+    """
+
+    def __init__(
+        self, module: nn.Module, before: Callable[[tuple[Any, ...], dict[str, Any]], None], after: Callable[[], None]
+    ) -> None:
+        before, after = uncompiled(before), uncompiled(after)
+        self._remove: Callable[[], None] = _nothing
+        compiled: Callable[..., Any] | None = module._compiled_call_impl
+        if compiled is None:
+            pre = module.register_forward_pre_hook(lambda module, args, kwargs: before(args, kwargs), with_kwargs=True)
+            post = module.register_forward_hook(lambda module, args, output: after())
+
+            def remove_hooks() -> None:
+                pre.remove()
+                post.remove()
+
+            self._remove = remove_hooks
+            return
+
+        def call(*args: Any, **kwargs: Any) -> Output:
+            before(args, kwargs)
+            output = compiled(*args, **kwargs)
+            after()
+            return output
+
+        def unwrap_call() -> None:
+            if module._compiled_call_impl is call:
+                module._compiled_call_impl = compiled
+
+        module._compiled_call_impl = call
+        self._remove = unwrap_call
+
+    def remove(self) -> None:
+        """Leave the module as it was; harmless twice."""
+        self._remove()
+        self._remove = _nothing
+
+
+def argument_of(module: nn.Module, name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
+    """How to take an argument of the module's forward, given by name or by place; None where it has no such argument.
+
+    Any: what the user's forward takes. An argument that was not given is None.
+    """
+    for wrapped in _WRAPPED[1:]:
+        module = getattr(module, wrapped, module)
+    parameters = inspect.signature(module.forward).parameters
+    found = parameters.get(name)
+    if found is None and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    by_place = found is not None and found.kind is not found.KEYWORD_ONLY
+    place = list(parameters).index(name) if by_place else len(parameters)
+    return lambda args, kwargs: kwargs.get(name, args[place] if place < len(args) else None)
 
 
 def _nothing() -> None:

@@ -73,14 +73,25 @@ def test_loss_and_gradient_equal_a_reference_in_float64(step: int) -> None:
 def test_a_mask_of_the_forward_leaves_tokens_out() -> None:
     mask = torch.tensor([[1, 1, 1, 0, 0]] * 3 + [[1, 1, 1, 1, 1]])
     expected, expected_gradients = by_hand(2, mask=mask)
-    for way in ("argument", "function", "call"):
+    for way in ("argument", "place", "function", "call"):
         model = student()
         guide = guided(model, mask=(lambda args, kwargs: mask) if way == "function" else "attention_mask")
-        loss = loss_of(model, tokens(2), **({"attention_mask": mask} if way == "argument" else {}))
+        if way == "place":
+            logits = model(tokens(2)[:, :-1], mask)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), tokens(2)[:, 1:].flatten())
+        else:
+            loss = loss_of(model, tokens(2), **({"attention_mask": mask} if way == "argument" else {}))
         loss = guide(loss, 2, mask=mask if way == "call" else None)
         loss.backward()
         torch.testing.assert_close(loss.detach(), expected, rtol=1e-12, atol=0)
         torch.testing.assert_close(gradients(model), expected_gradients, rtol=1e-10, atol=1e-14)
+
+
+def test_a_mask_of_another_form_says_who_sees_whom_and_leaves_no_token_out() -> None:
+    model = student()
+    guide = guided(model)
+    guide(loss_of(model, tokens(2), attention_mask=torch.zeros(4, 1, 5, 5)), 2).backward()
+    torch.testing.assert_close(gradients(model), by_hand(2)[1], rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(("dtype", "relative"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
@@ -222,6 +233,23 @@ def test_forwards_without_gradients_pass_unseen() -> None:
     with torch.no_grad():
         loss_of(model, tokens(2))
     guide(loss, 0).backward()
+    torch.testing.assert_close(gradients(model), by_hand(0)[1], rtol=1e-10, atol=1e-14)
+
+
+def test_a_forward_that_failed_leaves_nothing_for_the_next_one() -> None:
+    model = student()
+    guide = guided(model)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    failing = model.blocks[0].register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        loss_of(model, tokens(1))
+    failing.remove()
+    with torch.no_grad():
+        loss_of(model, tokens(2))
+    guide(loss_of(model, tokens()), 0).backward()
     torch.testing.assert_close(gradients(model), by_hand(0)[1], rtol=1e-10, atol=1e-14)
 
 

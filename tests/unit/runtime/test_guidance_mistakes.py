@@ -59,6 +59,7 @@ DEFAULTS: dict[str, Any] = {"layer": "blocks.0", "teacher_layer": "norm", "stop_
         ({"side": "left"}, "side='left' is unknown"),
         ({"match": "learned", "layer": "drop"}, r"give widths=\(student, teacher\)"),
         ({"match": "learned", "objective": "logits"}, "match='learned' cannot be used here"),
+        ({"mask": "atention_mask"}, "mask='atention_mask' is no argument of the forward of Model"),
         ({"teacher_weights": "/nowhere"}, "there are no weights at '/nowhere'"),
         ({"tokenizer": {"a": 0, "b": 1}, "teacher_tokenizer": {"a": 1, "b": 0}}, "another tokenizer"),
         ({"tokenizer": 3}, "a int is no tokenizer"),
@@ -174,6 +175,34 @@ def test_going_back_before_stop_step_is_an_error() -> None:
     guide(loss_of(model, tokens()), 10)
     with pytest.raises(UsageError, match="guidance has ended; step=3 is before stop_step=10"):
         guide(loss_of(model, tokens()), 3)
+    with pytest.raises(UsageError, match="guidance has ended; step=3 is before stop_step=10"):
+        guide.attach(step=3)
+    guide.attach(step=11)
+
+
+def test_an_attached_layer_that_does_not_run_is_one_line() -> None:
+    model = Odd()
+    guide = LateToEarly(model, teacher(), **{**DEFAULTS, "layer": "unused"})
+    with torch.no_grad():
+        model(tokens())
+    guide.attach(step=0)
+    with pytest.raises(UsageError, match="layer 'unused' did not run in this forward, so nothing is guided"):
+        model(tokens())
+    with torch.no_grad():
+        model(tokens())
+
+
+def test_a_named_mask_has_one_entry_per_token() -> None:
+    class Weighed(Model):
+        def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens)
+
+    model, other = student(), teacher()
+    model.__class__ = other.__class__ = Weighed
+    guide = LateToEarly(model, other, **{**DEFAULTS, "mask": "weights"})
+    loss = model(tokens(), torch.ones(4, 1)).sum()
+    with pytest.raises(UsageError, match=r"the mask is \[4, 1\], the tokens are \[4, 6\]"):
+        guide(loss, 0)
 
 
 def test_a_reentrant_checkpoint_is_named() -> None:
