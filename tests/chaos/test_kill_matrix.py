@@ -14,8 +14,9 @@ import pytest
 from support.jobs import TRAIN, Job, fingerprints, job_in, leftovers
 
 INSTANTS = ("begin", "forward", "loss", "backward", "optimizer", "updated", "boundary", "copy", "copied", "commit")
-STEPS = 12
-KILL_STEP = 7
+STEPS = 20
+KILL_STEP = 15
+"""Steps take 0.1 s; a kill before the first version, which takes a second on a busy machine, ends the job."""
 
 Reference = Callable[..., list[dict[str, str]]]
 
@@ -126,10 +127,10 @@ def test_a_rank_killed_at_every_instant_one_after_another_changes_nothing(
     tmp_path: Path, undisturbed: Reference, parallel: str, world: int, rank: int
 ) -> None:
     """One run, ten failures: at each instant once, two steps apart."""
-    steps = 2 * len(INSTANTS) + 4
+    steps = KILL_STEP + 2 * len(INSTANTS) + 1
     with job_in(tmp_path) as job:
         faults = ";".join(
-            f"kill:rank={rank},step={3 + 2 * number},when={instant}" for number, instant in enumerate(INSTANTS)
+            f"kill:rank={rank},step={KILL_STEP + 2 * number},when={instant}" for number, instant in enumerate(INSTANTS)
         )
         flags = ["--standalone", "--nproc-per-node", str(world), "--hold-standby", "1", "--hold-faults", faults]
         longer = [*script(job, parallel), "--steps", str(steps), "--step-seconds", "0.1"]
@@ -141,7 +142,7 @@ def test_a_rank_killed_at_every_instant_one_after_another_changes_nothing(
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_three_failures_in_one_run_change_nothing(tmp_path: Path, undisturbed: Reference, parallel: str) -> None:
     with job_in(tmp_path) as job:
-        faults = "kill:rank=1,step=6,when=backward;raise:rank=0,step=8,when=forward;kill:rank=0,step=10,when=copy"
+        faults = "kill:rank=1,step=12,when=backward;raise:rank=0,step=14,when=forward;kill:rank=0,step=16,when=copy"
         flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
         assert job.run(job.holdfast(*flags, *script(job, parallel))) == 0, job.output()
         check(job, 2, undisturbed(parallel, 2), fired=3)
@@ -149,7 +150,7 @@ def test_three_failures_in_one_run_change_nothing(tmp_path: Path, undisturbed: R
 
 def test_a_failure_during_recovery_changes_nothing(tmp_path: Path, undisturbed: Reference) -> None:
     with job_in(tmp_path) as job:
-        faults = "kill:rank=1,step=7,when=backward;kill:rank=0,step=0,when=restore"
+        faults = "kill:rank=1,step=15,when=backward;kill:rank=0,step=0,when=restore"
         flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
         assert job.run(job.holdfast(*flags, *script(job, "ddp"))) == 0, job.output()
         check(job, 2, undisturbed("ddp", 2), fired=2)
@@ -159,7 +160,7 @@ def test_training_goes_on_without_its_daemon_and_the_next_failure_resumes_from_i
     tmp_path: Path, undisturbed: Reference
 ) -> None:
     with job_in(tmp_path) as job:
-        faults = "kill-daemon:node=0,step=5;kill:rank=0,step=9,when=backward"
+        faults = "kill-daemon:node=0,step=12;kill:rank=0,step=17,when=backward"
         flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
         slow = [*script(job, "ddp"), "--step-seconds", "0.2"]
         assert job.run(job.holdfast(*flags, *slow)) == 0, job.output()
