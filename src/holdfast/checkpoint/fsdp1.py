@@ -32,6 +32,8 @@ class FlatPart:
     range: FlatRange
     offset: int
     """Where the range begins in the local elements of `parameter`."""
+    total: int
+    """Local elements of `parameter`, padding included."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +118,7 @@ def _parts(handle: Any, holders: tuple[int, ...] | None) -> Iterator[FlatPart]:
             parameter=flat if original is None else original,
             range=FlatRange(shard[begin : begin + length], tuple(shape), start, holders),
             offset=begin if original is None else 0,
+            total=int(shard.numel()) if original is None else length,
         )
 
 

@@ -50,16 +50,21 @@ class Layout:
             ValueError: no box contains it.
         """
         if self.flat_start is not None:
-            strides = strides_of(self.shape, 1)
-            first = sum(o * s for o, s in zip(box.offsets, strides, strict=True)) - self.flat_start
-            assert 0 <= first <= local.numel(), (box, self)
-            return local.as_strided(box.lengths, strides, local.storage_offset() + first)
+            return flat_view(local, box, self.shape, self.flat_start)
         for held, origin in zip(self.boxes, self.origins, strict=True):
             if held == box and len(self.boxes) == 1:
                 return local
             if held.contains(box):
                 return box_view(local, box, held, origin)
         raise ValueError(f"this rank holds {self.boxes}, which does not contain {box}")
+
+
+def flat_view(local: torch.Tensor, box: Box, shape: tuple[int, ...], start: int) -> torch.Tensor:
+    """The elements of `box` of a tensor of this shape, where `local` holds the flattened one from `start` on."""
+    strides = strides_of(shape, 1)
+    first = sum(o * s for o, s in zip(box.offsets, strides, strict=True)) - start
+    assert 0 <= first <= local.numel(), (box, shape, start)
+    return local.as_strided(box.lengths, strides, local.storage_offset() + first)
 
 
 def box_view(tensor: torch.Tensor, box: Box, held: Box, origin: tuple[int, ...]) -> torch.Tensor:

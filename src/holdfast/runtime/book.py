@@ -14,7 +14,7 @@ from holdfast.checkpoint.tensors import dtype_name
 from holdfast.errors import StateError
 from holdfast.runtime.entries import TensorEntry, Timing
 from holdfast.runtime.holdings import Holders, Holding
-from holdfast.runtime.layout import Layout, dtensor_layout, is_dtensor, local_part, plain_layout
+from holdfast.runtime.layout import FlatRange, Layout, dtensor_layout, flat_layout, is_dtensor, local_part, plain_layout
 
 _SAMPLE_BYTES = 4096
 
@@ -50,7 +50,7 @@ class EntryBook:
         self._entries: tuple[TensorEntry, ...] = ()
         self._layouts: dict[Hashable, Layout] = {}
         self._staged: set[str] = set()
-        self._seen: dict[str, tuple[torch.Tensor, int]] = {}
+        self._seen: dict[str, tuple[torch.Tensor | FlatRange, int]] = {}
         self._watched: list[torch.Tensor] = []
         self._watched_dtensors: list[Any] = []
         self._watched_sizes: list[torch.Tensor] = []
@@ -64,7 +64,7 @@ class EntryBook:
     def put(
         self,
         name: str,
-        live: torch.Tensor,
+        live: torch.Tensor | FlatRange,
         *,
         timing: Timing,
         per_rank: bool = False,
@@ -77,7 +77,7 @@ class EntryBook:
 
         Args:
             name: unique within the state.
-            live: the tensor or DTensor of the training state.
+            live: the tensor, DTensor or flat range of the training state.
             timing: when its bytes may be read.
             per_rank: each rank has one of its own under this name (a DTensor never is).
             stage: where the script replaces the tensor again and again (a buffer assigned in forward, an object's
@@ -97,7 +97,8 @@ class EntryBook:
             )
         local = local_part(live)
         kind = "rank" if per_rank else "plain"
-        self._origins[name] = _Origin("dtensor" if is_dtensor(live) else kind, parameter, of_part)
+        says_holders = is_dtensor(live) or isinstance(live, FlatRange)
+        self._origins[name] = _Origin("dtensor" if says_holders else kind, parameter, of_part)
         old, seen = self._old.get(name), self._seen.get(name)
         if old is None or old.timing is not timing:
             entry = self._entry(name, live, local, timing)
@@ -113,16 +114,16 @@ class EntryBook:
         self._new[name] = entry
         return entry
 
-    def _watch(self, name: str, live: torch.Tensor, local: torch.Tensor, has_fixed_size: bool) -> None:
+    def _watch(self, name: str, live: torch.Tensor | FlatRange, local: torch.Tensor, has_fixed_size: bool) -> None:
         self._seen[name] = (live, local.data_ptr())
         if is_dtensor(live):
             self._watched_dtensors.append(live)
         else:
-            self._watched.append(live)
+            self._watched.append(local)
             if not has_fixed_size:
-                self._watched_sizes.append(live)
+                self._watched_sizes.append(local)
 
-    def refresh(self, name: str, live: torch.Tensor) -> bool:
+    def refresh(self, name: str, live: torch.Tensor | FlatRange) -> bool:
         """Take a tensor again outside a reading: fill the copy of a staged one, check the place of another.
 
         Returns:
@@ -169,7 +170,7 @@ class EntryBook:
             list(map(torch.Tensor.numel, chain(self._watched_sizes, locals_now))),
         )
 
-    def _is_same(self, old: TensorEntry, live: torch.Tensor, local: torch.Tensor) -> bool:
+    def _is_same(self, old: TensorEntry, live: torch.Tensor | FlatRange, local: torch.Tensor) -> bool:
         return (
             old.tensor.data_ptr() == local.data_ptr()
             and _fits(old.tensor, local)
@@ -225,11 +226,11 @@ class EntryBook:
             holders = self._holders.of(name, origin.parameter)
         return ((self._global_rank,), self._session_rank) if holders is None else (holders, None)
 
-    def _entry(self, name: str, live: torch.Tensor, local: torch.Tensor, timing: Timing) -> TensorEntry:
+    def _entry(self, name: str, live: torch.Tensor | FlatRange, local: torch.Tensor, timing: Timing) -> TensorEntry:
         check_tensor(name, local)
         layout = self._layout(name, live, local)
         if layout.holders is not None:
-            holders, rank = layout.holders, None
+            holders, rank = layout.holders or (self._global_rank,), None
         else:
             holders, rank = self._place(name)
         return TensorEntry(
@@ -242,6 +243,7 @@ class EntryBook:
             holders=holders,
             rank=rank,
             timing=timing,
+            flat_start=layout.flat_start,
         )
 
     def _staged_entry(self, old: TensorEntry, local: torch.Tensor) -> TensorEntry:
@@ -253,7 +255,9 @@ class EntryBook:
         self._staged.add(old.name)
         return replace(old, tensor=copy)
 
-    def _layout(self, name: str, live: torch.Tensor, local: torch.Tensor) -> Layout:
+    def _layout(self, name: str, live: torch.Tensor | FlatRange, local: torch.Tensor) -> Layout:
+        if isinstance(live, FlatRange):
+            return flat_layout(live)
         shape = tuple(live.shape)
         if not is_dtensor(live):
             if shape not in self._layouts:
@@ -282,7 +286,10 @@ def check_tensor(name: str, local: torch.Tensor) -> None:
 
 
 def _is_in_place(
-    seen: tuple[torch.Tensor, int] | None, old: TensorEntry, live: torch.Tensor, local: torch.Tensor
+    seen: tuple[torch.Tensor | FlatRange, int] | None,
+    old: TensorEntry,
+    live: torch.Tensor | FlatRange,
+    local: torch.Tensor,
 ) -> bool:
     """The quick answer for most tensors: the same object, in the same place."""
     if seen is None or seen[0] is not live:

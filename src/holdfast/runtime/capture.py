@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.flat import FlatRange
 from holdfast.checkpoint.objects import ObjectRecord, encode
 from holdfast.errors import StateError
 from holdfast.runtime.book import EntryBook
@@ -27,7 +28,7 @@ from holdfast.runtime.holdings import Holders, Table
 from holdfast.runtime.lifted import Lifted, LiftedPerRank
 from holdfast.runtime.names import Named, read_tree
 from holdfast.runtime.optimizer_restore import OptimizerFiller, OptimizerPlan, plan_restore
-from holdfast.runtime.optimizer_state import OptimizerPart
+from holdfast.runtime.optimizer_state import Flats, OptimizerPart
 from holdfast.runtime.pieces import OwnedPiece, PieceTable
 from holdfast.runtime.reader import StateReader
 from holdfast.runtime.rng import RngState, cuda_devices, read_rng, write_rng
@@ -66,9 +67,10 @@ class TrainingState:
         self._trees = [read_tree(module, prefix) for prefix, module in self._models]
         self._aliases: dict[str, str] = {}
         self._fqns: dict[int, str] = {}
+        self._flats: Flats = {}
         self._name_models()
         self._parts = [
-            OptimizerPart(prefix, group, self._fqns, num_ranks=len(ranks))
+            OptimizerPart(prefix, group, self._fqns, self._flats, num_ranks=len(ranks))
             for prefix, group in _normal_optimizers(optimizer)
         ]
         self._extra = [_lifted_extra(key, value) for key, value in (extra or {}).items()]
@@ -203,7 +205,7 @@ class TrainingState:
         reader.verify()
         self._book.keep_own(name for name, record in catalog.tensors.items() if record.per_rank)
         for tree in self._trees:
-            for module in tree.fsdp_modules:
+            for module in (*tree.fsdp_modules, *tree.flat_handles):
                 module.reshard()
         for saved_name, live in tensors:
             reader.fill(saved_name, live)
@@ -230,7 +232,7 @@ class TrainingState:
 
     def _name_models(self) -> None:
         """Find the first name of every tensor. Raises StateError where two tensors have one name."""
-        self._fqns, self._aliases = {}, {}
+        self._fqns, self._aliases, self._flats = {}, {}, {}
         owners: dict[str, int] = {}
         for tree in self._trees:
             for named in tree.tensors:
@@ -242,6 +244,8 @@ class TrainingState:
                 first = self._fqns.setdefault(id(named.tensor), named.name)
                 if first != named.name:
                     self._aliases[_MODEL + named.name] = _MODEL + first
+                elif named.part is not None:
+                    self._flats.setdefault(id(named.owned), []).append((first, named.part))
 
     def _lifted_extra_states(self) -> list[Lifted]:
         found: dict[str, Lifted] = {}
@@ -283,10 +287,10 @@ class TrainingState:
             self._name_models()
             self._extra_states = self._lifted_extra_states()
             for part in self._parts:
-                part.rename(self._fqns)
+                part.rename(self._fqns, self._flats)
         for part in self._parts:
             if part.has_other_parameters():
-                part.rename(self._fqns)
+                part.rename(self._fqns, self._flats)
         self._book.begin()
         self._read_models()
         for part in self._parts:
@@ -315,7 +319,7 @@ class TrainingState:
 
     # Restoring
 
-    def _plan_models(self, reader: StateReader, *, uneven: bool) -> list[tuple[str, torch.Tensor]]:
+    def _plan_models(self, reader: StateReader, *, uneven: bool) -> list[tuple[str, torch.Tensor | FlatRange]]:
         """(saved name, live tensor); a tied tensor is looked for under each of its names."""
         saved_aliases: dict[str, str] = reader.object("aliases", {})
         if uneven:
@@ -324,7 +328,7 @@ class TrainingState:
         others: dict[str, list[str]] = {}
         for alias, first in self._aliases.items():
             others.setdefault(first, []).append(alias)
-        wanted: list[tuple[str, torch.Tensor]] = []
+        wanted: list[tuple[str, torch.Tensor | FlatRange]] = []
         for tree in self._trees:
             for named in tree.tensors:
                 name = _MODEL + named.name
@@ -346,9 +350,9 @@ class TrainingState:
 
 
 def _timing(named: Named, owned: set[int]) -> Timing:
-    if id(named.tensor) in owned and not named.is_buffer:
+    if id(named.owned) in owned and not named.is_buffer:
         return Timing.OVERLAP
-    if named.is_buffer or named.tensor.requires_grad:
+    if named.is_buffer or named.owned.requires_grad:
         return Timing.BOUNDARY
     return Timing.FROZEN
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from holdfast.checkpoint.boxes import Box
+from holdfast.runtime.layout import box_view, flat_view
 
 
 class Timing(enum.Enum):
@@ -41,6 +42,8 @@ class TensorEntry:
     rank: int | None
     """Set where the state is per rank (buffers, `PerRank`): the rank in the Session whose state this is."""
     timing: Timing
+    flat_start: int | None = None
+    """Where `tensor` is a range of the flattened global one: the index of its first element."""
 
     def view(self, box: Box) -> torch.Tensor:
         """The part of `tensor` that is `box` (global indices, inside one of `boxes`).
@@ -48,18 +51,11 @@ class TensorEntry:
         Raises:
             ValueError: no box of this entry contains `box`.
         """
+        if self.flat_start is not None:
+            return flat_view(self.tensor, box, self.shape, self.flat_start)
         for held, origin in zip(self.boxes, self.origins, strict=True):
             if held == box and len(self.boxes) == 1:
                 return self.tensor
             if held.contains(box):
                 return box_view(self.tensor, box, held, origin)
         raise ValueError(f"{self.name}: this rank holds {self.boxes}, which does not contain {box}")
-
-
-def box_view(tensor: torch.Tensor, box: Box, held: Box, origin: tuple[int, ...]) -> torch.Tensor:
-    """The part of a local tensor that is `box`, where `held`, a box that contains it, begins at `origin` locally."""
-    for dim, (start, length) in enumerate(zip(box.offsets, box.lengths, strict=True)):
-        local_start = start - held.offsets[dim] + origin[dim]
-        if local_start or length != tensor.shape[dim]:
-            tensor = tensor.narrow(dim, local_start, length)
-    return tensor

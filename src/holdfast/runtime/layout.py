@@ -2,6 +2,32 @@
 
 from __future__ import annotations
 
-from holdfast.checkpoint.layout import Layout, Run, dtensor_layout, is_dtensor, local_part, plain_layout, shard_runs
+from holdfast.checkpoint.flat import FlatRange
+from holdfast.checkpoint.layout import (
+    Layout,
+    Run,
+    box_view,
+    dtensor_layout,
+    flat_layout,
+    flat_view,
+    is_dtensor,
+    layout_of,
+    local_part,
+    plain_layout,
+    shard_runs,
+)
 
-__all__ = ["Layout", "Run", "dtensor_layout", "is_dtensor", "local_part", "plain_layout", "shard_runs"]
+__all__ = [
+    "FlatRange",
+    "Layout",
+    "Run",
+    "box_view",
+    "dtensor_layout",
+    "flat_layout",
+    "flat_view",
+    "is_dtensor",
+    "layout_of",
+    "local_part",
+    "plain_layout",
+    "shard_runs",
+]

@@ -19,8 +19,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from holdfast.checkpoint.flat import FlatRange
+from holdfast.checkpoint.fsdp1 import FLAT_PARAMETER, FlatHandle, FlatPart, flat_handles, is_fsdp1
 from holdfast.errors import StateError
 
+Shards = dict[tuple[int, str], Any]
+"""By a module's dict and key: FSDP2's record of a parameter (private to torch, hence Any), or a `FlatPart`."""
 _CHECKPOINT_WRAPPED = "_checkpoint_wrapped_module"
 
 
@@ -29,16 +33,23 @@ class Named:
     """A tensor of a model under one of its names."""
 
     name: str
-    tensor: torch.Tensor
+    tensor: torch.Tensor | FlatRange
     is_buffer: bool
     home: dict[str, Any]
     """The module's dict that holds it (Any: as torch declares it; FSDP may show an unsharded parameter there)."""
     key: str
+    part: FlatPart | None = None
+    """Of FSDP1's flat parameter, where the tensor is such a part."""
 
     @property
-    def live(self) -> torch.Tensor:
+    def owned(self) -> Any:
+        """The tensor that an optimizer owns (Any: may be of a kind that is private to torch)."""
+        return self.tensor if self.part is None else self.part.parameter
+
+    @property
+    def live(self) -> torch.Tensor | FlatRange:
         """The tensor now: a buffer may have been replaced since the tree was read."""
-        live: torch.Tensor = self.home[self.key] if self.is_buffer else self.tensor
+        live: torch.Tensor | FlatRange = self.home[self.key] if self.is_buffer else self.tensor
         return live
 
 
@@ -58,6 +69,8 @@ class ModuleTree:
     sharded_values: list[torch.Tensor] = field(default_factory=list)
     fsdp_modules: list[Any] = field(default_factory=list)
     """FSDPModule (a mix-in that nn.Module's type does not show, hence Any)."""
+    flat_handles: list[FlatHandle] = field(default_factory=list)
+    """FSDP1's flat parameters."""
     volatile: set[int] = field(default_factory=set)
     """Positions in `_values` of tensors that may be replaced at any time."""
     _slots: dict[tuple[int, str], int] = field(default_factory=dict)
@@ -79,6 +92,8 @@ class ModuleTree:
             return False
         if not all(map(is_, self.sharded_values, [param.sharded_param for param in self.sharded])):
             return False
+        if not all(handle.is_current() for handle in self.flat_handles):
+            return False
         values = list(chain.from_iterable(map(dict.values, self._dicts)))
         if all(map(is_, values, self._values)):
             return True
@@ -94,10 +109,13 @@ def read_tree(model: nn.Module, prefix: str = "") -> ModuleTree:
     """Walk a model.
 
     Raises:
-        StateError: FSDP1's flat parameters, parameters that do not exist yet (lazy modules).
+        StateError: parameters that do not exist yet (lazy modules).
     """
     tree = ModuleTree(prefix, model)
-    shards = _fsdp_parameters(tree)
+    shards: Shards = _fsdp_parameters(tree)
+    tree.flat_handles = flat_handles(model)
+    for part in (part for handle in tree.flat_handles for part in handle.parts):
+        shards.update({(id(module._parameters), key): part for module, key in part.places})
     for module in model.modules():
         _watch(tree, module, shards)
     tree._num_non_persistent = sum(map(len, tree._non_persistent))
@@ -105,7 +123,7 @@ def read_tree(model: nn.Module, prefix: str = "") -> ModuleTree:
     return tree
 
 
-def _watch(tree: ModuleTree, module: nn.Module, shards: dict[tuple[int, str], Any]) -> None:
+def _watch(tree: ModuleTree, module: nn.Module, shards: Shards) -> None:
     for values in (module._parameters, module._buffers, module._modules):
         for key, value in values.items():
             tree._slots[id(values), key] = len(tree._values)
@@ -117,13 +135,17 @@ def _watch(tree: ModuleTree, module: nn.Module, shards: dict[tuple[int, str], An
     tree._non_persistent.append(module._non_persistent_buffers_set)
 
 
-def _walk(
-    tree: ModuleTree, module: nn.Module, prefix: str, shards: dict[tuple[int, str], Any], *, is_hidden: bool = False
-) -> None:
+def _walk(tree: ModuleTree, module: nn.Module, prefix: str, shards: Shards, *, is_hidden: bool = False) -> None:
     """Add what is in `module`; `is_hidden`: it is what a checkpoint_wrapper wraps."""
     home: dict[str, Any] = module._parameters
-    for name, parameter in module._parameters.items():
-        if parameter is None:
+    # What FSDP1 has taken into a flat parameter may stand in the module's dict or not, as it is sharded now or not.
+    flat = {key: part for (owner, key), part in shards.items() if owner == id(home) and isinstance(part, FlatPart)}
+    for name in dict.fromkeys([*home, *flat]):
+        parameter = home.get(name)
+        if name in flat:
+            tree.tensors.append(Named(prefix + name, flat[name].range, False, home, name, flat[name]))
+            continue
+        if parameter is None or (name == FLAT_PARAMETER and tree.flat_handles):
             continue
         if is_lazy(parameter):
             raise StateError(f"model parameter {prefix}{name} is not initialised yet; run a forward pass first")
@@ -149,6 +171,8 @@ def _is_transparent(module: nn.Module, child: str, is_hidden: bool) -> bool:
     """
     if child == _CHECKPOINT_WRAPPED:
         return True
+    if child == "_fsdp_wrapped_module" and is_fsdp1(module):
+        return True
     if child == "module" and isinstance(module, DistributedDataParallel):
         return not is_hidden
     if child == "_orig_mod" and isinstance(module, _optimized_modules()):
@@ -163,19 +187,13 @@ def _optimized_modules() -> tuple[type, ...]:
     return () if eval_frame is None else (eval_frame.OptimizedModule,)
 
 
-def _fsdp_parameters(tree: ModuleTree) -> dict[tuple[int, str], Any]:
+def _fsdp_parameters(tree: ModuleTree) -> Shards:
     """FSDP2's record of every parameter that it manages, by the module's dict and key.
 
     Between a forward without a backward and the next step a module shows unsharded parameters, which are not the state.
     """
-    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    found: dict[tuple[int, str], Any] = {}
-    for name, module in tree.model.named_modules():
-        if fsdp1 is not None and isinstance(module, fsdp1.FullyShardedDataParallel):
-            raise StateError(
-                f"model module {name or '(root)'} is a FullyShardedDataParallel (FSDP1), which holdfast does not "
-                "capture yet; use torch.distributed.fsdp.fully_shard (FSDP2)"
-            )
+    found: Shards = {}
+    for module in tree.model.modules():
         if not hasattr(module, "_get_fsdp_state"):
             continue
         tree.fsdp_modules.append(module)

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from holdfast.checkpoint.catalog import TensorRecord
+from holdfast.checkpoint.fsdp1 import FlatPart
 from holdfast.checkpoint.objects import encode, join_tensors
 from holdfast.checkpoint.tensors import dtype_name, torch_dtype
 from holdfast.runtime.layout import is_dtensor, local_part, shard_runs
-from holdfast.runtime.optimizer_state import Leftovers, OptimizerPart, placements_of
+from holdfast.runtime.optimizer_state import Leftovers, OptimizerPart, flat_state_range, placements_of
 from holdfast.runtime.reader import StateReader, placeholder_names
 
 if TYPE_CHECKING:
@@ -170,6 +171,9 @@ class OptimizerFiller:
             self._restore_group(live, saved.values, saved.rank)
 
     def _restore_parameter(self, states: dict[Any, Any], parameter: torch.Tensor, group: Group) -> None:
+        if self._part.flat_parts(parameter):
+            self._restore_flat(states, parameter, group)
+            return
         fqn = self._part.fqn(parameter)
         tensors = self._plan.tensors.get(fqn, {})
         values = self._values_of(fqn)
@@ -191,6 +195,46 @@ class OptimizerFiller:
         for key, tree in values.items():
             state[key] = join_tensors(tree, get)
         self._put_in_order(state)
+
+    def _restore_flat(self, states: dict[Any, Any], parameter: torch.Tensor, group: Group) -> None:
+        """State of what FSDP1 has flattened: of the elements that are here."""
+        parts = [(fqn, part) for fqn, part in self._part.flat_parts(parameter) if part.range.numel()]
+        keys = dict.fromkeys(
+            key for fqn, _ in parts for key in (*self._plan.tensors.get(fqn, ()), *self._values_of(fqn))
+        )
+        if not keys:
+            states.pop(parameter, None)
+            return
+        state = states.setdefault(parameter, {})
+        for key in [key for key in state if key not in keys]:
+            del state[key]
+        for key in keys:
+            names = {fqn: self._plan.tensors[fqn][key] for fqn, _ in parts if key in self._plan.tensors.get(fqn, ())}
+            if names:
+                here = [(names[fqn], part) for fqn, part in parts if fqn in names]
+                state[key] = self._flat_tensor(key, here, state.get(key), parameter, group)
+            else:
+                state[key] = next(self._values_of(fqn)[key] for fqn, _ in parts if key in self._values_of(fqn))
+        self._put_in_order(state)
+
+    def _flat_tensor(
+        self, key: str, here: list[tuple[str, FlatPart]], live: object, parameter: torch.Tensor, group: Group
+    ) -> torch.Tensor:
+        name, first = here[0]
+        record = self._reader.record(name)
+        if record.shape != first.range.shape:
+            return self._tensor(name, key, live, parameter, group)
+        dtype = torch_dtype(record.dtype)
+        tensor = live
+        if not isinstance(tensor, torch.Tensor) or tensor.numel() != first.total or tensor.dtype != dtype:
+            # Zeros, as in the padding of the parameter itself.
+            shape = tuple(parameter.shape) if parameter.numel() == first.total else (first.total,)
+            tensor = torch.zeros(shape, dtype=dtype, device=self._device(key, parameter, group))
+        for name, part in here:
+            shard = flat_state_range(tensor, part)
+            assert shard is not None, (name, part.total)
+            self._reader.fill(name, shard)
+        return tensor
 
     def _put_in_order(self, state: dict[Any, Any]) -> None:
         """As the optimizer itself had made it, so that what goes through the keys sees them as it always would."""

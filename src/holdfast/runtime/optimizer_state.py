@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from holdfast.checkpoint.flat import FlatRange
+from holdfast.checkpoint.fsdp1 import FlatPart
 from holdfast.checkpoint.objects import ObjectRecord, encode, split_tensors
 from holdfast.checkpoint.tensors import dtype_name
 from holdfast.errors import StateError
@@ -26,6 +28,9 @@ from holdfast.runtime.reader import placeholder_names
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
+
+Flats = dict[int, list[tuple[str, FlatPart]]]
+"""id() of a parameter that FSDP1 has flattened (or flattened others into) -> FQNs and parts."""
 
 PLAIN = "plain"
 """Marks, in `Leftovers.placements`, a plain tensor in the state of a DTensor parameter of the same shape."""
@@ -102,6 +107,7 @@ class OptimizerPart:
         prefix: "optimizer" or "optimizer.<key>".
         optimizers: at least one.
         fqns: id(parameter) -> FQN, for every parameter of every model.
+        flats: id(parameter) -> what it is made of, where FSDP1 has flattened it.
         num_ranks: of the session.
 
     Raises:
@@ -109,7 +115,13 @@ class OptimizerPart:
     """
 
     def __init__(
-        self, prefix: str, optimizers: tuple[Optimizer, ...], fqns: Mapping[int, str], *, num_ranks: int = 1
+        self,
+        prefix: str,
+        optimizers: tuple[Optimizer, ...],
+        fqns: Mapping[int, str],
+        flats: Flats | None = None,
+        *,
+        num_ranks: int = 1,
     ) -> None:
         self.prefix = prefix
         self.uneven = False
@@ -117,7 +129,7 @@ class OptimizerPart:
         self._num_ranks = num_ranks
         self.optimizers = optimizers
         self.params: list[list[str]] = []
-        self._set_names(fqns)
+        self._set_names(fqns, flats or {})
         self._states: list[dict[Any, Any]] = []
         self._values: list[Any] = []
         self._nested: list[tuple[str, dict[Any, Any], Any, list[torch.Tensor]]] = []
@@ -127,14 +139,16 @@ class OptimizerPart:
         self._groups_tree: list[Any] = []
         self._group_tensors: dict[str, torch.Tensor] = {}
 
-    def _set_names(self, fqns: Mapping[int, str]) -> None:
+    def _set_names(self, fqns: Mapping[int, str], flats: Flats) -> None:
+        self._flats = flats
         self._parameters = list(self._walk_parameters())
         self._fqn_of: dict[int, str] = {}
         self.params = []
         for at, group in enumerate(self.groups()):
             names = []
             for index, parameter in enumerate(group["params"]):
-                fqn = fqns.get(id(parameter))
+                parts = [fqn for fqn, _ in flats.get(id(parameter), ())]
+                fqn = parts[0] if parts else fqns.get(id(parameter))
                 if fqn is None:
                     raise StateError(
                         f"{self.prefix}: parameter {index} of group {at}, of shape {tuple(parameter.shape)}, belongs "
@@ -145,7 +159,7 @@ class OptimizerPart:
                         f"{self.prefix}: two of its optimizers (or groups) own {fqn}; use a mapping instead"
                     )
                 self._fqn_of[id(parameter)] = fqn
-                names.append(fqn)
+                names += parts or [fqn]
             self.params.append(names)
         self._params_data = encode(self.params, path=f"{self.prefix}.params")
 
@@ -166,9 +180,13 @@ class OptimizerPart:
         now = list(self._walk_parameters())
         return len(now) != len(self._parameters) or not all(map(is_, now, self._parameters))
 
-    def rename(self, fqns: Mapping[int, str]) -> None:
+    def flat_parts(self, parameter: torch.Tensor) -> list[tuple[str, FlatPart]]:
+        """FQNs and parts of what FSDP1 has flattened; none for other parameters."""
+        return self._flats.get(id(parameter), [])
+
+    def rename(self, fqns: Mapping[int, str], flats: Flats) -> None:
         """Give names again. Raises as the constructor does."""
-        self._set_names(fqns)
+        self._set_names(fqns, flats)
 
     def is_current(self) -> bool:
         """Whether all state tensors are the objects that `read` saw; about 0.1 us per tensor."""
@@ -211,9 +229,32 @@ class OptimizerPart:
         having = {
             fqn for optimizer in self.optimizers for fqn in map(self._fqn_of.get, map(id, optimizer.state)) if fqn
         }
-        self._leftovers.absent = {fqn for names in self.params for fqn in names} - having
+        # FSDP1 leaves a parameter without state where none of its elements are: that says nothing about it.
+        flat = {fqn for parts in self._flats.values() for fqn, _ in parts}
+        self._leftovers.absent = {fqn for names in self.params for fqn in names} - having - flat
+
+    def _read_flat_state(self, book: EntryBook, parameter: torch.Tensor, state: dict[Any, Any]) -> None:
+        for fqn, part in self._flats[id(parameter)]:
+            if not part.range.numel():
+                continue
+            for key, value in state.items():
+                name = f"{self.prefix}.state.{fqn}.{key}"
+                if not isinstance(value, torch.Tensor):
+                    if _is_structure(value):
+                        raise StateError(
+                            f"{name} is a {type(value).__name__}; state of FSDP1 can be tensors and numbers"
+                        )
+                    self._plain_slots.append((fqn, state, key))
+                    continue
+                if not parameter.is_cpu and value.is_cpu:
+                    self._leftovers.on_host.add(key)
+                live = flat_state_range(value, part) or value
+                book.put(name, live, timing=Timing.OVERLAP, has_fixed_size=True, parameter=f"model.{fqn}")
 
     def _read_state(self, book: EntryBook, fqn: str, parameter: torch.Tensor, state: dict[Any, Any]) -> None:
+        if id(parameter) in self._flats:
+            self._read_flat_state(book, parameter, state)
+            return
         prefix = f"{self.prefix}.state.{fqn}."
         for key, value in state.items():
             name = f"{prefix}{key}"
@@ -302,6 +343,15 @@ class OptimizerPart:
     def _walk_parameters(self) -> Iterator[torch.Tensor]:
         for group in self.groups():
             yield from group["params"]
+
+
+def flat_state_range(value: torch.Tensor, part: FlatPart) -> FlatRange | None:
+    """What state that is laid out as FSDP1's flat parameter (or its part) holds of one parameter; None for other
+    state."""
+    if value.dim() == 0 or value.numel() != part.total:
+        return None
+    flat, shard = value.detach().view(-1), part.range
+    return FlatRange(flat[part.offset : part.offset + shard.numel()], shard.shape, shard.start, shard.holders)
 
 
 def placements_of(note: list[str] | str) -> tuple[Placement, ...] | None:

@@ -12,8 +12,7 @@ from holdfast.checkpoint.catalog import Catalog, TensorRecord
 from holdfast.checkpoint.objects import decode, join_tensors
 from holdfast.checkpoint.tensors import dtype_name, empty_for, tensor_bytes
 from holdfast.errors import MismatchError, StateError
-from holdfast.runtime.entries import box_view
-from holdfast.runtime.layout import Layout, dtensor_layout, is_dtensor, local_part, plain_layout
+from holdfast.runtime.layout import FlatRange, Layout, layout_of, local_part, plain_layout
 
 _SHOWN = 6
 
@@ -90,7 +89,7 @@ class StateReader:
             else:
                 self._missing.append(name)
 
-    def expect(self, name: str, live: torch.Tensor, *, as_name: str | None = None) -> None:
+    def expect(self, name: str, live: torch.Tensor | FlatRange, *, as_name: str | None = None) -> None:
         """Note whether a live tensor is saved (under `as_name`, where that is another) with its shape and dtype."""
         saved_name = as_name or name
         if saved_name not in self.catalog.tensors:
@@ -153,15 +152,14 @@ class StateReader:
         world_size = self.catalog.world_size
         return ((self.session_rank + step) % world_size for step in range(world_size))
 
-    def fill(self, name: str, live: torch.Tensor) -> None:
+    def fill(self, name: str, live: torch.Tensor | FlatRange) -> None:
         """Overwrite the local part of a live tensor with what is saved.
 
         Raises:
             CorruptError: no image holds sound bytes of it.
         """
         local = local_part(live).detach()
-        layout = dtensor_layout(name, live) if is_dtensor(live) else plain_layout(tuple(live.shape))
-        self._fill_local(name, local, layout, self.source_rank(name))
+        self._fill_local(name, local, layout_of(name, live), self.source_rank(name))
 
     def read_whole(self, name: str, *, rank: int | None = None) -> torch.Tensor:
         """A new CPU tensor of the whole saved tensor (of old rank `rank`, for per-rank ones; default this rank's)."""
@@ -173,8 +171,8 @@ class StateReader:
 
     def _fill_local(self, name: str, local: torch.Tensor, layout: Layout, rank: int) -> None:
         from_rank = rank if self.catalog.tensors[name].per_rank else None
-        for box, origin in zip(layout.boxes, layout.origins, strict=True):
-            view = box_view(local, box, box, origin)
+        for box in layout.boxes:
+            view = layout.view(local, box)
             if view.device.type == "cpu" and view.is_contiguous() and not view.is_conj() and not view.is_neg():
                 self.catalog.read(name, box, tensor_bytes(view), rank=from_rank)
                 torch.autograd.graph.increment_version(view)

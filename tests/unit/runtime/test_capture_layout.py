@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import Partial, Replicate, Shard, 
 
 from holdfast.checkpoint.layout import _boxes, shard_runs
 from holdfast.errors import StateError
-from holdfast.runtime.entries import box_view
+from holdfast.runtime.layout import box_view
 
 
 @st.composite

@@ -211,9 +211,19 @@ def test_keys_that_make_one_name_of_two_are_refused() -> None:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore")
-def test_fsdp1_is_refused_with_what_to_use_instead() -> None:
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_has_the_names_of_the_model_inside(use_orig_params: bool) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    model = nn.Sequential(nn.Linear(2, 2), FullyShardedDataParallel(nn.Linear(2, 2), device_id=torch.device("cpu")))
-    with pytest.raises(StateError, match=r"model module 1 is a FullyShardedDataParallel \(FSDP1\).*fully_shard"):
-        TrainingState(model=model)
+    inside = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 2, bias=False))
+    expected = list(inside.state_dict())
+    inside[2] = FullyShardedDataParallel(inside[2], device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    model = FullyShardedDataParallel(inside, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    state = TrainingState(model=model, optimizer=optimizer)
+    assert set(state.names) == {f"model.{name}" for name in expected}
+    shapes = {entry.name: entry.shape for entry in state.entries()}
+    assert shapes["model.0.weight"] == shapes["optimizer.state.0.weight.exp_avg"] == (3, 2)
+    assert shapes["optimizer.state.2.weight.step"] == ()
