@@ -37,7 +37,7 @@ def train(job: Job, ranks: int, steps: int, *flags: str) -> None:
 
 def losses_of_one_process(steps: int) -> dict[int, float]:
     """The same training without ranks, loaders or holdfast's Session."""
-    model = elastic.build("none")
+    model, _ = elastic.build("none")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     _, inputs, targets = elastic.dataset(SAMPLES).tensors
     sampler = ElasticSampler(SAMPLES, global_batch_size=BATCH, seed=5, rank=0, world_size=1)

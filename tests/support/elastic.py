@@ -1,4 +1,4 @@
-"""A training script on a world of any size: an `ElasticSampler` behind a DataLoader, DDP or FSDP2.
+"""A training script on a world of any size: an `ElasticSampler` behind a DataLoader; DDP, FSDP2, FSDP2 with TP.
 
 Each rank appends a line for every step that it finishes to ``steps-<rank>.jsonl`` in ``--out``: generation, step, the
 samples that it trained on, its loss. Rank 0 adds the digest of the whole state, gathered over all ranks, and writes one
@@ -25,19 +25,29 @@ import holdfast
 WIDTH = 12
 
 
-def build(parallel: str) -> nn.Module:
-    """Odd sizes, so that shards of different worlds begin in different places."""
+def build(parallel: str) -> tuple[nn.Module, dict[str, int]]:
+    """Sizes whose shards begin elsewhere in each world; and this rank's place for the sampler."""
     torch.manual_seed(3)
-    model = nn.Sequential(nn.Linear(WIDTH, 37), nn.Tanh(), nn.Linear(37, 29), nn.LayerNorm(29), nn.Linear(29, 1))
+    model = nn.Sequential(nn.Linear(WIDTH, 44), nn.Tanh(), nn.Linear(44, 29), nn.LayerNorm(29), nn.Linear(29, 1))
+    place: dict[str, int] = {}
     if parallel == "ddp":
-        return nn.parallel.DistributedDataParallel(model)
-    if parallel == "fsdp2":
+        return nn.parallel.DistributedDataParallel(model), place
+    if parallel in ("fsdp2", "tp"):
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+        world_size = dist.get_world_size()
+        mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("data",))
+        if parallel == "tp":
+            both = init_device_mesh("cpu", (world_size // 2, 2), mesh_dim_names=("data", "tensor"))
+            parallelize_module(model, both["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            mesh = both["data"]
+            place = {"rank": mesh.get_local_rank(), "world_size": mesh.size()}
         for layer in (model[0], model[2]):
-            fully_shard(layer)
-        fully_shard(model)
-    return model
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model, place
 
 
 def dataset(num_samples: int) -> TensorDataset:
@@ -49,6 +59,14 @@ def dataset(num_samples: int) -> TensorDataset:
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def tell(path: Path, step: int) -> None:
+    """Replace what the file says; a reader never sees half of it."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(str(step))
+    temporary.rename(path)
 
 
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -63,7 +81,7 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parallel", choices=("none", "ddp", "fsdp2"), default="ddp")
+    parser.add_argument("--parallel", choices=("none", "ddp", "fsdp2", "tp"), default="ddp")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--samples", type=int, default=50)
@@ -71,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--checkpoints")
     parser.add_argument("--persist-every", type=int)
+    parser.add_argument("--progress", type=Path, help="a folder where each rank keeps the number of its finished steps")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
 
@@ -81,12 +100,13 @@ def main() -> None:
     if options.parallel != "none":
         dist.init_process_group("gloo")
     rank = int(os.environ.get("RANK", 0))
-    model = build(options.parallel)
+    model, place = build(options.parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     data = dataset(options.samples)
-    sampler = holdfast.ElasticSampler(data, global_batch_size=options.batch, seed=5)
+    sampler = holdfast.ElasticSampler(data, global_batch_size=options.batch, seed=5, **place)
     loader = DataLoader(data, batch_sampler=sampler, num_workers=options.loader_workers)
     options.out.mkdir(parents=True, exist_ok=True)
+    speaks = options.parallel != "tp" or rank % 2 == 0  # the two ranks of a tensor group train on the same samples
     line = {"generation": os.environ.get("HOLDFAST_GENERATION", ""), "rank": rank}
 
     def write(**fields: object) -> None:
@@ -115,7 +135,15 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             state = digest(model, optimizer)
-            write(event="step", step=step + 1, numbers=numbers.tolist(), loss=loss.item(), digest=state)
+            write(
+                event="step",
+                step=step + 1,
+                numbers=numbers.tolist() if speaks else [],
+                loss=float(whole(loss)),
+                digest=state,
+            )
+            if options.progress is not None:
+                tell(options.progress / str(rank), step + 1)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,17 @@ class Job:
         return run_plain(
             script, given, world_size=ranks, folder=self.root, variables=self.variables(), log=self.root / log
         )
+
+    def progress(self) -> int:
+        """The newest step that any rank has told of in the folder ``progress`` (``--progress`` of the scripts)."""
+        return max((int(path.read_text() or 0) for path in self.root.glob("progress/[0-9]*")), default=0)
+
+    def wait_for(self, condition: Callable[[], object], what: str, *, within_s: float = 150) -> None:
+        """Until something is so; what it did not come to be is told with all output."""
+        deadline = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < deadline, f"{what} did not happen within {within_s} s\n{self.output()}"
+            time.sleep(0.02)
 
     def output(self, log: str = "log.txt") -> str:
         path = self.root / log

@@ -61,7 +61,7 @@ class NodeJob:
 
     def step(self) -> int:
         """The newest step that any rank has told of (`--progress` of the script)."""
-        return max((int(path.read_text() or 0) for path in self.job.root.glob("progress/*")), default=0)
+        return self.job.progress()
 
     def wait(self, condition: Callable[[], object], what: str, *, within_s: float = WAIT_S) -> None:
         """Until something is so.
