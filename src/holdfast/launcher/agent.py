@@ -31,6 +31,7 @@ from holdfast.launcher.channel import Channel
 from holdfast.launcher.console import say
 from holdfast.launcher.daemons import DaemonDied, DaemonLink
 from holdfast.launcher.hangs import HangLimits
+from holdfast.launcher.notices import HealthCheck, NoticeFile
 from holdfast.launcher.orders import OURS, holdfast_variables, node_info, start_message, worker_spec
 from holdfast.launcher.processes import Guard, reap_orphans
 from holdfast.launcher.recoveries import RecoveryBook
@@ -127,6 +128,8 @@ class Agent:
         self._steps = StepReader(seat.arena) if link is not None else None
         self._sessions = SessionBook()
         self._recoveries = RecoveryBook(self._write)
+        self._notice = NoticeFile(launch.hold.notice_file)
+        self._health = HealthCheck(launch.hold.health, (run_dir,), self._write)
         self._watch = NodeWatch(seat.arena, run_dir)
         self._vigil = Vigil(HangLimits(hang_timeout_s=launch.hold.hang_timeout_s), self._write)
         self._store: object | None = None
@@ -143,6 +146,7 @@ class Agent:
         Raises:
             PeerError: the rendezvous endpoint cannot be served.
         """
+        self._health.before_the_first_generation()
         self._settle_daemon()
         self._meet()
         while not self._done():
@@ -245,6 +249,9 @@ class Agent:
         ready = self._wait()
         for number in self._signals.drain():
             self._signalled(number)
+        if self._notice.arrived(time.monotonic()):
+            say(f"{self._notice.path} is there")
+            self._signalled(signal.SIGTERM)
         if self._group is not None:
             for exit_ in self._group.collect():
                 self._worker_ended(exit_)
@@ -367,6 +374,7 @@ class Agent:
         if self._link is not None:
             self._link.request(EndGeneration(generation=generation))
         if group.failures() or group.stopping:
+            self._health.after_a_failure()
             self._do(self._member.gone(generation, now))
         else:
             self._do(self._member.done(generation, now))
@@ -501,7 +509,9 @@ class Agent:
                 self._stop_workers(instruction)
             case member.AskStop():
                 if self._link is not None:
-                    self._link.request(RequestStop(reason="a signal asked the job to stop"))
+                    self._link.request(
+                        RequestStop(reason="a signal asked the job to stop", grace_s=self._launch.hold.grace_s)
+                    )
             case member.LostLeader():
                 say("the leader is silent: workers end, asking on")
                 self._write(events.Membership(change="leader_lost", text="no plan within the limit"))

@@ -58,6 +58,12 @@ def _parse_timeout(text: str) -> float:
     return seconds
 
 
+def _parse_health(text: str) -> str:
+    if text not in ("off", "warn", "strict"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of off, warn, strict")
+    return text
+
+
 def _parse_exit_code(text: str) -> int:
     if not text.isdigit() or not 1 <= int(text) <= 255:
         raise argparse.ArgumentTypeError(f"{text!r} is no exit code for an unfinished job: expected 1 to 255")
@@ -130,6 +136,10 @@ class HoldOptions:
     """Holds the job token; None: HOLDFAST_TOKEN does, or there is none."""
     hang_timeout_s: float = 600.0
     """Silence of all ranks after which workers in a Session are restarted."""
+    notice_file: Path | None = None
+    """The job is asked to stop as soon as this file is there: how some clouds tell of a preemption."""
+    health: str = "warn"
+    """What happens to findings of `holdfast.launcher.health`: off, warn, or strict (a failed check keeps it out)."""
     standby: bool = True
     """Whether a warm process stands by, from which the workers of later generations are forked."""
 
@@ -153,6 +163,13 @@ _FLAGS = (
     _Flag("heartbeat", parse_duration, "TIME", "interval of heartbeats between nodes (default 0.5s)"),
     _Flag("dead_after", parse_duration, "TIME", "silence after which a node counts as lost (default 2s)"),
     _Flag("hang_timeout", _parse_timeout, "TIME", "silence of all ranks after which a job hangs (default 10m)"),
+    _Flag("notice_file", Path, "FILE", "asks the job to stop as soon as it is there, as a signal does"),
+    _Flag(
+        "health",
+        _parse_health,
+        "off|warn|strict",
+        "checks of this host before the start and after a failure; strict: a failed one keeps it out (default warn)",
+    ),
     _Flag(
         "redundancy",
         _parse_redundancy,

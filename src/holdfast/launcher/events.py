@@ -28,6 +28,7 @@ Kinds, and the fields that each one adds (fields that have their default are lef
     daemon              change (started, adopted, died, off, failed), pid, text
     standby             change (ready, failed), pid, modules (that it has imported), text
     notice              severity (info, warning, error), text
+    health              check (as in `holdfast doctor`), status (ok: well again, warn, fail), text
     hang                change (dump, suspected, resumed, hung), global_rank (that stopped first), step, text
     straggler           global_rank, slow (false: it has caught up), text
     stop_requested      signal (name), urgent
@@ -134,6 +135,14 @@ class Noticed(Event, frozen=True, kw_only=True, tag="notice", omit_defaults=True
     text: str
 
 
+class HealthEvent(Event, frozen=True, kw_only=True, tag="health", omit_defaults=True):
+    """A check of this host found something that is not well, or well again."""
+
+    check: str
+    status: str
+    text: str
+
+
 class HangEvent(Event, frozen=True, kw_only=True, tag="hang", omit_defaults=True):
     """The job is silent, goes on after all, or hangs; written by the leader's agent."""
 
@@ -184,6 +193,7 @@ AnyEvent = (
     | DaemonChanged
     | StandbyEvent
     | Noticed
+    | HealthEvent
     | HangEvent
     | StragglerEvent
     | StopRequested

@@ -226,7 +226,7 @@ def _ended(ending: Ending, code: int) -> events.RunEnded:
 
 def _worth_keeping(run_dir: Path) -> bool:
     """Whether a run without a directory of its own left anything that a person may want to read."""
-    quiet = {"run_started", "generation_started", "membership", "run_ended", "daemon", "standby"}
+    quiet = {"health", "run_started", "generation_started", "membership", "run_ended", "daemon", "standby"}
     return any(
         event.get("kind") not in quiet or (event.get("kind") == "daemon" and event.get("change") == "died")
         for event in events.read_events(run_dir)

@@ -251,8 +251,9 @@ class Daemon:
                 self.transport.send(peer, Ack())
             case RequestStop():
                 self._requests += 1
+                persist = message.persist and self.ending.persist_wanted(message.grace_s)
                 identity = f"agent-{self.arena.state.agent_pid}-{self.arena.control.daemon_epoch}-{self._requests}"
-                self.node.request(Request(id=identity, kind="stop", persist=message.persist))
+                self.node.request(Request(id=identity, kind="stop", persist=persist))
                 self.transport.send(peer, Ack())
             case Shutdown():
                 self._agent = peer

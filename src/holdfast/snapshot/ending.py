@@ -16,6 +16,7 @@ from __future__ import annotations
 import enum
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -29,6 +30,7 @@ from holdfast.snapshot.messages import (
     AskNode,
     Bye,
     Inventory,
+    Notice,
     PersistEnded,
     PersistOrder,
     PersistPart,
@@ -48,6 +50,15 @@ _RESCUE_LIMIT_S: Final = 600.0
 _LEADER_LIMIT_S: Final = 60.0
 
 
+def too_slow(ended: Sequence[PersistEnded], grace_s: float) -> float | None:
+    """Seconds that a persist will take where that is more than `grace_s`, else None; as the last one took. Pure.
+
+    Without an earlier one nobody knows, and it is tried.
+    """
+    written = [done.seconds for done in ended if done.path is not None]
+    return written[-1] if written and 0 < grace_s < written[-1] else None
+
+
 class _State(enum.Enum):
     SERVING = "serving"
     LINGERING = "lingering"
@@ -63,6 +74,8 @@ class Ending:
         self._state = _State.SERVING
         self._deadline = float("inf")
         self._rescue: Rescue | None = None
+        self._hopeless = False
+        """Persisting takes longer than we are given."""
         self.keep_arena = False
         """We were told to go while an agent lives: a successor adopts the arena."""
 
@@ -73,6 +86,7 @@ class Ending:
 
     def agent_came(self) -> None:
         """An agent said Hello."""
+        self._hopeless = False
         if self._state is _State.LINGERING:
             self._state, self._deadline = _State.SERVING, float("inf")
 
@@ -82,8 +96,23 @@ class Ending:
             self._state = _State.LINGERING
             self._deadline = time.monotonic() + self._daemon.arena.state.linger_s
 
+    def persist_wanted(self, grace_s: float) -> bool:
+        """Asked to stop within `grace_s`: whether the last step is persisted; if not, say so."""
+        seconds = too_slow(self._daemon.arena.state.ended, grace_s)
+        self._hopeless = seconds is not None
+        if seconds is not None:
+            self._daemon.to_agent(
+                Notice(
+                    severity="warning",
+                    text=f"the last step is not persisted: that takes {seconds:.0f} s, as the last time, and the grace "
+                    f"is {grace_s:.0f} s; the newest checkpoint stays as it is (see --hold-grace)",
+                )
+            )
+        return seconds is None
+
     def shutdown(self, *, persist: bool) -> None:
         """The job has ended."""
+        persist = persist and not self._hopeless
         if self._state in (_State.RESCUING, _State.OVER):
             return
         if persist:

@@ -132,6 +132,8 @@ class RequestStop(Message, frozen=True, kw_only=True):
 
     reason: str
     persist: bool = True
+    grace_s: float = 0.0
+    """How long ending may take; a persist that is sure to take longer is left out. 0: as long as it takes."""
 
 
 class Notice(Message, frozen=True, kw_only=True):

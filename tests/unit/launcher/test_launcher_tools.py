@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import UsageError
+from holdfast.errors import PeerError, UsageError
 from holdfast.launcher import cli, health, report, status
 from holdfast.launcher.events import EventLog, GenerationStarted, HangEvent, Recovery, RunEnded, RunStarted
+from holdfast.launcher.notices import HealthCheck, NoticeFile, ask_gpus
 from holdfast.launcher.seats import RunRecord, Seat, Tenant
 
 GENERATION = GenerationId(incarnation=1, nonce="7f3a9c02", generation=2)
@@ -169,3 +170,47 @@ def test_the_lock_of_a_living_agent_is_only_looked_at(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError), lock.open() as other:
             fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
     assert status._holder(lock) == 0
+
+
+# --- what an agent hears of its host
+
+
+def test_a_notice_file_is_told_once(tmp_path: Path) -> None:
+    notice = NoticeFile(tmp_path / "notice")
+    assert not notice.arrived(0.0)
+    (tmp_path / "notice").touch()
+    assert not notice.arrived(0.1), "it is looked for twice a second"
+    assert notice.arrived(1.0)
+    assert not notice.arrived(9.0)
+    assert not NoticeFile(None).arrived(0.0)
+
+
+def test_findings_are_events_when_they_change_and_strict_keeps_an_unfit_host_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = [
+        health.Finding(check="disk", status="fail", text="full"),
+        health.Finding(check="shm", status="ok", text=""),
+    ]
+    monkeypatch.setattr(health, "quick_checks", lambda directories: list(findings))
+    monkeypatch.setattr(health, "has_gpus", lambda: False)
+    events: list[object] = []
+    check = HealthCheck("warn", (tmp_path,), events.append)
+    check.before_the_first_generation()
+    check.after_a_failure()
+    assert [(event.check, event.status) for event in events] == [("disk", "fail")]
+    findings[0] = health.Finding(check="disk", status="ok", text="room")
+    check.after_a_failure()
+    assert [event.status for event in events] == ["fail", "ok"]
+    findings[0] = health.Finding(check="disk", status="fail", text="full")
+    with pytest.raises(PeerError, match="full"):
+        HealthCheck("strict", (), events.append).before_the_first_generation()
+    HealthCheck("off", (), events.append).before_the_first_generation()
+    assert len(events) == 3
+
+
+def test_gpus_are_asked_in_a_process_of_their_own() -> None:
+    text = '[{"check": "gpu", "status": "fail", "text": "GPU 1 multiplies wrongly"}]'
+    assert ask_gpus(("printf", "%s", text))[0].status == "fail"
+    assert ask_gpus(("false",))[0].status == "warn"
+    assert ask_gpus(("printf", "nonsense"))[0].status == "warn"
