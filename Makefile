@@ -56,3 +56,7 @@ clean: ## remove .venv and everything built
 test-dcp: $(STAMP) ## DCP's own tests with our writer and reader; from GitHub, or FROM=checkout of pytorch
 	@$(PIP) expecttest
 	$(BIN)/python tests/external/dcp_tests.py $(if $(FROM),--from $(FROM))
+
+.PHONY: bench-recovery
+bench-recovery: $(STAMP) ## seconds from a killed worker to the next step, against torchrun
+	$(BIN)/python benchmarks/recovery.py $(BENCH_ARGS)

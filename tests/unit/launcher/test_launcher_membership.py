@@ -141,6 +141,19 @@ def test_a_second_request_to_stop_leaves_workers_no_grace() -> None:
     assert [other.left.grace_s for other in simulation.ended if other.left] == [0.0, 0.0]
 
 
+def test_workers_that_not_even_sigkill_ends_fail_the_job() -> None:
+    simulation = calm(2, limits=Limits(min_nodes=2, max_nodes=2, stop_timeout_s=5.0))
+    simulation.run(5)
+    simulation.stubborn = True
+    simulation.fail_worker(simulation.agents[1])
+    simulation.run(10)
+    plan = simulation.agents[1].member.plan
+    assert plan is not None
+    assert plan.verdict is not None
+    assert plan.verdict.kind == "failed"
+    assert "SIGKILL" in plan.verdict.reason
+
+
 def test_an_agent_that_restarts_before_it_was_missed_joins_as_a_new_member() -> None:
     simulation = Simulation(3, nodes=2, chaos=CALM, node_ranks_given=True).run(5)
     simulation._crash(simulation.agents[1])

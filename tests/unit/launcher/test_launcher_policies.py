@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 import pytest
 
 from holdfast.checkpoint.version import GenerationId
+from holdfast.launcher.arguments import HoldOptions
 from holdfast.launcher.budget import RestartBudget
 from holdfast.launcher.events import AnyEvent, Recovery
 from holdfast.launcher.ranks import node_ranks, places
 from holdfast.launcher.recoveries import RecoveryBook
+from holdfast.launcher.run import Ending, exit_code
 from holdfast.launcher.seats import Tenant, job_key
 from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.timeline import Timeline, describe_failure
-from holdfast.launcher.wire import Failure, NodeInfo, Phase, Plan, Report, SessionState, WorkerState
+from holdfast.launcher.wire import Failure, NodeInfo, Phase, Plan, Report, SessionState, Verdict, WorkerState
 from holdfast.snapshot.messages import RestoreChosen, SessionPhase
 
 GENERATION = GenerationId(incarnation=1, nonce="0123abcd", generation=2)
@@ -219,3 +223,17 @@ def test_only_agents_of_one_endpoint_are_neighbours() -> None:
     assert not agent.is_neighbour(Tenant(pid=2, endpoint="h:2"))
     assert not Tenant(pid=1, endpoint="").is_neighbour(Tenant(pid=2, endpoint=""))
     assert not Tenant(pid=1, endpoint="h:1", node_rank=0).is_neighbour(Tenant(pid=2, endpoint="h:1", node_rank=0))
+
+
+# --- how a job ends
+
+
+@pytest.mark.parametrize(
+    ("kind", "requeue", "expected"),
+    [("done", 75, 0), ("stopped", None, 1), ("stopped", 75, 75), ("failed", None, 1), ("failed", 75, 1)],
+)
+def test_only_a_job_that_is_done_ends_with_0(
+    kind: Literal["done", "stopped", "failed"], requeue: int | None, expected: int
+) -> None:
+    ending = Ending(Verdict(kind=kind, reason=""), {}, None)
+    assert exit_code(ending, HoldOptions(requeue_code=requeue)) == expected
