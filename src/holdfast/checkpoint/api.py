@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 
 from holdfast.checkpoint.fsdp1 import flat_state, is_fsdp1
-from holdfast.checkpoint.held import Held, hold
+from holdfast.checkpoint.held import Held, StateTensor, hold, hold_again, signature
+from holdfast.checkpoint.layout import Layout
 from holdfast.checkpoint.loading import TREE, load_tree
 from holdfast.checkpoint.objects import ObjectRecord, encode, split_tensors
-from holdfast.checkpoint.ownership import own
+from holdfast.checkpoint.ownership import Shard, own
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.saving import Ranks, agree, refuse_save, save_pieces
@@ -202,14 +203,34 @@ class _Bytes:
 
 def _prepare(state: Mapping[str, Any], ranks: Ranks, process_group: Any, copy: bool) -> _Prepared:
     tree, tensors = split_tensors("", _state_of(state))
-    local = {part.shard.name: part for part in hold(tensors, ranks, process_group)}
-    shards = [part.shard for part in local.values()]
-    pieces = tuple(piece for piece in own(shards, global_rank=ranks.rank, node_of=lambda rank: rank) if piece.job)
+    held, pieces = _plan(tensors, ranks, process_group)
+    local = {part.shard.name: part for part in held}
     encoded = encode(tree)
     if not copy:
         return _Prepared(pieces, _Bytes(local), encoded)
     copies = {piece: local[piece.name].copy(piece.box) for piece in pieces}
     return _Prepared(pieces, lambda piece: tensor_bytes(copies[piece]), encoded)
+
+
+_plans: OrderedDict[Hashable, tuple[list[tuple[Layout, Shard]], tuple[Piece, ...]]] = OrderedDict()
+"""What was planned for the last few states, by `signature`. Main thread only."""
+_KEPT_PLANS = 4
+
+
+def _plan(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: Any) -> tuple[list[Held], tuple[Piece, ...]]:
+    """What is held here, and the pieces of it that this rank writes."""
+    key = signature(tensors, ranks, process_group)
+    known = _plans.get(key)
+    if known is not None:
+        _plans.move_to_end(key)
+        return hold_again(tensors, known[0]), known[1]
+    held = hold(tensors, ranks, process_group)
+    shards = [part.shard for part in held]
+    pieces = tuple(piece for piece in own(shards, global_rank=ranks.rank, node_of=lambda rank: rank) if piece.job)
+    _plans[key] = [(part.layout, part.shard) for part in held], pieces
+    if len(_plans) > _KEPT_PLANS:
+        _plans.popitem(last=False)
+    return held, pieces
 
 
 def load(

@@ -105,13 +105,16 @@ def write_image(
     return image_record(name, meta, bytes(objects))
 
 
-def image_record(name: str, meta: ImageMeta, objects: bytes | memoryview) -> ImageRecord:
+def image_record(
+    name: str, meta: ImageMeta, objects: bytes | memoryview, *, pieces: bytes | None = None
+) -> ImageRecord:
     """What `commit_step` needs of an image file.
 
     Args:
         name: of the file.
         meta: of the image.
         objects: the used part of its objects blob.
+        pieces: what `pack_pieces` gives for its pieces, where that is known.
 
     Raises:
         CorruptError: the objects do not parse.
@@ -123,7 +126,7 @@ def image_record(name: str, meta: ImageMeta, objects: bytes | memoryview) -> Ima
         version=meta.version,
         global_rank=meta.global_rank,
         world_size=meta.world_size,
-        pieces=pack_pieces(meta.pieces),
+        pieces=pack_pieces(meta.pieces) if pieces is None else pieces,
         objects={
             key: xxhash.xxh3_128_digest(record.data)
             for key, record in (decode_objects(objects) if len(objects) else {}).items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,28 @@ class Held:
         # Bytes compare what matters: `part` may be a view of the caller's storage or already a copy of it.
         shared = part.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
         return part.clone(memory_format=torch.contiguous_format) if shared else part
+
+
+def signature(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: Any) -> Hashable:
+    """Equal for states that are planned alike: names, shapes, dtypes and placements of all tensors."""
+    parts: list[Hashable] = [ranks.rank, ranks.world_size, id(process_group)]
+    for name, tensor in tensors.items():
+        if isinstance(tensor, FlatRange):
+            place: Hashable = (tensor.start, tensor.numel(), tensor.holders)
+        elif is_dtensor(tensor):
+            place = (tensor.device_mesh, tensor.placements, local_part(tensor).shape)
+        else:
+            place = None
+        parts.append((name, tensor.dtype, tuple(tensor.shape), place))
+    return tuple(parts)
+
+
+def hold_again(tensors: Mapping[str, StateTensor], before: list[tuple[Layout, Shard]]) -> list[Held]:
+    """What `hold` gives, where a state of the same `signature` was held before."""
+    return [
+        Held(local_part(tensor).detach(), layout, shard)
+        for tensor, (layout, shard) in zip(tensors.values(), before, strict=True)
+    ]
 
 
 def hold(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: Any) -> list[Held]:

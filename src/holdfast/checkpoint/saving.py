@@ -12,19 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
 import xxhash
 
-from holdfast.checkpoint.commit import commit_step, read_step_info, write_image
-from holdfast.checkpoint.image import ImageLayout, block_checksums
+from holdfast.checkpoint.commit import commit_step, image_record, read_step_info, refuse_committed, write_image
+from holdfast.checkpoint.image import ImageLayout, ImageMeta, block_checksums, pack_pieces
 from holdfast.checkpoint.index import ImageRecord, image_file_name
 from holdfast.checkpoint.meeting import Meeting, Ranks, agree
 from holdfast.checkpoint.objects import ObjectRecord, encode_objects
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.steps import StepInfo
-from holdfast.checkpoint.storage import Storage
+from holdfast.checkpoint.storage import PosixStorage, Storage, storage_of
+from holdfast.checkpoint.streaming import BlockHasher, hashed
 from holdfast.checkpoint.version import Version
 
 __all__ = ["Ranks", "agree", "refuse_save", "save_pieces", "write_own"]
@@ -52,7 +56,7 @@ def save_pieces(
         ranks: who saves.
         version: of the state, equal on all ranks.
         pieces: of this rank, from `ownership.own`; those with ``job=False`` are left out.
-        data: the bytes of a piece in C order, good until the call returns; called twice for each piece. They must not
+        data: the bytes of a piece in C order, good until the call returns; asked for once or twice. They must not
             change until this function returns.
         objects: of this rank.
         metrics: rank 0's are taken.
@@ -121,25 +125,85 @@ def write_own(
         StorageError: it cannot be written, or the step is committed already.
     """
     blob = encode_objects(objects)
-    layout = ImageLayout.plan([piece for piece in pieces if piece.job], objects_capacity=len(blob))
-    checksums = block_checksums(_data(layout, data, blob), layout.block_bytes)
-    header = layout.header(
-        version=version,
-        global_rank=ranks.rank,
-        world_size=ranks.world_size,
-        checksums=checksums,
-        objects_bytes=len(blob),
-    )
-    meta = layout.meta(
-        header,
-        version=version,
-        global_rank=ranks.rank,
-        world_size=ranks.world_size,
-        checksums=checksums,
-        objects_bytes=len(blob),
-    )
+    plan = _plans.of(tuple(piece for piece in pieces if piece.job), len(blob))
+    layout = plan.layout
     name = image_file_name(version.generation, ranks.rank, ranks.world_size)
-    return write_image(directory, name, meta, _image(header, layout, data, blob), storage=storage)
+
+    def header(checksums: bytes) -> bytes:
+        return layout.header(
+            version=version,
+            global_rank=ranks.rank,
+            world_size=ranks.world_size,
+            checksums=checksums,
+            objects_bytes=len(blob),
+        )
+
+    def meta(checksums: bytes, header: bytes) -> ImageMeta:
+        return layout.meta(
+            header,
+            version=version,
+            global_rank=ranks.rank,
+            world_size=ranks.world_size,
+            checksums=checksums,
+            objects_bytes=len(blob),
+        )
+
+    storage = storage or storage_of(directory)
+    if type(storage) is not PosixStorage:
+        # An object store takes its first part first: the data is gone through twice.
+        checksums = block_checksums(_data(layout, data, blob), layout.block_bytes)
+        first = header(checksums)
+        chunks = chain([first], _data(layout, data, blob))
+        return write_image(directory, name, meta(checksums, first), chunks, storage=storage)
+    refuse_committed(storage, directory)
+    hasher = BlockHasher(layout.block_bytes)
+    made: list[tuple[bytes, bytes]] = []
+
+    def last() -> bytes:
+        checksums = hasher.digests()
+        made.append((checksums, header(checksums)))
+        return made[0][1]
+
+    storage.write_header_last(directory / name, layout.data_start, last, hashed(_data(layout, data, blob), hasher))
+    return image_record(name, meta(*made[0]), blob, pieces=plan.packed)
+
+
+class _Plan(NamedTuple):
+    """Where every byte of an image lies, and its piece table for the index."""
+
+    pieces: tuple[Piece, ...]
+    """As they were given."""
+    layout: ImageLayout
+    packed: bytes
+
+
+class _Plans:
+    """The last few plans: a state that is saved again is not planned again. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._known: list[_Plan] = []
+
+    def of(self, pieces: tuple[Piece, ...], objects_bytes: int) -> _Plan:
+        """The plan for these pieces, with room for the objects."""
+        with self._lock:
+            for number, plan in enumerate(self._known):
+                # Equal tuples hold the same objects mostly, which makes this a matter of microseconds.
+                if plan.pieces == pieces and objects_bytes <= plan.layout.objects_capacity:
+                    self._known.insert(0, self._known.pop(number))
+                    return plan
+        # Objects grow a little from step to step; zeros fill what they leave.
+        capacity = -(-(objects_bytes + objects_bytes // 8) // _OBJECTS_UNIT) * _OBJECTS_UNIT
+        layout = ImageLayout.plan(pieces, objects_capacity=capacity)
+        plan = _Plan(pieces, layout, pack_pieces(layout.pieces))
+        with self._lock:
+            self._known = [plan, *self._known[: _KEPT_PLANS - 1]]
+        return plan
+
+
+_KEPT_PLANS = 4
+_OBJECTS_UNIT = 256
+_plans = _Plans()
 
 
 def _data(layout: ImageLayout, data: Callable[[Piece], memoryview], blob: bytes) -> Iterator[bytes | memoryview]:
@@ -148,10 +212,4 @@ def _data(layout: ImageLayout, data: Callable[[Piece], memoryview], blob: bytes)
         assert view.nbytes == piece.size_bytes, (piece, view.nbytes)
         yield view
     yield blob
-
-
-def _image(
-    header: bytes, layout: ImageLayout, data: Callable[[Piece], memoryview], blob: bytes
-) -> Iterator[bytes | memoryview]:
-    yield header
-    yield from _data(layout, data, blob)
+    yield bytes(layout.objects_capacity - len(blob))

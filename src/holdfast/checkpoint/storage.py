@@ -6,7 +6,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, Protocol
@@ -106,11 +106,29 @@ class PosixStorage:
 
     def write(self, path: str | Path, chunks: Iterable[bytes | memoryview], *, exclusive: bool = False) -> int:
         """See `Storage.write`."""
+        return self._put(path, lambda temporary: _write_file(temporary, chunks), exclusive=exclusive)
+
+    def write_header_last(
+        self, path: str | Path, header_bytes: int, header: Callable[[], bytes], chunks: Iterable[bytes | memoryview]
+    ) -> int:
+        """The same for content whose first bytes follow from the others (checksums), so that these are gone through
+        once.
+
+        Args:
+            path: of the object.
+            header_bytes: length of what `header` gives.
+            header: called after the last chunk was taken.
+            chunks: what follows the header.
+        """
+        return self._put(path, lambda temporary: _write_file(temporary, chunks, header_bytes, header))
+
+    def _put(self, path: str | Path, write: Callable[[Path], int], *, exclusive: bool = False) -> int:
+        """Write under a temporary name, then give the name."""
         path = Path(path)
         temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
         try:
             make_folders(path.parent)
-            size = _write_file(temporary, chunks)
+            size = write(temporary)
             try:
                 if exclusive:
                     _link(temporary, path)
@@ -223,12 +241,18 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+def _write_file(
+    path: Path, chunks: Iterable[bytes | memoryview], header_bytes: int = 0, header: Callable[[], bytes] | None = None
+) -> int:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        size = 0
+        size = os.lseek(fd, header_bytes, os.SEEK_SET)
         for batch in _batches(chunks):
             size += _write_all(fd, batch)
+        if header is not None:
+            os.lseek(fd, 0, os.SEEK_SET)
+            written = _write_all(fd, [memoryview(header())])
+            assert written == header_bytes, (written, header_bytes)
         os.fsync(fd)
     finally:
         os.close(fd)
