@@ -384,9 +384,9 @@ def campaign(trainer: Trainer, plan: Plan) -> tuple[dict[str, object], list[Bar]
 
     stage("small", lambda: students("small"))
     stage("controls", lambda: beside(controls_of, plan.seeds))
-    stage("cost", costs)
-    stage("large", lambda: students("large"))
     stage("ablations", lambda: beside(lambda usual: ablations_of(usual, plan), plan.ablation_seeds))
+    stage("large", lambda: students("large"))
+    stage("cost", costs)
     return results, bars
 
 

@@ -175,6 +175,11 @@ class LateToEarly:
         if isinstance(self._match, nn.Module):
             self.learned["late_to_early"] = self._match.to(device_of(model))
             average_gradients(self._match, model, process_group)
+        self._passed_by = False
+        """Whether a backward came by the layer, after `attach`, and did not reach the learned parameters."""
+        for parameter in self.learned.parameters():
+            register: Callable[[Callable[[Tensor], None]], object] = parameter.register_post_accumulate_grad_hook
+            register(self._arrived)
         self._teacher_inputs = teacher_inputs
         self._mask = _mask_reader(root, mask)
         self._settings = {
@@ -361,16 +366,29 @@ class LateToEarly:
         return rebuild(self._inject(self._attached, state, current))
 
     def _inject(self, attached: _Attached, state: Tensor, current: _Forward) -> Tensor:
+        parameters = [parameter for parameter in self.learned.parameters() if parameter.requires_grad]
+        if self._passed_by and parameters:
+            raise UsageError(
+                "the last backward gave the learned parameters of `match` no gradient (pipeline schedules that split "
+                "the backward, such as zero bubble, take only those of the stage): use match='linear'"
+            )
         step = attached.step()
         weight = self._schedule.at(step)
         state, value = inject(
             state,
             lambda leaf: self._term(leaf, current.teacher, current.mask, attached.num_tokens),
             attached.scale() * weight,
-            [parameter for parameter in self.learned.parameters() if parameter.requires_grad],
+            parameters,
+            self._pass_by,
         )
         self._note(step, weight, value)
         return state
+
+    def _pass_by(self) -> None:
+        self._passed_by = True
+
+    def _arrived(self, parameter: Tensor) -> None:
+        self._passed_by = False
 
     # --- inside
 

@@ -18,19 +18,26 @@ class _Inject(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, state: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(
+        ctx: Any, state: Tensor, gradients: tuple[Tensor, ...], ran: Callable[[], None], *parameters: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.ran = gradients, ran
         return state.view_as(state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        ctx.ran()
         state, *parameters = ctx.gradients
-        return (upstream + state, None, *parameters)
+        return (upstream + state, None, None, *parameters)
 
 
 def inject(
-    state: Tensor, term: Callable[[Tensor], Tensor], factor: float | Tensor, parameters: Sequence[Tensor]
+    state: Tensor,
+    term: Callable[[Tensor], Tensor],
+    factor: float | Tensor,
+    parameters: Sequence[Tensor],
+    ran: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """Add the gradient of ``factor * term(state)`` to that of `state`, and to those of `parameters`.
 
@@ -39,6 +46,7 @@ def inject(
         term: the scalar to add to the loss; depends on `state` and `parameters`.
         factor: lambda times the scale of the loss.
         parameters: leaves that `term` depends on besides.
+        ran: called when a backward comes by, before it reaches `parameters`.
 
     Returns:
         What goes on in place of `state`, equal to it; and the term's value, without a graph.
@@ -49,7 +57,7 @@ def inject(
         value = term(leaf)
         gradients = torch.autograd.grad(value * factor, [leaf, *parameters])
     apply: Callable[..., Tensor] = _Inject.apply
-    return apply(state, gradients, *parameters), value.detach()
+    return apply(state, gradients, ran, *parameters), value.detach()
 
 
 def _same(tensor: Tensor) -> Tensor:

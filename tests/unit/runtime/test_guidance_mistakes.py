@@ -192,6 +192,27 @@ def test_an_attached_layer_that_does_not_run_is_one_line() -> None:
         model(tokens())
 
 
+def test_a_backward_that_leaves_out_a_learned_projection_is_one_line() -> None:
+    """As zero-bubble schedules do: first the gradient of a stage's input, then those of its own weights."""
+    part = student().blocks
+    model = nn.Sequential(part[0], part[1])
+    state = torch.randn(4, 5, 10, dtype=torch.float64, requires_grad=True)
+    for match in ("learned", "linear"):
+        guide = LateToEarly(
+            model, teacher(), layer="0", teacher_layer="norm", stop_step=9, match=match, widths=(10, 6),
+            teacher_inputs=lambda args, kwargs: ((tokens()[:, :5],), {}),
+        )  # fmt: skip
+        guide.attach(step=0)
+        model(state).sum().backward()
+        torch.autograd.grad(model(state).sum(), [state])
+        if match == "linear":
+            model(state)
+            return
+        with pytest.raises(UsageError, match="gave the learned parameters of `match` no gradient"):
+            model(state)
+        guide.close()
+
+
 def test_a_named_mask_has_one_entry_per_token() -> None:
     class Weighed(Model):
         def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
