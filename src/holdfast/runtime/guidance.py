@@ -341,7 +341,7 @@ class LateToEarly:
 
     def _after(self) -> None:
         """Runs behind each forward: with `attach` nothing else would tell that the layer was not guided."""
-        if self._current is None or self._attached is None or _in_backward():
+        if self._current is None or self._attached is None:
             return
         self._current = None
         raise UsageError(
@@ -352,7 +352,7 @@ class LateToEarly:
     def _seen(self, output: Any) -> Any:
         """Runs behind each call of the layer: the first one in a forward is guided."""
         current, self._current = self._current, None
-        if current is None or _in_backward():
+        if current is None:  # a forward without gradients, a further call, or recomputation
             return output
         state, rebuild = state_of(output, layer=self._layer, logits=self._logits)
         if not state.requires_grad:
