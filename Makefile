@@ -60,3 +60,8 @@ test-dcp: $(STAMP) ## DCP's own tests with our writer and reader; from GitHub, o
 .PHONY: bench-recovery
 bench-recovery: $(STAMP) ## seconds from a killed worker to the next step, against torchrun
 	$(BIN)/python benchmarks/recovery.py $(BENCH_ARGS)
+
+.PHONY: test-torch-launcher
+test-torch-launcher: $(STAMP) ## torch's own launcher tests with holdfast run; from GitHub, or FROM=checkout of pytorch
+	@$(PIP) expecttest
+	$(BIN)/python tests/external/launcher_tests.py $(if $(FROM),--from $(FROM))
