@@ -65,3 +65,7 @@ bench-recovery: $(STAMP) ## seconds from a killed worker to the next step, again
 test-torch-launcher: $(STAMP) ## torch's own launcher tests with holdfast run; from GitHub, or FROM=checkout of pytorch
 	@$(PIP) expecttest
 	$(BIN)/python tests/external/launcher_tests.py $(if $(FROM),--from $(FROM))
+
+.PHONY: test-slurm
+test-slurm: $(STAMP) ## a job on a real Slurm of two nodes on this host: killed, requeued, resumed (root, Debian)
+	BIN=$(BIN) tests/external/slurm.sh

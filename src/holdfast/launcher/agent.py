@@ -40,6 +40,7 @@ from holdfast.launcher.seats import RunRecord, Seat
 from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.signals import SignalPipe
 from holdfast.launcher.standby import Standby, can_stand_by, user_path
+from holdfast.launcher.stores import new_store
 from holdfast.launcher.timeline import describe_failure, signal_name
 from holdfast.launcher.vigil import DumpStacks, Vigil, WorkerHangs
 from holdfast.launcher.watching import NodeWatch
@@ -534,11 +535,9 @@ class Agent:
 
     def _host_store(self) -> str:
         """A fresh store for the next generation; the one before goes with its addresses."""
-        from torch._C._distributed_c10d import TCPStore
-
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        self._store = store
         meeting = self._launch.meeting
+        self._store = None  # it may hold the port that was named
+        store = self._store = new_store(meeting.port if meeting.max_nodes == 1 else 0)
         host = self._launch.config.local_addr or (meeting.host if meeting.max_nodes > 1 else "127.0.0.1")
         return f"{host}:{store.port}"
 
