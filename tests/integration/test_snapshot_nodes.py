@@ -73,10 +73,10 @@ def test_a_daemon_of_either_node_may_be_killed_and_replaced(nodes: list[Node], t
 
 def test_a_node_without_a_rank_of_the_session_holds_nobody_up(nodes: list[Node], tmp_path: Path) -> None:
     job = Job(nodes, 1)
-    plan = Plan(until=30, ranks=(1,), step_s=0.01, checkpoint_dir=str(tmp_path / "c"), persist_every_steps=10)
+    plan = Plan(until=60, ranks=(1,), step_s=0.02, checkpoint_dir=str(tmp_path / "c"), persist_every_steps=20)
     worker = job.start(plan)[1]
     job.finish()
-    assert worker.event("persisted")["step"] == 30
+    assert worker.event("persisted")["step"] == 60
     assert len(worker.event("done")["committed"]) >= 20
 
 

@@ -101,13 +101,27 @@ class Node:
             start_new_session=True,
         )
 
-    def hello(self, *, agent_pid: int | None = None, linger_s: float = 600.0, limit: int | None = None) -> Welcome:
+    def hello(
+        self,
+        *,
+        agent_pid: int | None = None,
+        linger_s: float = 600.0,
+        limit: int | None = None,
+        redundancy: str = "auto",
+        bandwidth: float = 0.0,
+    ) -> Welcome:
         """Connect as the agent (anew)."""
         if self._socket is not None:
             self._socket.close(0)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.connect(f"ipc://{self.sockets / 'daemon.sock'}")
-        hello = Hello(agent_pid=agent_pid or os.getpid(), linger_s=linger_s, memory_limit_bytes=limit)
+        hello = Hello(
+            agent_pid=agent_pid or os.getpid(),
+            linger_s=linger_s,
+            memory_limit_bytes=limit,
+            redundancy=redundancy,
+            bandwidth=bandwidth,
+        )
         welcome = self.ask(hello, Welcome)
         self.endpoint = welcome.daemon
         return welcome
@@ -272,6 +286,11 @@ class Job:
             for rank in range(self.world)
         ]
         return self.workers
+
+    def restart(self, nodes: Sequence[Node], *plans: Plan) -> list[Worker]:
+        """The next generation, over other nodes."""
+        self.nodes = nodes
+        return self.start(*plans)
 
     def end(self, *, tell: bool = True) -> None:
         """Kill what is left of the generation, as an agent does; `tell` the daemons that it has ended."""

@@ -47,6 +47,8 @@ class OpenImage:
         self._expected_size = expected_size
         self._broken: HoldfastError | None = None
         self._sound = bytearray()
+        self.damaged = False
+        """A block did not match its checksum."""
         self._cache: OrderedDict[int, memoryview] = OrderedDict()
 
     @property
@@ -168,6 +170,7 @@ class OpenImage:
     def _check(self, block: int, data: memoryview) -> None:
         expected = self.meta.checksums[8 * block : 8 * block + 8]
         if xxhash.xxh3_64_intdigest(data) != int.from_bytes(expected, "little"):
+            self.damaged = True
             raise CorruptError(
                 f"{self.name}: block {block} (bytes {self._extent(block, block)[0]} on) does not match its checksum"
             )

@@ -298,6 +298,8 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """The newest persists of this generation that ended: workers may not have heard of them."""
     agreed: Agreed | None = None
     """The agreed step that stands on the control page, with what the page has no room for."""
+    protected: Version | None = None
+    """The version that the leader's orders named as protected last."""
     newest_step: int = -1
     """Newest finished step that any worker of this node published."""
 
@@ -384,8 +386,15 @@ class Arena:
 
     def used_bytes(self) -> int:
         """Bytes of all slot files and parity buffers."""
-        parities = sum(path.stat().st_size for path in self.directory.glob("parity-?"))
-        return parities + sum(slot.capacity_bytes + SLOT_HEADER_BYTES for slot in self.scan())
+        return self.parity_bytes() + sum(slot.capacity_bytes + SLOT_HEADER_BYTES for slot in self.scan())
+
+    def parity_bytes(self) -> int:
+        """Bytes of all parity buffers."""
+        found = 0
+        for path in self.directory.glob("parity-?"):
+            with contextlib.suppress(FileNotFoundError):
+                found += path.stat().st_size
+        return found
 
     def reserve(self, pool: int, local_ranks: Iterable[int], num_slots: int, capacity_bytes: int) -> int:
         """Make the missing slots of `pool` of these local ranks, with real pages behind them; blocks, call it from a

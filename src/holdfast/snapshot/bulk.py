@@ -35,6 +35,8 @@ MAX_RANGE_BYTES: Final = 4 << 20
 _MAX_ASK_BYTES: Final = 1 << 16
 _POLL_MS: Final = 100
 _LOGGED: Final = 10
+_TRIES: Final = 3
+"""An answer that does not match its tag is asked for again."""
 _BATCH: Final = 64
 _IDLE_S: Final = 1.0
 
@@ -260,6 +262,18 @@ class BulkServer:
         return len(data)
 
 
+@dataclass(frozen=True)
+class _Open:
+    """A question without an answer."""
+
+    number: int
+    """The one that `ask` gave."""
+    encoded: bytes
+    ask: Ask
+    tries: int
+    """How often it may be asked again where the answer is damaged."""
+
+
 class BulkClient:
     """One connection to a bulk server. One thread at a time.
 
@@ -275,7 +289,8 @@ class BulkClient:
         self._keys = keys
         self._number = 0
         self._nonce = os.urandom(16)
-        self._asked: dict[int, bytes] = {}
+        self._asked: dict[int, _Open] = {}
+        """By the number on the wire."""
         self.socket = context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RECONNECT_IVL, 50)
@@ -288,22 +303,27 @@ class BulkClient:
 
     def ask(self, range_: Range, *, patient: bool = False) -> int:
         """Send a question; its number, under which `receive` gives the answer."""
+        return self._send(range_, patient, None, _TRIES)
+
+    def _send(self, range_: Range, patient: bool, number: int | None, tries: int) -> int:
+        """Each message has a number of its own, so that no key of a tag is used for two answers."""
         self._number += 1
         ask = Ask(number=self._number, nonce=self._nonce, range=range_, kinds=self._keys.kinds, patient=patient)
         encoded = _encoder.encode(ask)
-        self._asked[self._number] = encoded
+        number = self._number if number is None else number
+        self._asked[self._number] = _Open(number, encoded, ask, tries - 1)
         self.socket.send_multipart([encoded, self._keys.sign(encoded)])
-        return self._number
+        return number
 
     def forget(self, number: int) -> None:
         """Its answer is not wanted any more."""
-        self._asked.pop(number, None)
+        self._asked = {sent: one for sent, one in self._asked.items() if one.number != number}
 
     def receive(self) -> tuple[int, memoryview | HoldfastError] | None:
         """The next answer that has come, to a question that is still open; None where none waits.
 
-        The error is a `CorruptError` where memory there, or the message, does not match its checksum; a `PeerError`
-        where the bytes are not to be had.
+        The error is a `CorruptError` where memory there does not match its checksum, or the message does not again and
+        again; a `PeerError` where the bytes are not to be had.
         """
         while True:
             try:
@@ -316,20 +336,21 @@ class BulkClient:
             except (ValueError, msgspec.MsgspecError):
                 self.counters.garbage += 1
                 continue
-            encoded = self._asked.pop(answer.number, None)
-            if encoded is None:
+            one = self._asked.pop(answer.number, None)
+            if one is None:
                 continue
-            return answer.number, self._checked(answer, encoded, memoryview(body.buffer))
-
-    def _checked(self, answer: Answer, encoded: bytes, data: memoryview) -> memoryview | HoldfastError:
-        if answer.error is not None:
-            kind = CorruptError if answer.corrupt else PeerError
-            return kind(f"{self.endpoint}: {answer.error}")
-        length = _ask_decoder.decode(encoded).range.length
-        if len(data) != length or not self._keys.sound(answer.kind, encoded, data, answer.tag):
+            data = memoryview(body.buffer)
+            if answer.error is not None:
+                kind = CorruptError if answer.corrupt else PeerError
+                return one.number, kind(f"{self.endpoint}: {answer.error}")
+            sound = len(data) == one.ask.range.length
+            if sound and self._keys.sound(answer.kind, one.encoded, data, answer.tag):
+                return one.number, data
             self.counters.damaged += 1
-            return CorruptError(f"{self.endpoint} sent {len(data)} bytes that do not match their tag")
-        return data
+            _log.warning("%s sent %d bytes that do not match their tag", self.endpoint, len(data))
+            if not one.tries:
+                return one.number, CorruptError(f"{self.endpoint} sends bytes that do not match their tag")
+            self._send(one.ask.range, one.ask.patient, one.number, one.tries)
 
     def wait(self, timeout_s: float) -> tuple[int, memoryview | HoldfastError]:
         """As `receive`, but waits.

@@ -55,6 +55,7 @@ from holdfast.snapshot.messages import (
     Committed,
     Diverged,
     FinalStep,
+    ImageLocation,
     Missed,
     NeedSlots,
     Notice,
@@ -129,6 +130,7 @@ class SnapshotClient:
         self._said: dict[str, AnyMessage] = {}  # what a successor of the daemon must hear again; under _sending
         self._opened: OpenSession | None = None
         self._restore: Restore | None = None
+        self._images: list[tuple[ImageLocation, OpenImage | None]] = []  # of the last catalog; None: it did not open
         self._needed = 0
         self._taken: set[int] = set()
         self._agreed: tuple[int, Agreed | None] = (-1, None)
@@ -196,9 +198,19 @@ class SnapshotClient:
                 version=version,
                 reason=reason,
                 path=self._restore.path if self._restore else None,
+                attempt=self._restore.attempt if self._restore else 0,
+                bad_images=tuple(sorted(self._bad_images())),
             )
         )
         return self._answer("another version to restore", timeout)
+
+    def _bad_images(self) -> set[int]:
+        """Global ranks, in the generation that wrote them, whose images in slots failed: others may give them back."""
+        return {
+            location.global_rank
+            for location, image in self._images
+            if location.rebuild is None and (image is None or image.damaged)
+        }
 
     def _answer(self, what: str, timeout: timedelta) -> Restore:
         """The next `Restore` that is another one than the last; a version may be in memory and in storage."""
@@ -242,9 +254,12 @@ class SnapshotClient:
             return open_checkpoint(restore.path)
         assert restore.version is not None, f"there are no images in {restore}"
         images: list[OpenImage] = []
+        self._images = []
         try:
             for location in restore.images:
-                images.append(open_image(self._context, location, restore.version, self._keys))
+                self._images.append((location, None))
+                images.append(open_image(self._context, location, restore.version, self._keys, restore.bulk))
+                self._images[-1] = (location, images[-1])
             catalog = Catalog(images)
             self._settle(catalog, restore)
         except BaseException:
@@ -614,7 +629,7 @@ class SnapshotClient:
 
 
 def _same(one: Restore, other: Restore | None) -> bool:
-    return other is not None and (one.version, one.path) == (other.version, other.path)
+    return other is not None and (one.version, one.path, one.attempt) == (other.version, other.path, other.attempt)
 
 
 def _page(path: Path, deadline: float) -> ControlPage:

@@ -61,6 +61,8 @@ from holdfast.snapshot.messages import (
     RestoreFailed,
     Shutdown,
     StartGeneration,
+    StreamTold,
+    StreamWanted,
     Welcome,
 )
 from holdfast.snapshot.node import Node
@@ -105,7 +107,13 @@ class Daemon:
         self.arena.save_state(msgspec.structs.replace(state, **endpoints))
         self.transport.watch(self.lanes.wakeup, self.lanes.deliver)
         self.node = Node(
-            self.arena, self.transport, self.lanes, to_agent=self.to_agent, stop_persist=self._stop_persist
+            self.arena,
+            self.transport,
+            self.lanes,
+            keys=keys,
+            shelf=self.shelf,
+            to_agent=self.to_agent,
+            stop_persist=self._stop_persist,
         )
         self.leading: Leading | None = None
         self.ending = Ending(self)
@@ -154,7 +162,7 @@ class Daemon:
         start = self.node.start
         if start is None:
             return
-        if self.node.member(start.node_rank).daemon != self.transport.endpoint:
+        if self._has_moved(start):
             self._say_where(start)
         if start.leader == start.node_rank:
             return
@@ -163,9 +171,20 @@ class Daemon:
         else:
             self.node.repeat_report()
 
+    def _has_moved(self, start: StartGeneration) -> bool:
+        """Whether other nodes know another endpoint of ours."""
+        known = self.node.restore.restore.bulk.get(start.node_rank) if self.node.restore is not None else None
+        elsewhere = known is not None and known != self.bulk.endpoint
+        return elsewhere or self.node.member(start.node_rank).daemon != self.transport.endpoint
+
     def _say_where(self, start: StartGeneration) -> None:
         """We could not take over the endpoint of our predecessor, and the other nodes know no other."""
-        moved = DaemonMoved(generation=start.generation, node_rank=start.node_rank, daemon=self.transport.endpoint)
+        moved = DaemonMoved(
+            generation=start.generation,
+            node_rank=start.node_rank,
+            daemon=self.transport.endpoint,
+            bulk=self.bulk.endpoint,
+        )
         for member in start.members:
             if member.node_rank != start.node_rank:
                 self.transport.send_node(member.node_rank, moved)
@@ -182,7 +201,12 @@ class Daemon:
 
     def _lead(self, start: StartGeneration) -> None:
         self.leading = Leading(
-            start, self.arena.control.daemon_epoch, self.lanes, send=self.transport.send_node, to_agent=self.to_agent
+            start,
+            self.arena.control.daemon_epoch,
+            self.lanes,
+            send=self.transport.send_node,
+            to_agent=self.to_agent,
+            redundancy=self.arena.state.redundancy,
         )
         state = self.arena.state
         if state.restore is not None and state.restore.generation == start.generation and state.config is not None:
@@ -194,6 +218,7 @@ class Daemon:
         if not self.ending.keep_arena:
             self.node.end_generation()
             self.arena.remove()
+        self.node.protector.close()
         self.lanes.close(2.0)
         self.bulk.close()
         self.transport.close()
@@ -221,6 +246,8 @@ class Daemon:
                 self.node.moved(message)
                 if self.leading is not None and self.node.start is not None:
                     self.leading.start = self.node.start
+            case StreamTold() | StreamWanted():
+                self.node.protector.receive(message)
             case OpenSession():
                 self.node.open_session(peer, message)
             case _:

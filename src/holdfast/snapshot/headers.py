@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.checkpoint.version import Version
 from holdfast.snapshot import ledger
 from holdfast.snapshot.arena import Arena, FoundSlot, SlotState, process_start, read_header_of
 from holdfast.snapshot.reports import SlotRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnImage:
+    """One clean image of this node."""
+
+    path: Path
+    """Of its slot."""
+    global_rank: int
+    """In the generation that wrote it."""
 
 
 class SlotHeaders:
@@ -55,6 +69,14 @@ class SlotHeaders:
                     )
                 )
         return tuple(headers)
+
+    def images_of(self, version: Version) -> list[OwnImage]:
+        """The clean images of `version`, read anew."""
+        return [
+            OwnImage(path=found.path, global_rank=found.header.global_rank)
+            for found in self._arena.scan()
+            if found.header.state is SlotState.CLEAN and found.header.version == version
+        ]
 
     def find(self, slot: SlotRef, local_rank: int) -> FoundSlot | None:
         """The file of a slot, None where there is none."""

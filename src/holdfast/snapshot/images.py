@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Final
 
@@ -13,6 +14,7 @@ from holdfast.checkpoint.source import MemorySource, Source
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CorruptError
 from holdfast.snapshot.arena import Slot, SlotState
+from holdfast.snapshot.coding import Rebuild
 from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.messages import ImageLocation
 from holdfast.snapshot.peers import PeerSource
@@ -21,13 +23,18 @@ _PEER_TIMEOUT: Final = timedelta(seconds=60)
 
 
 def open_image(
-    context: zmq.Context[zmq.Socket[bytes]], location: ImageLocation, version: Version, keys: JobKeys
+    context: zmq.Context[zmq.Socket[bytes]],
+    location: ImageLocation,
+    version: Version,
+    keys: JobKeys,
+    bulk: Mapping[int, str],
 ) -> OpenImage:
     """The image of `version` at `location`; its source is the caller's to close.
 
     Args:
         context: whose sockets to use for an image of another node.
         keys: of the job.
+        bulk: node rank -> endpoint of its bulk server.
 
     Raises:
         CorruptError: it is not there, or is not what it should be.
@@ -35,6 +42,8 @@ def open_image(
     """
     if location.local:
         return _local_image(location, version)
+    if location.rebuild is not None:
+        return _decoded_image(context, location.rebuild, version, keys, bulk)
     source = PeerSource(
         context, location.daemon, location.path, version, location.offset, keys=keys, timeout=_PEER_TIMEOUT
     )
@@ -44,6 +53,20 @@ def open_image(
         source.close()
         raise
     return OpenImage(name=f"{location.path} on node {location.node_rank}", meta=meta, source=source)
+
+
+def _decoded_image(
+    context: zmq.Context[zmq.Socket[bytes]], rebuild: Rebuild, version: Version, keys: JobKeys, bulk: Mapping[int, str]
+) -> OpenImage:
+    from holdfast.snapshot.decoded import DecodedSource  # late: it needs numpy
+
+    source = DecodedSource(context, rebuild, bulk, keys=keys, timeout=_PEER_TIMEOUT)
+    try:
+        meta = read_header(source.read, expected_digest=rebuild.image.header_digest)
+    except BaseException:
+        source.close()
+        raise
+    return OpenImage(name=f"the decoded image of rank {rebuild.global_rank} at {version}", meta=meta, source=source)
 
 
 class _LocalSource:

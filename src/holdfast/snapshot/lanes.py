@@ -42,6 +42,11 @@ class Lanes:
         self._unfinished[lane] = self._unfinished.get(lane, 0) + 1
         self._queues[lane].put((job, done))
 
+    def post(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called in the event loop. Any thread."""
+        self._results.append(callback)
+        os.eventfd_write(self.wakeup, 1)
+
     def busy(self, lane: str) -> bool:
         """Whether jobs of `lane` have not been delivered yet."""
         return self._unfinished.get(lane, 0) > 0

@@ -17,6 +17,8 @@ from typing import Final
 
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.version import Version
+from holdfast.erasure.groups import Grouping, form_groups
+from holdfast.erasure.redundancy import Redundancy
 from holdfast.errors import HoldfastError, StateError, StorageError, UsageError
 from holdfast.snapshot import chain, leader, survey
 from holdfast.snapshot.lanes import Lanes
@@ -71,7 +73,7 @@ class Leading:
         epoch: of this daemon.
         send: sends to the daemon of a node rank.
         to_agent: sends to our own agent.
-        broadcast: sends to the daemons of all members.
+        redundancy: how nodes protect each other (`Redundancy.parse`).
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class Leading:
         *,
         send: Callable[[int, AnyMessage], None],
         to_agent: Callable[[AnyMessage], None],
+        redundancy: str = "auto",
     ) -> None:
+        self._redundancy = redundancy
         self.start, self._epoch, self._lanes = start, epoch, lanes
         self._send, self._to_agent = send, to_agent
         self.closed = False
@@ -94,6 +98,8 @@ class Leading:
         self._choosing = False
         self._refused: Refused | None = None
         self._excluded: set[Version] = set()
+        self._attempt = 0
+        self._bad_images: set[tuple[Version, int]] = set()
         self._excluded_paths: set[str] = set()
         self._chosen: LeaderRestore | None = None
         self._attempts: dict[Version, _Attempt] = {}
@@ -196,11 +202,16 @@ class Leading:
     def _take_failure(self, message: RestoreFailed) -> None:
         """The same report comes from every rank that saw it; only the first one changes anything."""
         chosen = self._chosen.restore if self._chosen else None
-        if chosen is None or (chosen.version, chosen.path) != (message.version, message.path):
+        failed = (message.version, message.path, message.attempt)
+        if chosen is None or (chosen.version, chosen.path, chosen.attempt) != failed:
             return
+        self._attempt += 1
         self._say("warning", f"{message.version} cannot be restored ({message.reason}); the next candidate is taken")
+        bad = {(message.version, rank) for rank in message.bad_images} - self._bad_images
         if chosen.path is not None:
             self._excluded_paths.add(chosen.path)
+        elif bad and self._chosen is not None and self._chosen.grouping is not None:
+            self._bad_images |= bad  # once as if they were lost: they may be decoded
         else:
             self._excluded.add(message.version)
         self._chosen, self.ledger = None, None
@@ -222,6 +233,7 @@ class Leading:
             config=self.config,
             inventories=tuple(self._inventories[node_rank] for node_rank in sorted(self._inventories)),
             excluded=tuple(sorted(self._excluded)),
+            bad_images=tuple(sorted(self._bad_images)),
             excluded_paths=tuple(sorted(self._excluded_paths)),
         )
         self._lanes.submit("storage", lambda: survey.decide(question), self._decided)
@@ -242,12 +254,21 @@ class Leading:
             version=choice.version,
             step=choice.step,
             path=choice.path,
-            images=self._locations(choice.version) if choice.tier == "memory" else (),
+            images=self._locations(choice) if choice.tier == "memory" else (),
+            attempt=self._attempt,
+            bulk={node_rank: inventory.bulk for node_rank, inventory in self._inventories.items()},
             steps_lost=choice.steps_lost,
             first_of_incarnation=self.start.fresh,
         )
+        domains = {node_rank: inventory.domain for node_rank, inventory in self._inventories.items()}
         self._chosen = LeaderRestore(
-            generation=self.start.generation, restore=restore, history=answer.history, config=self.config
+            generation=self.start.generation,
+            restore=restore,
+            history=answer.history,
+            config=self.config,
+            grouping=self._grouping(domains),
+            domains=domains,
+            protected=choice.protected,
         )
         self._note_worlds()
         for node_rank in self._members:
@@ -273,7 +294,17 @@ class Leading:
         for image in (image for inventory in inventories for image in inventory.clean):
             self._worlds[image.version] = len(chain.writers(image.version, image.world_size, inventories))
 
-    def _locations(self, version: Version | None) -> tuple[ImageLocation, ...]:
+    def _grouping(self, domains: dict[int, str]) -> Grouping | None:
+        """Which nodes protect each other, None where none does."""
+        members = {node_rank: domains[node_rank] for node_rank in self._members}
+        grouping = form_groups(members, Redundancy.parse(self._redundancy))
+        for note in grouping.notes if self.start.fresh else ():
+            self._say("info", note)
+        return grouping if any(group.num_parity for group in grouping.groups) else None
+
+    def _locations(self, choice: chain.Choice) -> tuple[ImageLocation, ...]:
+        """Images that lie somewhere, then those that are decoded."""
+        version = choice.version
         return tuple(
             ImageLocation(
                 node_rank=inventory.node_rank,
@@ -282,10 +313,23 @@ class Leading:
                 offset=image.offset,
                 size_bytes=image.size_bytes,
                 local=False,
+                global_rank=image.global_rank,
             )
             for inventory in self._inventories.values()
             for image in sorted(inventory.clean, key=lambda image: image.global_rank)
-            if image.version == version
+            if image.version == version and (version, image.global_rank) not in self._bad_images
+        ) + tuple(
+            ImageLocation(
+                node_rank=-1,
+                daemon="",
+                path="",
+                offset=0,
+                size_bytes=rebuild.image.size_bytes,
+                local=False,
+                global_rank=rebuild.global_rank,
+                rebuild=rebuild,
+            )
+            for rebuild in choice.rebuilds
         )
 
     def _refuse(self, error: Exception) -> None:
@@ -322,6 +366,9 @@ class Leading:
                 snapshot_every=self.config.snapshot_every,
                 persist_every_steps=self.config.persist_every_steps if self.config.checkpoint_dir else None,
                 carried=carried,
+                coded=self._chosen.grouping is not None,
+                parent=self._chosen.restore.version if self._chosen.restore.tier == "memory" else None,
+                protected=self._chosen.protected,
             )
         )
         self._carry_out(self.ledger.start())
@@ -352,6 +399,8 @@ class Leading:
                     self._settled(instruction)
                 case leader.VersionCompleted(version=version):
                     _log.debug("%s is complete", version)
+                case leader.VersionProtected(version=version):
+                    _log.debug("%s is protected", version)
                 case leader.IntervalChosen(every=every, wait_s=wait_s, step_s=step_s):
                     self._say(
                         "info",

@@ -51,7 +51,7 @@ def plan_slots(slot_bytes: int, limit: Limit, *, wanted: int = WANTED_SLOTS) -> 
     fitting = limit.room_bytes // slot_bytes if slot_bytes > 0 else wanted
     if fitting >= wanted:
         return SlotPlan(wanted, "", "info")
-    need, room = _size(slot_bytes), f"{_size(limit.room_bytes)} of {limit.name}"
+    need, room = size_of(slot_bytes), f"{size_of(limit.room_bytes)} of {limit.name}"
     if fitting >= LEAST_SLOTS:
         return SlotPlan(
             fitting,
@@ -148,7 +148,8 @@ def _with_reserve(limit: Limit) -> Limit:
     return Limit(limit.room_bytes - limit.room_bytes // _KEPT_SHARE, limit.name)
 
 
-def _size(size_bytes: int) -> str:
+def size_of(size_bytes: int) -> str:
+    """For people."""
     for unit, power in (("GB", 30), ("MB", 20)):
         if size_bytes >= 1 << power:
             return f"{size_bytes / (1 << power):.1f} {unit}"

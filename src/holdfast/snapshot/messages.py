@@ -13,8 +13,9 @@ from __future__ import annotations
 import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
+from holdfast.erasure.groups import Grouping
 from holdfast.errors import PeerError
-from holdfast.snapshot.coding import HeldParity, Rebuild
+from holdfast.snapshot.coding import HeldParity, Rebuild, Stream
 from holdfast.snapshot.reports import NodeState, Orders, Pin
 
 MAX_MESSAGE_BYTES = 64 << 20
@@ -100,9 +101,24 @@ class Bye(Message, frozen=True, kw_only=True):
 
 
 class Progress(Message, frozen=True, kw_only=True):
-    """D -> A, pushed: a version is complete (on all ranks)."""
+    """D -> A, pushed: a version is complete (on all ranks), or protected (against the loss of nodes)."""
 
     version: Version
+    """The newest complete one."""
+    protected: Version | None = None
+    """The newest protected one of this generation."""
+
+
+class ParityMade(Message, frozen=True, kw_only=True):
+    """D -> A, pushed: what this node holds for others of a version is whole."""
+
+    version: Version
+    fetched_bytes: int
+    """What came over the network for it."""
+    buffer_bytes: int
+    seconds: float
+    damaged: int
+    """Answers so far, in this daemon's life, that did not match their tags and were asked for again."""
 
 
 class RestoreChosen(Message, frozen=True, kw_only=True):
@@ -199,6 +215,8 @@ class ImageLocation(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     local: bool
     """This node's own: read by mmap."""
+    global_rank: int = -1
+    """Whose image it is, in the generation that wrote it."""
     rebuild: Rebuild | None = None
     """Set where the image is lost and is decoded from what others hold; `daemon` and `path` are empty then."""
 
@@ -213,6 +231,10 @@ class Restore(Message, frozen=True, kw_only=True):
     path: str | None = None
     """Step directory, where the tier is storage."""
     images: tuple[ImageLocation, ...] = ()
+    bulk: dict[int, str] = {}
+    """Node rank -> endpoint of its bulk server, for what is decoded."""
+    attempt: int = 0
+    """Choices of this generation before this one: the same version may be tried again from other images."""
     steps_lost: int = 0
     first_of_incarnation: bool = True
 
@@ -226,6 +248,10 @@ class RestoreFailed(Message, frozen=True, kw_only=True):
     reason: str
     path: str | None = None
     """Step directory, where the tier was storage."""
+    attempt: int = 0
+    """Of the `Restore`."""
+    bad_images: tuple[int, ...] = ()
+    """Global ranks, in the generation that wrote them, whose images in slots did not match their checksums."""
 
 
 class Reached(Message, frozen=True, kw_only=True):
@@ -425,6 +451,12 @@ class LeaderRestore(Message, frozen=True, kw_only=True):
     history: str | None
     config: SessionConfig | None = None
     """Of the Session; a node of which no rank is in it learns it here."""
+    grouping: Grouping | None = None
+    """Which nodes protect each other in this generation; None: none does."""
+    domains: dict[int, str] = {}
+    """Failure domain by node rank."""
+    protected: Version | None = None
+    """The version whose slots and parity stay until one of this generation is protected."""
 
 
 class AskNode(Message, frozen=True, kw_only=True):
@@ -443,6 +475,23 @@ class DaemonMoved(Message, frozen=True, kw_only=True):
     node_rank: int
     daemon: str
     """tcp:// endpoint where it listens now."""
+    bulk: str = ""
+    """The same of its bulk server."""
+
+
+class StreamTold(Message, frozen=True, kw_only=True):
+    """D -> D, within a group: what this node has to be coded of a version. It may be lost: it is asked for again."""
+
+    version: Version
+    stream: Stream
+
+
+class StreamWanted(Message, frozen=True, kw_only=True):
+    """D -> D, within a group: tell the stream of the version. Answered with `StreamTold` once there is one."""
+
+    version: Version
+    node_rank: int
+    """Who asks."""
 
 
 class NodeReport(Message, frozen=True, kw_only=True):
@@ -495,6 +544,7 @@ AnyMessage = (
     | Shutdown
     | Bye
     | Progress
+    | ParityMade
     | RestoreChosen
     | SessionPhase
     | RequestStop
@@ -523,6 +573,8 @@ AnyMessage = (
     | RanksOpened
     | LeaderRestore
     | DaemonMoved
+    | StreamTold
+    | StreamWanted
     | NodeReport
     | LeaderOrders
     | PersistOrder

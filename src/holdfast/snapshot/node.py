@@ -19,6 +19,7 @@ from holdfast.snapshot import ledger
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, process_start
 from holdfast.snapshot.control import Phase, generation_word
 from holdfast.snapshot.headers import SlotHeaders
+from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.messages import (
     Ack,
@@ -54,9 +55,11 @@ from holdfast.snapshot.messages import (
     SlotsReady,
     StartGeneration,
 )
+from holdfast.snapshot.protecting import Protector
 from holdfast.snapshot.reports import NodeState as LedgerState
 from holdfast.snapshot.reports import Request, SlotRef
 from holdfast.snapshot.room import Room
+from holdfast.snapshot.shelf import Shelf
 from holdfast.snapshot.transport import Peer, Transport
 from holdfast.snapshot.workers import Generation, Looks, Worker
 
@@ -72,6 +75,8 @@ class Node:
 
     Args:
         arena: ours.
+        keys: of the job.
+        shelf: what other nodes may read.
         to_agent: sends a message to the agent, if there is one.
         stop_persist: a version must not be read any more.
     """
@@ -82,6 +87,8 @@ class Node:
         transport: Transport,
         lanes: Lanes,
         *,
+        keys: JobKeys,
+        shelf: Shelf,
         to_agent: Callable[[AnyMessage], None],
         stop_persist: Callable[[Version], None],
     ) -> None:
@@ -90,10 +97,12 @@ class Node:
         self.restore: LeaderRestore | None = None
         self.complete: Version | None = None
         """Newest complete version of this generation."""
+        self.protected: Version | None = None
+        """Newest protected version of this generation."""
         self._transport, self._to_agent, self._stop_persist = transport, to_agent, stop_persist
         self._generation: Generation | None = None
         self._report: LedgerState | None = None
-        self._told: Version | None = None  # the newest complete version that the agent was told
+        self._told: tuple[Version | None, Version | None] = (None, None)  # what the agent was told of both
         self._told_at = 0.0
         self._headers = SlotHeaders(arena)
         self._looks = Looks(arena, self._headers, self.ledger)
@@ -104,6 +113,19 @@ class Node:
             notice=self.say,
             unused=lambda: [row.ref for row in self.ledger.table.free()],
             ready=self._pool_ready,
+        )
+
+        self.protector = Protector(
+            arena,
+            transport.context,
+            keys,
+            shelf,
+            lanes,
+            send=transport.send_node,
+            feed=self._feed,
+            images=self._headers.images_of,
+            say=self.say,
+            to_agent=to_agent,
         )
 
     # --- generations
@@ -132,12 +154,13 @@ class Node:
             generation.start = msgspec.structs.replace(generation.start, members=members)
             self._save(start=generation.start)
             self._transport.meet(members, generation.start.node_rank)
+        self.protector.moved(message.node_rank, message.bulk)
 
     def start_generation(self, start: StartGeneration) -> None:
         """Fence everything older; the leader gets our inventory."""
         former, living = self._generation, self._living()
         self._leave()
-        self.restore = self.complete = None
+        self.restore = self.complete = self.protected = None
         self._enter(start)
         changes = {
             "start": start,
@@ -147,6 +170,7 @@ class Node:
             "agreed": None,
             "ended": (),
         }
+        self.protector.begin(start)
         generations = (*self.arena.state.generations, start.generation)[-1000:]
         self._save(generations=generations, **changes)
         self._feed(
@@ -222,11 +246,15 @@ class Node:
     def adopt(self) -> None:
         """A successor of the daemon: go on where the predecessor stood."""
         state = self.arena.state
+        self.protector.adopt()
         if state.start is None:
             return
         self._enter(state.start)
         assert self._generation is not None
         self.restore = state.restore
+        self.protector.begin(state.start)
+        if state.running and state.restore is not None:
+            self._protect_as(state.restore)
         pool = self.page.pool
         self._feed(
             ledger.Adopted(
@@ -242,6 +270,7 @@ class Node:
                 session_ranks=_session_ranks(state.restore),
                 requests=state.requests,
                 pinned=state.pinned,
+                protected=state.protected,
             )
         )
         if not state.running:
@@ -249,6 +278,7 @@ class Node:
         if state.restore is None:  # the leader may have chosen meanwhile: it answers with its choice
             self._transport.send_node(state.start.leader, self.inventory())
         self._room.adopt(self._session_locals(state.restore))
+        self._tell_parity(ready=state.pool >= 0)
         if state.pool >= 0 and state.pool == pool:
             self._feed(ledger.PoolReady(pool=pool, num_slots=state.num_slots))
         for local, global_rank in enumerate(self._generation.local_ranks):
@@ -291,17 +321,31 @@ class Node:
             )
         )
         self._save(restore=message, parents=tuple(parents)[-_KEPT_GENERATIONS:], history=message.history)
+        self._protect_as(message)
         self._room.start(self._session_locals(message))
         self._feed(
             ledger.RestoreDecided(
                 generation=start.generation,
+                protected=message.protected,
                 parent=parent,
                 step=message.restore.step,
                 session_ranks=_session_ranks(message),
             )
         )
+        self._tell_parity(ready=not self._session_locals(message))
         for worker in generation.workers.values():
             self._transport.send(worker.peer, self._local_restore(message.restore))
+
+    def _protect_as(self, decided: LeaderRestore) -> None:
+        """Groups are formed: parity, and room for it, follow them."""
+        self.protector.decided(decided)
+        self._room.parity_share = self.protector.share
+
+    def _tell_parity(self, *, ready: bool) -> None:
+        """Whether there is room for parity, once the slots are made; nobody asks where nothing is coded."""
+        if self.protector.coded and ready and self._generation is not None:
+            generation = self._generation.start.generation
+            self._feed(ledger.ParityAvailable(generation=generation, available=self._room.parity_fits))
 
     def _session_locals(self, decided: LeaderRestore | None) -> tuple[int, ...]:
         """Local ranks that are in the Session; all of them while that is not known."""
@@ -362,6 +406,7 @@ class Node:
             history=state.history,
             newest_step=state.newest_step,
             pinned=self.ledger.pinned,
+            parity=self.protector.held,
             bulk=state.bulk,
             domain=state.domain,
         )
@@ -516,6 +561,7 @@ class Node:
     def _pool_ready(self, pool: int, num_slots: int) -> None:
         self.page.use_pool(pool)
         self._feed(ledger.PoolReady(pool=pool, num_slots=num_slots))
+        self._tell_parity(ready=True)
         used = {row.ref for row in self.ledger.table}
         former = (found for found in self.arena.scan() if found.pool != pool)
         self.arena.drop(found.path for found in former if SlotRef(found.pool, found.index) not in used)
@@ -553,10 +599,11 @@ class Node:
     def flush(self, now: float) -> None:
         """Send the newest report, at most one per turn of the event loop, and the newest progress, at most one per
         `_PROGRESS_S`; `now`: `time.monotonic()`."""
-        if self.complete is not self._told and now - self._told_at >= _PROGRESS_S:
-            self._told, self._told_at = self.complete, now
+        news = (self.complete, self.protected)
+        if news != self._told and now - self._told_at >= _PROGRESS_S:
+            self._told, self._told_at = news, now
             if self.complete is not None:
-                self._to_agent(Progress(version=self.complete))
+                self._to_agent(Progress(version=self.complete, protected=self.protected))
         if self._report is not None and self._generation is not None:
             report, self._report = self._report, None
             self._transport.send_node(self._generation.start.leader, NodeReport(state=report))
@@ -609,6 +656,12 @@ class Node:
                 self._stop_persist(version)
             case ledger.Completed(version=version):
                 self.complete = version
+            case ledger.Protect(version=version):
+                self.protector.protect(version)
+            case ledger.Protected(version=version):
+                self._save(protected=version)
+                self.protector.keep(version)
+                self.protected = version if version and version.generation == self.ledger.generation else None
 
     def _save(self, **changes: object) -> None:
         self.arena.save_state(msgspec.structs.replace(self.arena.state, **changes))

@@ -8,6 +8,7 @@ when every rank has mapped it.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -15,7 +16,7 @@ import msgspec
 
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, round_capacity
 from holdfast.snapshot.lanes import Lanes
-from holdfast.snapshot.limits import LEAST_SLOTS, WANTED_SLOTS, Limit, SlotPlan, least_limit, plan_slots
+from holdfast.snapshot.limits import LEAST_SLOTS, WANTED_SLOTS, Limit, SlotPlan, least_limit, plan_slots, size_of
 from holdfast.snapshot.messages import Notice, SlotsReady
 from holdfast.snapshot.reports import SlotRef
 
@@ -54,6 +55,10 @@ class Room:
         self._making = 0  # capacity of the slots that are being made in this round
         self._announced = False
         self._said = ""
+        self.parity_share = 0.0
+        """Bytes of one generation of parity for each byte of state (m / k); set before ranks say what they need."""
+        self.parity_fits = True
+        """Whether two generations of parity fit beside the slots."""
 
     def start(self, local_ranks: tuple[int, ...]) -> None:
         """A generation starts: nobody has said anything yet."""
@@ -108,6 +113,9 @@ class Room:
         plan = self._affordable(capacity, whole)
         if plan.line:
             self._say(plan)
+        elif self.parity_share and self.parity_fits:
+            parity = size_of(self._parity_bytes(capacity))
+            self._say(SlotPlan(plan.num_slots, f"snapshots: {parity} for the parity of other nodes", "info"))
         if plan.num_slots == 0:
             self._have(self._round, pool, 0, 0)
             return
@@ -119,10 +127,29 @@ class Room:
         )
 
     def _affordable(self, capacity: int, whole: int) -> SlotPlan:
+        """How many slots: as many as fit beside two generations of parity; where these leave fewer than two slots,
+        as many as fit without."""
         slot_bytes = (capacity + SLOT_HEADER_BYTES) * len(self._local_ranks)
         allowed = self._arena.state.memory_limit_bytes
         limit = least_limit(self._arena.directory, used_bytes=self._arena.used_bytes(), allowed_bytes=allowed)
-        return plan_slots(slot_bytes, Limit(limit.room_bytes + whole * slot_bytes, limit.name))
+        room_bytes = limit.room_bytes + whole * slot_bytes
+        parity_bytes = max(0, self._parity_bytes(capacity) - self._arena.parity_bytes())
+        plan = plan_slots(slot_bytes, Limit(room_bytes - parity_bytes, limit.name))
+        self.parity_fits = plan.num_slots >= LEAST_SLOTS
+        if self.parity_fits or not parity_bytes:
+            return plan
+        without = plan_slots(slot_bytes, Limit(room_bytes, limit.name))
+        if without.num_slots < LEAST_SLOTS:
+            return without
+        return SlotPlan(
+            without.num_slots,
+            f"snapshots: {without.num_slots} slots of {size_of(slot_bytes)}; {size_of(parity_bytes)} of parity do not "
+            f"fit beside into {size_of(room_bytes)} of {limit.name}: nothing in memory survives the loss of a node",
+        )
+
+    def _parity_bytes(self, capacity: int) -> int:
+        """Of two generations: the old one stays until the new one is whole everywhere."""
+        return 2 * math.ceil(self.parity_share * capacity * len(self._local_ranks))
 
     def _reserved(self, number: int, pool: int, capacity: int, made: int | Exception) -> None:
         if isinstance(made, Exception):

@@ -26,6 +26,7 @@ class Question:
     config: SessionConfig
     inventories: tuple[Inventory, ...]
     excluded: tuple[Version, ...] = ()
+    bad_images: tuple[tuple[Version, int], ...] = ()
     excluded_paths: tuple[str, ...] = ()
 
 
@@ -56,6 +57,7 @@ def decide(question: Question) -> Answer:
             stored=stored,
             history=history_of(directory),
             excluded=question.excluded,
+            bad_images=question.bad_images,
             excluded_paths=question.excluded_paths,
         )
     )

@@ -121,27 +121,39 @@ def test_a_question_without_the_job_token_is_not_answered(link: tuple[BulkServer
 
 
 @pytest.mark.parametrize("token", ["", TOKEN])
-def test_a_bit_that_flips_on_the_way_is_noticed_and_never_delivered(token: str, slot: Slot) -> None:
-    """A server whose memory changes between tag and wire, as a damaged message would."""
+@pytest.mark.parametrize("flips", [1, 3])
+def test_a_bit_that_flips_on_the_way_is_noticed_and_never_delivered(token: str, flips: int) -> None:
+    """A server whose memory changes between tag and wire, as a damaged message would: once, or again and again."""
     context, keys = zmq.Context(), JobKeys(token)
-    shared = bytearray(b"image")
+    left = [flips]
+    given: list[bytearray] = []
+
+    def read(_: object) -> memoryview:
+        given.append(bytearray(b"image"))
+        return memoryview(given[-1])
 
     class Flipping(JobKeys):
         def tag(self, kind: str, request: object, data: object) -> bytes:
             made = super().tag(kind, request, data)  # type: ignore[arg-type]
-            shared[2] ^= 0x10
+            if left[0]:
+                left[0] -= 1
+                given[-1][2] ^= 0x10
             return made
 
-    server = BulkServer(context, "127.0.0.1", "", keys=Flipping(token), read=lambda _: memoryview(shared))
+    server = BulkServer(context, "127.0.0.1", "", keys=Flipping(token), read=read)
     server.start()
     client = BulkClient(context, server.endpoint, keys)
-    client.ask(SlotRange(path="x", version=VERSION, offset=0, length=5))
-    _, answer = client.wait(10.0)
-    assert isinstance(answer, CorruptError)
-    assert client.counters.damaged == 1
+    number = client.ask(SlotRange(path="x", version=VERSION, offset=0, length=5))
+    answered, answer = client.wait(10.0)
     client.close()
     server.close()
     context.term()
+    assert answered == number
+    assert client.counters.damaged == flips
+    if flips == 1:
+        assert answer == b"image"
+    else:
+        assert isinstance(answer, CorruptError)
 
 
 def test_a_bucket_lets_its_rate_pass_with_short_bursts() -> None:

@@ -1,0 +1,162 @@
+"""Memory that survives nodes: daemons protect versions with parity, and give back what a lost node held."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast.snapshot.arena import SLOT_HEADER_BYTES, SlotState, read_header_of
+from holdfast.snapshot.messages import Notice, ParityMade, Progress, RestoreChosen
+from support.snapshot_worker import Plan
+from support.snapshots import Job, Node, wait_for
+
+ROW = 5 << 19
+
+
+@pytest.fixture
+def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., list[Node]]]:
+    made: list[Node] = []
+
+    def nodes(names: str, **hello: object) -> list[Node]:
+        made.extend(Node(name) for name in names)
+        for node in made:
+            node.start_daemon()
+        for node in made:
+            node.hello(**hello)  # type: ignore[arg-type]
+        return list(made)
+
+    yield nodes
+    for node in made:
+        node.close()
+
+
+def plan(ranks: int, **changes: object) -> Plan:
+    """All ranks train until they are killed."""
+    values = {"until": 100_000, "step_s": 0.03, "row_bytes": ROW, "ranks": tuple(range(ranks)), **changes}
+    return Plan(**values)  # type: ignore[arg-type]
+
+
+def protected(node: Node, above: int) -> int:
+    """Wait until a version above that step is protected; its step."""
+    told = node.expect(Progress, where=lambda one: one.protected is not None and one.protected.step > above)
+    assert told.protected is not None
+    return told.protected.step
+
+
+def lose(node: Node) -> None:
+    """The host is gone with all its memory."""
+    node.kill_daemon()
+    node.close()
+
+
+def flip(path: Path, offset: int) -> None:
+    """Flip one bit of a file."""
+    descriptor = os.open(path, os.O_RDWR)
+    [byte] = os.pread(descriptor, 1, offset)
+    os.pwrite(descriptor, bytes([byte ^ 4]), offset)
+    os.close(descriptor)
+
+
+def clean(node: Node, pattern: str) -> list[Path]:
+    """The slots, or parity buffers, of a node that hold a version whole."""
+    found = [path for path in node.arena.glob(pattern) if path.suffix == ""]
+    return [path for path in found if read_header_of(path)[0].state is SlotState.CLEAN]
+
+
+def test_nodes_are_lost_one_after_the_other_until_storage_is_all_that_is_left(
+    make: Callable[..., list[Node]], tmp_path: Path
+) -> None:
+    nodes = make("abcd", bandwidth=float(ROW))  # a version takes about a second
+    job = Job(nodes, 1)
+    directory = str(tmp_path / "c")
+    job.start(plan(4, checkpoint_dir=directory, persist_every_steps=20))
+    parity = nodes[3].arena / "parity-0"
+    wait_for(lambda: parity.exists() and read_header_of(parity)[0].version, "the exchange runs")
+    nodes[3].kill_daemon()
+    nodes[3].start_daemon()
+    for node in nodes:
+        node.hello(bandwidth=0.0)
+    step = protected(nodes[0], protected(nodes[0], 20))
+    job.end()
+    made = {node: [one for one in node.pushed if isinstance(one, ParityMade)] for node in nodes}
+    [version, *_] = set.intersection(*({one.version for one in parities} for parities in made.values()))
+    size = read_header_of(clean(nodes[0], "slot-*")[0])[0].size_bytes
+    fetched = [one.fetched_bytes for parities in made.values() for one in parities if one.version == version]
+    assert sum(fetched) == 4 * size  # m = 1 times the coded state of four nodes, and nothing more
+    assert {one.buffer_bytes for one in made[nodes[0]]} <= set(range(size // 3, size // 3 + 64))
+    lose(nodes[2])
+    job.restart([nodes[0], nodes[1], nodes[3]], plan(3, checkpoint_dir=directory, persist_every_steps=20))
+    chosen = nodes[0].expect(RestoreChosen)
+    assert chosen.tier == "peers"
+    assert chosen.step >= step
+    protected(nodes[0], chosen.step)
+    for worker in job.workers:
+        worker.kill()
+        assert worker.event("restored")["step"] == chosen.step  # and what it read was what had been saved
+    lose(nodes[1])
+    lose(nodes[3])
+    job.restart(nodes[:1], plan(1, until=1, checkpoint_dir=directory))
+    chosen = nodes[0].expect(RestoreChosen)
+    assert chosen.tier == "storage"
+    assert re.search(r"too many nodes|is nowhere", chosen.reason)
+    assert job.finish()[0].event("restored")["tier"] == "storage"
+
+
+def test_flipped_bits_are_noticed_and_routed_around(
+    make: Callable[..., list[Node]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With 2+2: one node is lost, another one's slots and parities are damaged. All between nodes is encrypted."""
+    monkeypatch.setenv("HOLDFAST_TOKEN", "the token of a job in a test")
+    monkeypatch.setenv("HOLDFAST_ENCRYPT", "all")
+    nodes = make("abcd", redundancy="2+2")
+    job = Job(nodes, 1)
+    job.start(plan(4))
+    step = protected(nodes[0], 0)
+    job.end()
+    for slot in clean(nodes[0], "slot-*"):
+        flip(slot, SLOT_HEADER_BYTES + read_header_of(slot)[0].size_bytes // 2)
+    for parity in clean(nodes[0], "parity-?"):  # its end is of the stripe of nodes 2 and 3
+        flip(parity, SLOT_HEADER_BYTES + read_header_of(parity)[0].size_bytes - 100)
+    lose(nodes[3])
+    job.restart(nodes[:3], plan(3, until=1))
+    for worker in job.finish():
+        assert worker.event("restored")["tier"] == "peers"
+        assert worker.event("restored")["step"] >= step
+    chosen = [message for message in nodes[0].pushed if isinstance(message, RestoreChosen)]
+    assert {one.tier for one in chosen[1:]} == {"peers"}
+    assert len(chosen) > 2  # a reader found the damage of the slot
+    assert any(isinstance(one, Notice) and "does not match its checksum" in one.text for one in nodes[0].pushed)
+    err = capfd.readouterr().err
+    assert "of the parity of" in err, err
+
+
+def test_a_version_with_a_damaged_slot_is_given_up_and_a_newer_one_is_protected(
+    make: Callable[..., list[Node]],
+) -> None:
+    nodes = make("ab", bandwidth=float(ROW) / 4)
+    job = Job(nodes, 1)
+    job.start(plan(2))
+    parity = nodes[0].arena / "parity-0"
+    wait_for(lambda: parity.exists() and read_header_of(parity)[0].version, "the exchange runs")
+    damaged = read_header_of(parity)[0].version
+    assert damaged is not None
+    [slot] = [path for path in clean(nodes[1], "slot-*") if read_header_of(path)[0].version == damaged]
+    flip(slot, SLOT_HEADER_BYTES + read_header_of(slot)[0].size_bytes - 5000)
+    nodes[0].expect(Notice, where=lambda one: f"{damaged} cannot be protected" in one.text)
+    for node in nodes:
+        node.hello(bandwidth=0.0)
+    nodes[0].expect(Progress, where=lambda one: one.protected is not None and one.protected.step > damaged.step)
+    job.end()
+
+
+def test_a_job_of_one_node_pays_nothing(make: Callable[..., list[Node]]) -> None:
+    [node] = make("a")
+    Job([node], 1).start(plan(1))
+    node.complete(5)
+    assert node.daemon is not None
+    assert "numpy" not in Path(f"/proc/{node.daemon.pid}/maps").read_text()
+    assert not list(node.arena.glob("parity-*"))
