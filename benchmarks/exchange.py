@@ -1,0 +1,296 @@
+"""What protecting snapshots costs: ``python benchmarks/exchange.py``.
+
+Real snapshot daemons on loopback, one per node, hold 1 GB of state per group (10^9 bytes) and protect version after
+version in 2+1, 3+1 and 4+2. Given are, as medians over versions with 95 % bootstrap intervals,
+
+* seconds from the first question to the sealed parity of the slowest node, and the bytes that crossed the network in
+  that time, beside m times the coded state;
+* the rate, beside that of two processes that do nothing but hand 1 MiB messages to each other over ZeroMQ, measured
+  before each version;
+* bytes of parity buffers, beside the formula 2 m / k B;
+* the step time of a training worker (matrix products on one core of its own; daemons have the others) while parity is
+  made, beside its step time in between.
+
+The workers that fill the slots are those of the tests: they write constant bytes and rest in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import zmq
+from measure import Bar, Estimate, as_json, estimate, ratios, table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from holdfast.snapshot.arena import SlotState, read_header_of
+from holdfast.snapshot.messages import ParityMade
+from support.snapshot_worker import Plan
+from support.snapshots import Job, Node
+
+CODES = ("2+1", "3+1", "4+2")
+CHUNK_BYTES = 1 << 20
+REST_S = 1.0
+LIMIT_S = 120.0
+
+
+@dataclass
+class Sample:
+    """One version in one group."""
+
+    code: str
+    seconds: float
+    wire_bytes: int
+    wanted_bytes: int
+    """m times the coded state."""
+    raw_rate: float
+    parity_bytes: int
+    formula_bytes: float
+    """2 m / k B, summed over the nodes."""
+    quiet_steps: list[float] = field(default_factory=list)
+    busy_steps: list[float] = field(default_factory=list)
+
+
+# --- the raw rate ---------------------------------------------------------------------------------------------------
+
+
+def send_raw(endpoint: str, size_bytes: int) -> None:
+    """Another process: hand out 1 MiB messages from memory, without copies of ours."""
+    context = zmq.Context()
+    socket = context.socket(zmq.PUSH)
+    socket.connect(endpoint)
+    memory = memoryview(bytearray(os.urandom(64 << 20)))
+    for start in range(0, size_bytes, CHUNK_BYTES):
+        at = start % len(memory)
+        socket.send(memory[at : at + CHUNK_BYTES], copy=False)
+    socket.close(10_000)
+    context.term()
+
+
+def raw_rate(size_bytes: int) -> float:
+    """Bytes per second over loopback, from the first message to the last."""
+    context = zmq.Context()
+    socket = context.socket(zmq.PULL)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    sender = subprocess.Popen(
+        [sys.executable, __file__, "--send-raw", f"tcp://127.0.0.1:{port}", "--bytes", str(size_bytes)]
+    )
+    received, begun = 0, 0.0
+    while received < size_bytes:
+        if not socket.poll(30_000):
+            raise TimeoutError(f"the raw sender stopped after {received} bytes")
+        received += len(socket.recv(copy=False).buffer)
+        begun = begun or time.perf_counter()
+    seconds = time.perf_counter() - begun
+    sender.wait(30)
+    socket.close(0)
+    context.term()
+    return (received - CHUNK_BYTES) / seconds
+
+
+# --- a training worker ----------------------------------------------------------------------------------------------
+
+
+def train(core: int) -> None:
+    """Another process: matrix products on one core; prints when each step ended and how long it took."""
+    import numpy as np
+
+    os.sched_setaffinity(0, {core})
+    matrix = np.random.default_rng(0).random((512, 512), dtype=np.float32)
+    while True:
+        begun = time.monotonic()
+        for _ in range(4):
+            matrix @ matrix
+        end = time.monotonic()
+        sys.stdout.write(f"{end} {end - begun}\n")
+        sys.stdout.flush()
+
+
+class Trainer:
+    """The training worker and what it said."""
+
+    def __init__(self, core: int) -> None:
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        self._output = open(os.memfd_create("steps"), "w+b")  # noqa: SIM115  closed by `end`
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--train", str(core)], stdout=self._output, env=variables
+        )
+
+    def end(self) -> list[tuple[float, float]]:
+        """Stop it: (end, duration) of each step, in seconds of the monotonic clock."""
+        self._process.kill()
+        self._process.wait()
+        self._output.seek(0)
+        lines = self._output.read().decode().splitlines()[:-1]
+        self._output.close()
+        return [(float(end), float(step)) for end, step in (line.split() for line in lines)]
+
+
+# --- a group --------------------------------------------------------------------------------------------------------
+
+
+def measure(code: str, size_bytes: int, versions: int, raw_bytes: int) -> list[Sample]:
+    """Protect `versions` versions of `size_bytes` per group."""
+    k, m = (int(part) for part in code.split("+"))
+    count = k + m
+    cores = sorted(os.sched_getaffinity(0))
+    nodes = [Node(f"exchange-{index}") for index in range(count)]
+    os.sched_setaffinity(0, set(cores[1:]) or set(cores))  # daemons and workers inherit it
+    try:
+        for node in nodes:
+            node.start_daemon()
+        for node in nodes:
+            node.hello(redundancy=code)
+        return _measure(code, Job(nodes, 1), size_bytes // count, versions, raw_bytes, cores[0])
+    finally:
+        os.sched_setaffinity(0, set(cores))
+        for node in nodes:
+            node.close()
+
+
+def _measure(code: str, job: Job, row_bytes: int, versions: int, raw_bytes: int, core: int) -> list[Sample]:
+    k, m = (int(part) for part in code.split("+"))
+    ranks = tuple(range(len(job.nodes)))
+    job.start(Plan(until=1 << 30, ranks=ranks, row_bytes=row_bytes, step_s=REST_S, snapshot_every=1))
+    samples: list[Sample] = []
+    busy: list[tuple[float, float]] = []
+    newest = [node.expect(ParityMade, LIMIT_S).version.step for node in job.nodes]  # the first one makes the buffers
+    trainer = Trainer(core)
+    rates: list[float] = []
+    while len(samples) < versions:
+        rates.append(raw_rate(raw_bytes))
+        step = max(newest) + 1
+        made = [_next(node, step) for node in job.nodes]
+        while len({one.version.step for one in made}) > 1:
+            step = max(one.version.step for one in made)
+            made = [
+                one if one.version.step == step else _next(node, step)
+                for node, one in zip(job.nodes, made, strict=True)
+            ]
+        now = time.monotonic()
+        newest = [one.version.step for one in made]
+        seconds = max(one.seconds for one in made)
+        busy.append((now - seconds, now))
+        state = [_image_bytes(node) for node in job.nodes]
+        samples.append(
+            Sample(
+                code=code,
+                seconds=seconds,
+                wire_bytes=sum(one.fetched_bytes for one in made),
+                wanted_bytes=m * sum(state),
+                raw_rate=rates[-1],
+                parity_bytes=sum(_parity_bytes(node) for node in job.nodes),
+                formula_bytes=2 * m / k * sum(state),
+            )
+        )
+    steps = trainer.end()
+    job.end()
+    for end, step in steps:
+        during = next((at for at, (begin, stop) in enumerate(busy) if begin + step < end < stop), None)
+        before = next((at for at, (begin, _) in enumerate(busy) if end < begin and end > begin - REST_S / 2), None)
+        if during is not None:
+            samples[during].busy_steps.append(step)
+        elif before is not None:
+            samples[before].quiet_steps.append(step)
+    return samples
+
+
+def _next(node: Node, step: int) -> ParityMade:
+    return node.expect(ParityMade, LIMIT_S, lambda one: one.version.step >= step)
+
+
+def _image_bytes(node: Node) -> int:
+    headers = [read_header_of(path)[0] for path in node.arena.glob("slot-*")]
+    return next(header.size_bytes for header in headers if header.state is SlotState.CLEAN)
+
+
+def _parity_bytes(node: Node) -> int:
+    return sum(path.stat().st_size for path in node.arena.glob("parity-*"))
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def judge(samples: Sequence[Sample]) -> list[Bar]:
+    """The bars of one code."""
+    code = samples[0].code
+    rates = [sample.wire_bytes / sample.seconds for sample in samples]
+    wire, wanted = [sample.wire_bytes for sample in samples], [sample.wanted_bytes for sample in samples]
+    held, formula = [sample.parity_bytes for sample in samples], [sample.formula_bytes for sample in samples]
+    bars = [
+        Bar(f"{code}: raw ZeroMQ rate / rate", _ratio([sample.raw_rate for sample in samples], rates), 2.0),
+        Bar(f"{code}: bytes / m x state", _ratio(wire, wanted), 1.02),
+        Bar(f"{code}: parity / formula", _ratio(held, formula), 1.05),
+    ]
+    both = [sample for sample in samples if sample.busy_steps and sample.quiet_steps]
+    slower = [statistics.mean(sample.busy_steps) / statistics.mean(sample.quiet_steps) for sample in both]
+    if slower:
+        bars.append(Bar(f"{code}: step time while protecting / else", estimate(slower), 1.15))
+    return bars
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> Estimate:
+    return estimate(ratios(above, below))
+
+
+def row(samples: Sequence[Sample]) -> list[str]:
+    """One line of the table."""
+    return [
+        samples[0].code,
+        str(estimate([sample.seconds for sample in samples])),
+        str(estimate([sample.wire_bytes / sample.seconds / 1e9 for sample in samples])),
+        str(estimate([sample.raw_rate / 1e9 for sample in samples])),
+        f"{samples[0].wire_bytes / 1e9:.3f} of {samples[0].wanted_bytes / 1e9:.3f}",
+        f"{samples[-1].parity_bytes / 1e9:.3f} of {samples[-1].formula_bytes / 1e9:.3f}",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="30 MB and three versions: shows that it runs")
+    parser.add_argument("--versions", type=int, default=9, help="versions per code (default 9)")
+    parser.add_argument("--mb", type=int, default=1000, help="state per group in 10^6 bytes (default 1000)")
+    parser.add_argument("--codes", default=",".join(CODES), help="comma separated (default 2+1,3+1,4+2)")
+    parser.add_argument("--json", type=Path, help="write everything that was measured")
+    parser.add_argument("--send-raw", help=argparse.SUPPRESS)
+    parser.add_argument("--bytes", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--train", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.send_raw:
+        send_raw(arguments.send_raw, arguments.bytes)
+        return 0
+    if arguments.train is not None:
+        train(arguments.train)
+        return 0
+    megabytes, versions = (30, 3) if arguments.quick else (arguments.mb, arguments.versions)
+    results = {
+        code: measure(code, megabytes * 10**6, versions, (64 if arguments.quick else 512) << 20)
+        for code in arguments.codes.split(",")
+    }
+    header = [
+        "code",
+        "seconds",
+        "GB/s",
+        "raw ZeroMQ GB/s",
+        "GB on the wire, of m x state",
+        "GB of parity, of the formula",
+    ]
+    print(table(header, [row(samples) for samples in results.values()]))
+    bars = [bar for samples in results.values() for bar in judge(samples)]
+    for bar in bars:
+        print(bar)
+    if arguments.json is not None:
+        everything = {code: [asdict(sample) for sample in samples] for code, samples in results.items()}
+        arguments.json.write_text(as_json({"exchange": everything}, bars))
+    return 0 if all(bar.met for bar in bars) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
