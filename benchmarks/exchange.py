@@ -37,7 +37,7 @@ from support.snapshots import Job, Node
 
 CODES = ("2+1", "3+1", "4+2")
 CHUNK_BYTES = 1 << 20
-REST_S = 1.0
+REST_S = 2.0
 LIMIT_S = 120.0
 
 
@@ -105,10 +105,10 @@ def train(core: int) -> None:
     os.sched_setaffinity(0, {core})
     matrix = np.random.default_rng(0).random((512, 512), dtype=np.float32)
     while True:
-        begun = time.monotonic()
+        begun = time.time()
         for _ in range(4):
             matrix @ matrix
-        end = time.monotonic()
+        end = time.time()
         sys.stdout.write(f"{end} {end - begun}\n")
         sys.stdout.flush()
 
@@ -124,7 +124,7 @@ class Trainer:
         )
 
     def end(self) -> list[tuple[float, float]]:
-        """Stop it: (end, duration) of each step, in seconds of the monotonic clock."""
+        """Stop it: (end, duration) of each step, in seconds of the epoch."""
         self._process.kill()
         self._process.wait()
         self._output.seek(0)
@@ -166,18 +166,11 @@ def _measure(code: str, job: Job, row_bytes: int, versions: int, raw_bytes: int,
     rates: list[float] = []
     while len(samples) < versions:
         rates.append(raw_rate(raw_bytes))
-        step = max(newest) + 1
-        made = [_next(node, step) for node in job.nodes]
-        while len({one.version.step for one in made}) > 1:
-            step = max(one.version.step for one in made)
-            made = [
-                one if one.version.step == step else _next(node, step)
-                for node, one in zip(job.nodes, made, strict=True)
-            ]
-        now = time.monotonic()
+        after = time.time()  # what began before was disturbed by the measurement
+        made = _protected(job.nodes, max(newest) + 1, after)
         newest = [one.version.step for one in made]
         seconds = max(one.seconds for one in made)
-        busy.append((now - seconds, now))
+        busy.append((min(one.ended - one.seconds for one in made), max(one.ended for one in made)))
         state = [_image_bytes(node) for node in job.nodes]
         samples.append(
             Sample(
@@ -200,6 +193,16 @@ def _measure(code: str, job: Job, row_bytes: int, versions: int, raw_bytes: int,
         elif before is not None:
             samples[before].quiet_steps.append(step)
     return samples
+
+
+def _protected(nodes: Sequence[Node], step: int, after: float) -> list[ParityMade]:
+    """What all nodes say of the first version from `step` on that was begun after `after`."""
+    made = [_next(node, step) for node in nodes]
+    while len({one.version.step for one in made}) > 1 or min(one.ended - one.seconds for one in made) < after:
+        newest = max(one.version.step for one in made)
+        step = newest if min(one.version.step for one in made) < newest else newest + 1
+        made = [one if one.version.step >= step else _next(node, step) for node, one in zip(nodes, made, strict=True)]
+    return made
 
 
 def _next(node: Node, step: int) -> ParityMade:

@@ -384,6 +384,7 @@ class ExchangeThread:
                 fetched_bytes=filling.fetched_bytes,
                 buffer_bytes=size_bytes,
                 seconds=time.monotonic() - filling.begun,
+                ended=time.time(),
                 damaged=self.counters.damaged
                 + sum(client.counters.damaged for member in self._clients.values() for client in member.clients),
             )

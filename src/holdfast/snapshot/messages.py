@@ -117,6 +117,9 @@ class ParityMade(Message, frozen=True, kw_only=True):
     """What came over the network for it."""
     buffer_bytes: int
     seconds: float
+    """From the first question to the sealed buffer."""
+    ended: float
+    """time.time() at its end."""
     damaged: int
     """Answers so far, in this daemon's life, that did not match their tags and were asked for again."""
 
