@@ -16,7 +16,7 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot import ledger
-from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, process_start
+from holdfast.snapshot.arena import Arena, process_start
 from holdfast.snapshot.control import Phase, generation_word
 from holdfast.snapshot.headers import SlotHeaders
 from holdfast.snapshot.keys import JobKeys
@@ -24,7 +24,6 @@ from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.messages import (
     Ack,
     AnyMessage,
-    CleanImage,
     CloseSession,
     Committed,
     DaemonMoved,
@@ -39,16 +38,13 @@ from holdfast.snapshot.messages import (
     Notice,
     OpenSession,
     Parentage,
-    PersistedMessage,
     PersistEnded,
-    PersistFailedMessage,
     Progress,
     RanksOpened,
     Reached,
     Refused,
     RequestEnd,
     RequestSave,
-    Restore,
     SaveAgreed,
     SessionPhase,
     SlotsMapped,
@@ -60,6 +56,7 @@ from holdfast.snapshot.reports import NodeState as LedgerState
 from holdfast.snapshot.reports import Request, SlotRef
 from holdfast.snapshot.room import Room
 from holdfast.snapshot.shelf import Shelf
+from holdfast.snapshot.telling import inventory, local_restore, outcome, session_ranks
 from holdfast.snapshot.transport import Peer, Transport
 from holdfast.snapshot.workers import Generation, Looks, Worker
 
@@ -267,7 +264,7 @@ class Node:
                     ledger.Published(slot=SlotRef(pool, slot), step=step) for slot, step in self.page.grants()
                 ),
                 agreed=state.agreed,
-                session_ranks=_session_ranks(state.restore),
+                session_ranks=session_ranks(state.restore),
                 requests=state.requests,
                 pinned=state.pinned,
                 protected=state.protected,
@@ -317,7 +314,7 @@ class Node:
                 generation=start.generation,
                 parent=message.restore.version,
                 step=message.restore.step,
-                session_ranks=_session_ranks(message),
+                session_ranks=session_ranks(message),
             )
         )
         self._save(restore=message, parents=tuple(parents)[-_KEPT_GENERATIONS:], history=message.history)
@@ -329,12 +326,12 @@ class Node:
                 protected=message.protected,
                 parent=parent,
                 step=message.restore.step,
-                session_ranks=_session_ranks(message),
+                session_ranks=session_ranks(message),
             )
         )
         self._tell_parity(ready=not self._session_locals(message))
         for worker in generation.workers.values():
-            self._transport.send(worker.peer, self._local_restore(message.restore))
+            self._transport.send(worker.peer, local_restore(message.restore, start.node_rank))
 
     def _protect_as(self, decided: LeaderRestore) -> None:
         """Groups are formed: parity, and room for it, follow them."""
@@ -350,7 +347,7 @@ class Node:
     def _session_locals(self, decided: LeaderRestore | None) -> tuple[int, ...]:
         """Local ranks that are in the Session; all of them while that is not known."""
         assert self._generation is not None
-        ranks = _session_ranks(decided)
+        ranks = session_ranks(decided)
         return tuple(
             local
             for local, global_rank in enumerate(self._generation.local_ranks)
@@ -361,16 +358,6 @@ class Node:
         if decided is None or decided.restore.tier not in ("memory", "peers"):
             return None
         return decided.restore.version
-
-    def _local_restore(self, restore: Restore) -> Restore:
-        assert self._generation is not None
-        own = self._generation.start.node_rank
-        images = [msgspec.structs.replace(image, local=image.node_rank == own) for image in restore.images]
-        images.sort(key=lambda image: not image.local)
-        tier = restore.tier
-        if tier == "memory" and not all(image.local for image in images):
-            tier = "peers"
-        return msgspec.structs.replace(restore, images=tuple(images), tier=tier)
 
     def orders(self, event: ledger.OrdersReceived) -> None:
         """The leader's ledger has spoken. Between generations nobody is there who could obey."""
@@ -383,32 +370,8 @@ class Node:
     def inventory(self) -> Inventory:
         """What this node holds and knows."""
         assert self._generation is not None
-        state, start = self.arena.state, self._generation.start
-        images = []
-        for image in self.ledger.clean():
-            found = self._headers.find(image.slot, image.local_rank)
-            if found is not None:
-                images.append(
-                    CleanImage(
-                        version=image.version,
-                        global_rank=image.global_rank,
-                        world_size=found.header.world_size,
-                        path=str(found.path),
-                        offset=SLOT_HEADER_BYTES,
-                        size_bytes=found.header.size_bytes,
-                    )
-                )
-        return Inventory(
-            generation=start.generation,
-            node_rank=start.node_rank,
-            clean=tuple(images),
-            parents=state.parents,
-            history=state.history,
-            newest_step=state.newest_step,
-            pinned=self.ledger.pinned,
-            parity=self.protector.held,
-            bulk=state.bulk,
-            domain=state.domain,
+        return inventory(
+            self._generation.start, self.arena.state, self.ledger, self._headers, parity=self.protector.held
         )
 
     def opened(self) -> RanksOpened:
@@ -444,7 +407,7 @@ class Node:
             return
         self._admit(generation, peer, message)
         if self.restore is not None:
-            self._transport.send(peer, self._local_restore(self.restore.restore))
+            self._transport.send(peer, local_restore(self.restore.restore, generation.start.node_rank))
         self._transport.send_node(generation.start.leader, self.opened())
 
     def _admit(self, generation: Generation, peer: Peer, message: OpenSession) -> None:
@@ -462,7 +425,7 @@ class Node:
         if self.page.rank(message.local_rank).phase >= Phase.RESTORED:  # it reconnects: doorbells may have been lost
             self._feed(*self._looks.rank(worker))
         for ended in self.arena.state.ended:
-            self._transport.send(peer, _outcome(ended))
+            self._transport.send(peer, outcome(ended))
 
     def _worker_exited(self, worker: Worker) -> None:
         self._forget_pidfd(worker)
@@ -571,7 +534,7 @@ class Node:
         if message in self.arena.state.ended:
             return
         self._save(ended=(*self.arena.state.ended, message)[-_ENDED:])
-        self.to_workers(_outcome(message))
+        self.to_workers(outcome(message))
         if message.error is not None:
             text = f"step {message.version.step} is not in storage: {message.error}; older checkpoints are as they were"
             self._to_agent(Notice(severity="warning", text=text))
@@ -665,14 +628,3 @@ class Node:
 
     def _save(self, **changes: object) -> None:
         self.arena.save_state(msgspec.structs.replace(self.arena.state, **changes))
-
-
-def _session_ranks(decided: LeaderRestore | None) -> tuple[int, ...] | None:
-    """Global ranks of the Session; None while nothing is decided."""
-    return decided.config.ranks if decided is not None and decided.config is not None else None
-
-
-def _outcome(ended: PersistEnded) -> PersistedMessage | PersistFailedMessage:
-    if ended.path is None:
-        return PersistFailedMessage(version=ended.version, reason=ended.error or "it could not be written")
-    return PersistedMessage(version=ended.version, path=ended.path, seconds=ended.seconds, tag=ended.tag)
