@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,6 +68,19 @@ def clean(node: Node, pattern: str) -> list[Path]:
     return [path for path in found if read_header_of(path)[0].state is SlotState.CLEAN]
 
 
+def rest(nodes: list[Node]) -> None:
+    """The generation has ended: wait until no daemon fills a parity any more."""
+    quiet = [time.monotonic()]
+
+    def idle() -> bool:
+        found = [path for node in nodes for path in node.arena.glob("parity-?")]
+        if any(read_header_of(path)[0].state is SlotState.FILLING for path in found):
+            quiet[0] = time.monotonic()
+        return time.monotonic() - quiet[0] > 0.3
+
+    wait_for(idle, "parities are whole or dropped")
+
+
 def test_nodes_are_lost_one_after_the_other_until_storage_is_all_that_is_left(
     make: Callable[..., list[Node]], tmp_path: Path
 ) -> None:
@@ -117,6 +131,7 @@ def test_flipped_bits_are_noticed_and_routed_around(
     job.start(plan(4))
     step = protected(nodes[0], 0)
     job.end()
+    rest(nodes)
     for slot in clean(nodes[0], "slot-*"):
         flip(slot, SLOT_HEADER_BYTES + read_header_of(slot)[0].size_bytes // 2)
     for parity in clean(nodes[0], "parity-?"):  # its end is of the stripe of nodes 2 and 3

@@ -17,6 +17,7 @@ import enum
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -228,7 +229,11 @@ class Rescue:
             stored=survey.stored_steps(directory, "auto"),
             history=history,
         )
-        return chain.choose(question), history
+        choice = chain.choose(question)
+        while choice.rebuilds and choice.version is not None:  # nodes write the images that they hold
+            question = replace(question, excluded=(*question.excluded, choice.version))
+            choice = chain.choose(question)
+        return choice, history
 
     def _choice_made(self, result: tuple[chain.Choice, str | None] | Exception) -> None:
         assert self._start is not None

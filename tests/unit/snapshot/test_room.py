@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.snapshot.arena import Arena, round_capacity
+from holdfast.snapshot import room as room_module
+from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, round_capacity
+from holdfast.snapshot.limits import Limit
 from holdfast.snapshot.messages import Notice, SlotsReady
 from holdfast.snapshot.room import Room
 
@@ -116,3 +118,18 @@ def test_memory_that_ends_in_the_middle_leaves_no_file_and_says_so(made: Made, m
     assert list(made.arena.directory.glob("*slot-*")) == []
     assert made.announced[0].paths == ()
     assert "no snapshots in memory" in made.notices[-1].text
+
+
+def test_slots_leave_room_for_two_generations_of_parity_or_parity_is_given_up(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_bytes = [0]
+    monkeypatch.setattr(room_module, "least_limit", lambda *_, **__: Limit(room_bytes[0], "a test"))
+    capacity = round_capacity(MB)
+    made.room.parity_share = 0.5  # m / k of 2+1: two generations take as much as a slot
+    made.room.start((0,))
+    for slots_of_room, expected, fits in ((7, 6, True), (6, 5, True), (2, 2, False)):
+        room_bytes[0] = slots_of_room * (capacity + SLOT_HEADER_BYTES)
+        plan = made.room._affordable(capacity, 0)
+        assert (plan.num_slots, made.room.parity_fits) == (expected, fits)
+    assert "nothing in memory survives the loss of a node" in plan.line
