@@ -56,6 +56,8 @@ class StreamRange(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Bytes of the answering node's coded stream (`holdfast.snapshot.coding.Stream`) of a version."""
 
     version: Version
+    node_rank: int
+    """Whose stream, in the generation of the version: who was another node then does not answer."""
     offset: int
     length: int
 

@@ -143,7 +143,8 @@ class DecodedSource:
         coded = self._rebuild.coded
         if source.shard < self._num_data:
             start = coded.shard_range(what.stripe, source.shard).start + what.shard_offset
-            return StreamRange(version=coded.version, offset=start, length=source.length)
+            node_rank = coded.shard_node(what.stripe, source.shard)
+            return StreamRange(version=coded.version, node_rank=node_rank, offset=start, length=source.length)
         return ParityRange(
             version=coded.version,
             stripe=what.stripe,

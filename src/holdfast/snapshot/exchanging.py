@@ -24,7 +24,7 @@ import zmq
 
 from holdfast.checkpoint.image import read_header
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CorruptError, HoldfastError
+from holdfast.errors import CorruptError, HoldfastError, PeerTimeout
 from holdfast.snapshot.bulk import BulkClient, StreamRange
 from holdfast.snapshot.coding import (
     CHUNK_BYTES,
@@ -76,6 +76,7 @@ _CONNECTIONS: Final = 2
 _NUDGE_S: Final = 1.0
 _SILENCE_S: Final = 5.0
 """Without an answer from a member that was asked: everything is asked again."""
+_FENCE_S: Final = 10.0
 _record_decoder = msgspec.msgpack.Decoder(HeldParity)
 
 
@@ -178,8 +179,23 @@ class ExchangeThread:
         self._thread.start()
 
     def begin(self, event: ExchangeStarted) -> None:
-        """A generation starts; `finished` is filled in here."""
-        self._submit(lambda: self._begin(event))
+        """A generation starts; `finished` is filled in here. Returns when what was under way is dropped: what an
+        inventory lists afterwards stays.
+
+        Raises:
+            PeerTimeout: the thread is stuck.
+        """
+        begun = threading.Event()
+
+        def job() -> None:
+            try:
+                self._begin(event)
+            finally:
+                begun.set()
+
+        self._submit(job)
+        if not begun.wait(_FENCE_S):
+            raise PeerTimeout(f"thread {self._thread.name} did not stop within {_FENCE_S:.0f} s")
 
     def feed(self, event: ExchangeEvent) -> None:
         """Give the machine an event."""
@@ -294,8 +310,8 @@ class ExchangeThread:
         if all(segment.global_rank in paths for segment in segments):
             extents = tuple(SlotExtent(paths[one.global_rank], one.offset, one.length) for one in segments)
             kept = {held.coded.version for _, held in self._whole.values()}
-            others = {one: extents for one, extents in self._shelf.streams.items() if one in kept}
-            self._shelf.streams = {**others, version: extents}
+            others = {key: extents for key, extents in self._shelf.streams.items() if key[0] in kept}
+            self._shelf.streams = {**others, (version, stream.node_rank): extents}
 
     # --- chunks
 
@@ -456,7 +472,7 @@ class _Member:
             self.heard = time.monotonic()
         self.turn = (self.turn + 1) % len(self.clients)
         client = self.clients[self.turn]
-        wanted = StreamRange(version=fetch.version, offset=fetch.offset, length=fetch.length)
+        wanted = StreamRange(version=fetch.version, node_rank=fetch.node_rank, offset=fetch.offset, length=fetch.length)
         self.asked[client, client.ask(wanted, patient=True)] = (fetch.version, fetch.chunk)
 
 

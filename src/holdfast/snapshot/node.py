@@ -156,6 +156,7 @@ class Node:
     def start_generation(self, start: StartGeneration) -> None:
         """Fence everything older; the leader gets our inventory."""
         former, living = self._generation, self._living()
+        self.protector.begin(start)  # before node ranks mean other daemons
         self._leave()
         self.restore = self.complete = self.protected = None
         self._enter(start)
@@ -167,7 +168,6 @@ class Node:
             "agreed": None,
             "ended": (),
         }
-        self.protector.begin(start)
         generations = (*self.arena.state.generations, start.generation)[-1000:]
         self._save(generations=generations, **changes)
         self._feed(

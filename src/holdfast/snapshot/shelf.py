@@ -71,7 +71,8 @@ class Shelf:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self.streams: dict[Version, Sequence[SlotExtent]] = {}
+        self.streams: dict[tuple[Version, int], Sequence[SlotExtent]] = {}
+        """By version, and this node's rank in its generation."""
         self.parities: dict[tuple[Version, int, int], ParityExtent] = {}
         """By version, stripe and number."""
         self._files: OrderedDict[Path, _Mapped] = OrderedDict()
@@ -91,7 +92,7 @@ class Shelf:
             case SlotRange():
                 return self._slot_range(range_)
             case StreamRange():
-                return self._joined(range_, self.streams.get(range_.version))
+                return self._joined(range_, self.streams.get((range_.version, range_.node_rank)))
             case ParityRange():
                 extent = self.parities.get((range_.version, range_.stripe, range_.number))
                 return self._joined(range_, None if extent is None else (extent,))
