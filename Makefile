@@ -43,6 +43,7 @@ bench: $(STAMP) ## benchmarks against memcpy and rivals; rivals that do not inst
 		$(PIP) $$rival 2>/dev/null || echo "$$rival does not install here and is left out"; done
 	$(BIN)/python benchmarks/stall.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/erasure.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/exchange.py $(BENCH_ARGS)
 
 chaos: $(STAMP) ## the whole kill matrix and the long campaigns
 	$(BIN)/python -m pytest -m campaign
