@@ -1,0 +1,547 @@
+"""Saving and loading: holdfast beside raw writes and reads of the same bytes, and beside checkpoint libraries.
+
+    python benchmarks/checkpoint.py            # 1 GB of state over 2 ranks, 20,000 small tensors, flat shards
+    python benchmarks/checkpoint.py --quick    # the same in small, to see that it works: its bars are not judged
+
+Two or four ranks run in lock step. In each round every subject is measured once, in turn, so that what disturbs the
+machine disturbs all of them; a round's value is that of the slowest rank, and ratios are taken within a round. Reported
+are medians with 95 % bootstrap intervals. A bar is met only if the whole interval is; the exit code is 1 where one is
+not.
+
+Everything that is written is synced: holdfast and DCP do it themselves, the raw writers (one per rank, its tensors one
+after the other into one file) too; torchsnapshot and torch_checkpointing do not, and are followed by ``fsync`` of each
+of their files. Before each load the pages of the files are dropped from the cache (posix_fadvise); ``--hot`` leaves
+them there.
+
+The loads: *same* (2 ranks save, 2 load), *2 to 4*, *4 to 2*, *fsdp to tp* (sharded by rows, loaded by columns). The raw
+read of a load is that of the bytes which each rank wants, from one file, in one row.
+
+Flat shards are those of ZeRO-style optimizers: ranges of flattened tensors which end anywhere. *Flat* saves them as
+they are; *gathered* is what a library without them has to do: all-gather every tensor, then save its rows.
+
+*Read / needed* is what all ranks read from files over the size of the state; *peak* is what the load needed beside its
+target, at most. Both are taken in a round of their own. torchsnapshot takes what it sees as plain tensors of each rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+from measure import Bar, as_json, estimate, machine, ratios, table
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+import holdfast.checkpoint as hc
+
+COLUMNS = 1024
+SMALL_ELEMENTS = 64
+_READ_BYTES = 8 << 20
+
+LIMIT_S = 3600.0
+"""For one stage."""
+
+State = dict[str, Any]
+Saver = Callable[[State, Path], None]
+Results = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What one rank has to know; travels to it."""
+
+    store: str
+    folder: str
+    results: str
+    rounds: int
+    tensors: int
+    rows: int
+    """Of each large tensor, over all ranks."""
+    small: int
+    """Number of small tensors."""
+    hot: bool
+
+
+@dataclass(frozen=True)
+class Side:
+    """How many ranks save or load together, and along which dim their tensors are cut."""
+
+    ranks: int
+    dim: int
+
+
+TWO, FOUR, TP = Side(2, 0), Side(4, 0), Side(2, 1)
+LOADS = {"same": (TWO, TWO), "2 to 4": (TWO, FOUR), "4 to 2": (FOUR, TWO), "fsdp to tp": (TWO, TP)}
+STAGES = ((2, ("same", "fsdp to tp"), True), (4, ("2 to 4",), False), (2, ("4 to 2",), False))
+"""Jobs that run one after the other: ranks, loads, whether the saves are measured there. Each leaves checkpoints."""
+
+
+def large_state(options: Options, side: Side, *, fill: bool) -> State:
+    """The tensors of one rank as DTensors."""
+    state: State = {}
+    mesh = DeviceMesh("cpu", list(range(side.ranks)))
+    for index in range(options.tensors):
+        rows, columns = options.rows, COLUMNS
+        local = (rows // side.ranks, columns) if side.dim == 0 else (rows, columns // side.ranks)
+        tensor = torch.rand(local) if fill else torch.zeros(local)
+        state[f"w{index:03d}"] = DTensor.from_local(tensor, mesh, [Shard(side.dim)], run_check=False)
+    return state
+
+
+def locals_of(state: State) -> dict[str, torch.Tensor]:
+    return {n: t.to_local() if isinstance(t, DTensor) else getattr(t, "tensor", t) for n, t in state.items()}
+
+
+def flat_state(options: Options, rank: int, *, fill: bool) -> State:
+    """Ranges of flattened tensors that end anywhere: rank 1 has a third more one than half."""
+    state: State = {}
+    for index in range(options.tensors):
+        total = options.rows * COLUMNS
+        cut = total // 2 + 3 * index + 1
+        start, end = (0, cut) if rank == 0 else (cut, total)
+        tensor = torch.rand(end - start) if fill else torch.zeros(end - start)
+        state[f"w{index:03d}"] = hc.FlatRange(tensor, (options.rows, COLUMNS), start)
+    return state
+
+
+# --- savers: (state, path) -> None; the checkpoint is on disk when they return ---
+
+
+def raw_save(state: State, path: Path) -> None:
+    path.mkdir(exist_ok=True)
+    descriptor = os.open(path / f"raw-{dist.get_rank()}", os.O_WRONLY | os.O_CREAT, 0o666)
+    views = [memoryview(tensor.numpy()).cast("B") for tensor in locals_of(state).values()]
+    for first in range(0, len(views), 512):
+        _write(descriptor, views[first : first + 512])
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _write(descriptor: int, views: list[memoryview]) -> None:
+    while views:
+        done = os.writev(descriptor, views)
+        while views and done >= views[0].nbytes:
+            done -= views.pop(0).nbytes
+        if done:
+            views[0] = views[0][done:]
+
+
+def holdfast_save(state: State, path: Path) -> None:
+    hc.save(state, path)
+
+
+def dcp_save(state: State, path: Path) -> None:
+    dcp.save(state, checkpoint_id=path)
+
+
+def dcp_async_save(state: State, path: Path) -> None:
+    pending: Any = dcp.async_save(state, checkpoint_id=path)
+    pending.result()
+
+
+def torchsnapshot_save(state: State, path: Path) -> None:
+    from torchsnapshot import Snapshot, StateDict
+
+    Snapshot.take(str(path), {"state": StateDict(**locals_of(state))})
+    _sync_all(path)
+
+
+def torch_checkpointing_save(state: State, path: Path) -> None:
+    from torch_checkpointing import CheckpointManager
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    config = CheckpointManager.Config.with_sync_save()
+    config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
+    manager = config.build()
+    manager.save(str(path), {"model": locals_of(state)})
+    manager.close()
+    _sync_all(path)
+
+
+def bytecheckpoint_save(state: State, path: Path) -> None:
+    """It takes modules and optimizers in a framework's wrappers, and not without GPUs; tried to see what it says."""
+    import bytecheckpoint as bcp
+
+    bcp.save(str(path), {"model": state}, framework="fsdp2")
+
+
+def _sync_all(path: Path) -> None:
+    for file in path.rglob("*") if dist.get_rank() == 0 else ():
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+SAVERS: dict[str, Saver] = {
+    "raw": raw_save, "holdfast": holdfast_save, "dcp.save": dcp_save, "dcp.async_save": dcp_async_save,
+    "torchsnapshot": torchsnapshot_save, "torch_checkpointing": torch_checkpointing_save,
+    "bytecheckpoint": bytecheckpoint_save,
+}  # fmt: skip
+
+
+def gathered(options: Options, flat: State) -> State:
+    """All tensors in whole on both ranks, then each rank's rows."""
+    state: State = {}
+    mesh = DeviceMesh("cpu", [0, 1])
+    for name, part in flat.items():
+        whole = torch.zeros(options.rows * COLUMNS)
+        whole[part.start : part.start + part.tensor.numel()] = part.tensor
+        dist.all_reduce(whole)
+        rows = whole.view(options.rows, COLUMNS).chunk(2)[dist.get_rank()].clone()
+        state[name] = DTensor.from_local(rows, mesh, [Shard(0)], run_check=False)
+    return state
+
+
+# --- loaders: (state, path) -> None ---
+
+
+def raw_load(state: State, path: Path) -> None:
+    files = sorted(path.glob("raw-*"))
+    wanted = sum(tensor.nbytes for tensor in locals_of(state).values())
+    at = dist.get_rank() * wanted
+    for tensor in locals_of(state).values():
+        view, done = memoryview(tensor.numpy()).cast("B"), 0
+        while done < len(view):
+            number, offset = divmod(at, files[0].stat().st_size)
+            with open(files[number % len(files)], "rb", buffering=0) as file:
+                file.seek(offset)
+                count = file.readinto(view[done : done + _READ_BYTES])
+            assert count, "the raw files are too short"
+            done, at = done + count, at + count
+
+
+def holdfast_load(state: State, path: Path) -> None:
+    hc.load(state, path)
+
+
+def dcp_load(state: State, path: Path) -> None:
+    dcp.load(state, checkpoint_id=path)
+
+
+def torchsnapshot_load(state: State, path: Path) -> None:
+    from torchsnapshot import Snapshot, StateDict
+
+    Snapshot(str(path)).restore({"state": StateDict(**locals_of(state))})
+
+
+LOADERS: dict[str, Saver] = {
+    "raw": raw_load, "holdfast": holdfast_load, "dcp": dcp_load, "torchsnapshot": torchsnapshot_load,
+}  # fmt: skip
+SAVER_OF = {"raw": "raw", "holdfast": "holdfast", "dcp": "dcp.save", "torchsnapshot": "torchsnapshot"}
+
+
+# --- measuring ---
+
+
+class Rank:
+    """One rank of a stage: measures every subject once per round."""
+
+    def __init__(self, options: Options, rank: int) -> None:
+        self._options, self._rank = options, rank
+        self._count = 0
+        self.measured: Results = {}
+        self.skipped: dict[str, str] = {}
+
+    def run(self, side: Side, loads: Sequence[str], *, saves: bool) -> None:
+        """Everything of the stage."""
+        state = large_state(self._options, side, fill=True)
+        if saves:
+            self._saves("save large", state, SAVERS)
+            few = {name: SAVERS[name] for name in ("raw", "holdfast", "dcp.save", "torchsnapshot")}
+            self._saves("save small", self._small(), few)
+            self._flat()
+        self._keep(state, side)
+        del state
+        for name in loads:
+            self._loads(name)
+
+    def _keep(self, state: State, side: Side) -> None:
+        """Checkpoints for the loads, in each library's form."""
+        for key, saver in SAVER_OF.items():
+            path = self._kept(key, side)
+            path.parent.mkdir(exist_ok=True)
+            self._works(key, lambda saver=saver, path=path: SAVERS[saver](state, path))  # type: ignore[misc]
+
+    def _small(self) -> State:
+        return {f"model.layer{i:05d}.weight": torch.rand(SMALL_ELEMENTS) for i in range(self._options.small)}
+
+    def _saves(self, name: str, state: State, savers: dict[str, Saver]) -> None:
+        self._rounds(name, {key: self._saver(saver, state) for key, saver in savers.items()})
+
+    def _saver(self, saver: Saver, state: State) -> Callable[[], float]:
+        def subject() -> float:
+            self._count += 1
+            path = Path(self._options.folder) / f"step-{self._count:08d}"
+            began = time.perf_counter()
+            saver(state, path)
+            return time.perf_counter() - began
+
+        return subject
+
+    def _flat(self) -> None:
+        def with_gather(saver: Saver) -> Saver:
+            return lambda state, path: saver(gathered(self._options, state), path)
+
+        savers = {"raw": raw_save, "holdfast flat": holdfast_save, "holdfast gathered": with_gather(holdfast_save),
+                  "dcp gathered": with_gather(dcp_save)}  # fmt: skip
+        self._saves("save flat", flat_state(self._options, self._rank, fill=True), savers)
+
+    def _loads(self, name: str) -> None:
+        saved, loaded = LOADS[name]
+        target = large_state(self._options, loaded, fill=False)
+
+        def subject(key: str) -> Callable[[], float]:
+            def load() -> float:
+                self._drop(self._kept(key, saved))
+                dist.barrier()
+                began = time.perf_counter()
+                LOADERS[key](target, self._kept(key, saved))
+                return time.perf_counter() - began
+
+            return load
+
+        # torchsnapshot knows nothing of DTensors: what a rank saved can only go to that rank.
+        subjects = {key: subject(key) for key in LOADERS if name == "same" or key != "torchsnapshot"}
+        self._rounds(f"load {name}", subjects)
+        self._costs(f"load {name}", {key: subjects[key] for key in self.measured[f"load {name}"]})
+
+    def _kept(self, key: str, side: Side) -> Path:
+        return Path(self._options.folder).parent / f"kept-{key}-{side.ranks}" / "step-00000001"
+
+    def _rounds(self, name: str, subjects: dict[str, Callable[[], float]]) -> None:
+        """The value of a round is that of the slowest rank; the round before the first warms up."""
+        found = {key: subject for key, subject in subjects.items() if self._works(key, subject)}
+        values: dict[str, list[float]] = {key: [] for key in found}
+        for _ in range(self._options.rounds):
+            for key, subject in found.items():
+                gc.collect()
+                dist.barrier()
+                slowest = torch.tensor(subject(), dtype=torch.float64)
+                dist.all_reduce(slowest, dist.ReduceOp.MAX)
+                values[key].append(float(slowest))
+                self._clear()
+        self.measured[name] = values
+
+    def _works(self, key: str, subject: Callable[[], object]) -> bool:
+        failure = ""
+        try:
+            subject()
+        except BaseException as error:  # noqa: BLE001  # DCP's is no Exception; a rival that fails is left out
+            failure = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        failures: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+        if any(failures):
+            self.skipped[key] = next(filter(None, failures))
+            assert not key.startswith(("raw", "holdfast")), self.skipped
+        return not any(failures)
+
+    def _costs(self, name: str, subjects: dict[str, Callable[[], float]]) -> None:
+        """Bytes read over bytes of the state, and memory beside the target, of one more load of each."""
+        size = 4 * COLUMNS * self._options.rows * self._options.tensors
+        for key, subject in subjects.items():
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")
+            before, read = _status("VmRSS"), _bytes_read()
+            subject()
+            costs = torch.tensor([float(_bytes_read() - read), float(_status("VmHWM") - before)], dtype=torch.float64)
+            total = costs.clone()
+            dist.all_reduce(total)
+            dist.all_reduce(costs, dist.ReduceOp.MAX)
+            self.measured.setdefault(f"{name}: read over needed", {})[key] = [float(total[0]) / size]
+            self.measured.setdefault(f"{name}: peak MB", {})[key] = [float(costs[1]) / 1e6]
+
+    def _clear(self) -> None:
+        dist.barrier()
+        if self._rank == 0:
+            for leftover in Path(self._options.folder).iterdir():
+                shutil.rmtree(leftover, ignore_errors=True)
+        dist.barrier()
+
+    def _drop(self, path: Path) -> None:
+        if self._rank or self._options.hot:
+            return
+        for file in path.rglob("*"):
+            if file.is_file():
+                descriptor = os.open(file, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(descriptor)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def _bytes_read() -> int:
+    """By system calls on files and, because the kernel counts them together, on pipes and sockets."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def rank_main(rank: int, stage: int, options: Options) -> None:
+    """One rank; rank 0 writes what was measured."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)  # the rivals' own
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    world, loads, saves = STAGES[stage]
+    store = dist.FileStore(f"{options.store}-{stage}", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    measuring = Rank(options, rank)
+    measuring.run(Side(world, 0), loads, saves=saves)
+    if rank == 0:
+        found = {"results": measuring.measured, "skipped": measuring.skipped}
+        Path(f"{options.results}-{stage}").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def offline_reshard(folder: Path, size: int) -> float:
+    """Peak memory of `holdfast ckpt reshard` over its bound, on a checkpoint of four times the bound."""
+    bound = max(size // 4, 64 << 20)
+    hc.save({"w": torch.zeros(4 * bound // (4 * COLUMNS), COLUMNS)}, folder / "step-00000001")
+    code = (
+        "import resource, sys, numpy, holdfast.checkpoint.tools.reshard\n"
+        "from holdfast.checkpoint.tools.cli import main\n"
+        "idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle)"
+    )
+    arguments = [
+        "reshard",
+        str(folder / "step-00000001"),
+        str(folder / "r"),
+        "--world",
+        "3",
+        "--max-memory",
+        str(bound),
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
+    return (int(done.stdout.splitlines()[-1]) << 10) / bound
+
+
+# --- reporting ---
+
+
+def judge(results: Results, reshard: float) -> list[Bar]:
+    """The bars, each as an upper limit of a ratio of times."""
+    large, small, flat = results["save large"], results["save small"], results["save flat"]
+    bars = [
+        Bar("save, time over the raw write's", estimate(ratios(large["holdfast"], large["raw"])), 1 / 0.9, "x"),
+        Bar("save of small tensors, over DCP's", estimate(ratios(small["holdfast"], small["dcp.save"])), 1 / 2, "x"),
+        Bar("save of flat shards, over gather and DCP", estimate(ratios(flat["holdfast flat"], flat["dcp gathered"])),
+            1 / 5, "x"),
+    ]  # fmt: skip
+    for name in ("load 2 to 4", "load 4 to 2", "load fsdp to tp"):
+        loads = results[name]
+        bars.append(Bar(f"{name}, over DCP's", estimate(ratios(loads["holdfast"], loads["dcp"])), 1 / 2, "x"))
+        bars.append(Bar(f"{name}, over the raw read's", estimate(ratios(loads["holdfast"], loads["raw"])), 2.0, "x"))
+    for name in LOADS:
+        read = results[f"load {name}: read over needed"]["holdfast"]
+        bars.append(Bar(f"load {name}, bytes read over needed", estimate(read), 1.05))
+    bars.append(Bar("offline reshard, memory over its bound", estimate([reshard]), 1.0))
+    return bars
+
+
+def report(results: Results, skipped: dict[str, str], size_mb: float, hot: bool) -> str:
+    """The tables, in milliseconds."""
+    lines = [
+        f"{size_mb:.0f} MB of state; files {'in the cache' if hot else 'dropped from the cache'} before each load",
+        "",
+    ]
+    for name, subjects in results.items():
+        if ": " in name:
+            continue
+        rows = []
+        for key, values in subjects.items():
+            over = estimate(ratios(values, subjects["raw"]))
+            costs = [results.get(f"{name}: {what}", {}).get(key) for what in ("read over needed", "peak MB")]
+            shown = [f"{cost[0]:.3g}" if cost else "-" for cost in costs]
+            rows.append([key, str(estimate([1000 * value for value in values])), str(over), *shown])
+        lines += [table([name, "ms", "over raw", "read / needed", "peak, MB"], rows), ""]
+    lines += [f"left out: {key}: {reason}" for key, reason in sorted(skipped.items())]
+    return "\n".join([*lines, ""])
+
+
+def measure(options: Options) -> tuple[Results, dict[str, str]]:
+    """Run the stages."""
+    context = mp.get_context("spawn")
+    results: Results = {}
+    skipped: dict[str, str] = {}
+    for stage, (world, _, _) in enumerate(STAGES):
+        ranks = [context.Process(target=rank_main, args=(rank, stage, options), daemon=True) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(LIMIT_S)
+        if any(process.exitcode != 0 for process in ranks):
+            raise SystemExit(f"a rank failed or did not end: {[process.exitcode for process in ranks]}")
+        found = json.loads(Path(f"{options.results}-{stage}").read_text())
+        results |= found["results"]
+        skipped |= found["skipped"]
+    return results, skipped
+
+
+@contextlib.contextmanager
+def working_folder(folder: str | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="holdfast-checkpoint-", dir=folder) as found:
+        yield Path(found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; the bars are not judged")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--hot", action="store_true", help="leave files in the cache")
+    parser.add_argument("--folder", help="where to write; default: a temporary directory")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes
+    os.environ["OMP_NUM_THREADS"] = "1"
+    tensors, rows, small = (4, 1024, 500) if args.quick else (16, 16384, 20_000)
+    rounds = 2 if args.quick else max(args.rounds, 7)
+    with working_folder(args.folder) as folder:
+        (folder / "data").mkdir()
+        options = Options(
+            store=str(folder / "store"), folder=str(folder / "data"), results=str(folder / "results"), rounds=rounds,
+            tensors=tensors, rows=rows, small=small, hot=args.hot,
+        )  # fmt: skip
+        results, skipped = measure(options)
+        size = 4 * COLUMNS * rows * tensors
+        reshard = offline_reshard(folder / "data", size)
+    bars = judge(results, reshard)
+    results["offline reshard: memory over bound"] = {"holdfast": [reshard]}
+    if args.json:
+        text = as_json({"times_s": results, "skipped": skipped, "hot": args.hot}, bars)
+        (sys.stdout.write(text + "\n") if args.json == "-" else Path(args.json).write_text(text))
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(report(results, skipped, size / 1e6, args.hot))
+    print("\n".join(map(str, bars)))
+    if args.quick:
+        print("\nquick: the sizes are too small for the bars to mean anything")
+        return 0
+    return int(not all(bar.met for bar in bars))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
