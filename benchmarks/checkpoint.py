@@ -91,8 +91,13 @@ class Side:
 
 TWO, FOUR, TP = Side(2, 0), Side(4, 0), Side(2, 1)
 LOADS = {"same": (TWO, TWO), "2 to 4": (TWO, FOUR), "4 to 2": (FOUR, TWO), "fsdp to tp": (TWO, TP)}
-STAGES = ((2, ("same", "fsdp to tp"), True), (4, ("2 to 4",), False), (2, ("4 to 2",), False))
-"""Jobs that run one after the other: ranks, loads, whether the saves are measured there. Each leaves checkpoints."""
+STAGES = (
+    (2, ("same", "fsdp to tp"), True, True),
+    (4, ("2 to 4",), False, True),
+    (2, ("4 to 2",), False, False),
+)
+"""Jobs that run one after the other: ranks, loads, whether saves are measured there, whether later ones need its
+checkpoints."""
 
 
 def large_state(options: Options, side: Side, *, fill: bool) -> State:
@@ -262,7 +267,7 @@ class Rank:
         self.measured: Results = {}
         self.skipped: dict[str, str] = {}
 
-    def run(self, side: Side, loads: Sequence[str], *, saves: bool) -> None:
+    def run(self, side: Side, loads: Sequence[str], *, saves: bool, keeps: bool) -> None:
         """Everything of the stage."""
         state = large_state(self._options, side, fill=True)
         if saves:
@@ -270,7 +275,8 @@ class Rank:
             few = {name: SAVERS[name] for name in ("raw", "holdfast", "dcp.save", "torchsnapshot")}
             self._saves("save small", self._small(), few)
             self._flat()
-        self._keep(state, side)
+        if keeps:
+            self._keep(state, side)
         del state
         for name in loads:
             self._loads(name)
@@ -404,11 +410,11 @@ def rank_main(rank: int, stage: int, options: Options) -> None:
     logging.disable(logging.INFO)  # the rivals' own
     torch.set_num_threads(1)
     torch.manual_seed(rank)
-    world, loads, saves = STAGES[stage]
+    world, loads, saves, keeps = STAGES[stage]
     store = dist.FileStore(f"{options.store}-{stage}", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     measuring = Rank(options, rank)
-    measuring.run(Side(world, 0), loads, saves=saves)
+    measuring.run(Side(world, 0), loads, saves=saves, keeps=keeps)
     if rank == 0:
         found = {"results": measuring.measured, "skipped": measuring.skipped}
         Path(f"{options.results}-{stage}").write_text(json.dumps(found))
@@ -488,7 +494,7 @@ def measure(options: Options) -> tuple[Results, dict[str, str]]:
     context = mp.get_context("spawn")
     results: Results = {}
     skipped: dict[str, str] = {}
-    for stage, (world, _, _) in enumerate(STAGES):
+    for stage, (world, *_) in enumerate(STAGES):
         ranks = [context.Process(target=rank_main, args=(rank, stage, options), daemon=True) for rank in range(world)]
         for process in ranks:
             process.start()
