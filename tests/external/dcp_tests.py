@@ -39,7 +39,7 @@ _GPU_MARKS = re.compile(
     r"^[ \t]*@(skip_if_lt_x_gpu|requires_nccl|requires_accelerator_dist_backend|skip_if_no_gpu)\b.*\n", re.MULTILINE
 )
 _SHIM = """
-import shutil as _shutil, torch.distributed.checkpoint as _dcp, torch.distributed.checkpoint.filesystem as _fs
+import shutil as _shutil, sys as _sys, torch.distributed.checkpoint.format_utils
 from holdfast.checkpoint import HoldfastReader as _HoldfastReader, HoldfastWriter as _HoldfastWriter
 class _Writer(_HoldfastWriter):
     def __init__(self, path=None, *args, **options):
@@ -53,8 +53,9 @@ class _Writer(_HoldfastWriter):
 class _Reader(_HoldfastReader):
     def __init__(self, path=None, *args, **options):
         super().__init__(path)
-for _module in (_dcp, _fs):
-    _module.FileSystemWriter, _module.FileSystemReader = _Writer, _Reader
+for _name, _module in list(_sys.modules.items()):  # those that imported the names by now, and that will import them
+    if _name.startswith("torch.distributed.checkpoint") and hasattr(_module, "FileSystemWriter"):
+        _module.FileSystemWriter, _module.FileSystemReader = _Writer, _Reader
 """
 _EXPECTED: dict[str, str] = {}
 """Test name to why it cannot pass: what it asks for is what holdfast refuses."""
