@@ -427,11 +427,13 @@ def offline_reshard(folder: Path, size: int) -> float:
     bound = max(size // 4, 64 << 20)
     hc.save({"w": torch.zeros(4 * bound // (4 * COLUMNS), COLUMNS)}, folder / "step-00000001")
     code = (
-        "import resource, sys, numpy, holdfast.checkpoint.tools.reshard\n"
+        "import sys, numpy, holdfast.checkpoint.tools.reshard\n"
         "from holdfast.checkpoint.tools.cli import main\n"
-        "idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        # Not ru_maxrss, which a process takes over from the one that started it.
+        "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])\n"
+        "idle = peak()\n"
         "assert main(sys.argv[1:]) == 0\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle)"
+        "print(peak() - idle)"
     )
     arguments = [
         "reshard",
