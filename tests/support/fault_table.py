@@ -246,7 +246,7 @@ def _failing(module: Any, name: str, when: Callable[..., bool]) -> Iterator[None
 
 
 def writer_ours(at: Path) -> str:
-    with _failing(storage, "_write_file", lambda path, chunks: "safetensors" in path.name):
+    with _failing(storage, "_write_file", lambda path, *rest: "safetensors" in path.name):
         handle = hc.async_save(state(1.0), at)
         try:
             handle.result()
@@ -324,7 +324,7 @@ def full_dcp(at: Path) -> str:
 
 
 def worker_ours(at: Path) -> str:
-    with _failing(storage, "_write_file", lambda path, chunks: True):
+    with _failing(storage, "_write_file", lambda path, *rest: True):
         failed = hc.async_save(state(1.0), at / "step-00000001")
         assert failed._thread.join(60) is None
         assert failed.error() is not None

@@ -1,0 +1,270 @@
+"""Planning and index for very large jobs, without the jobs: ``python benchmarks/planning.py``.
+
+Ranks are simulated: what each would hold is worked out, and the very functions that a save and a load call plan it.
+
+* 400B: 126 layers of width 16384 under tensor (8) x pipeline (16) x data parallelism, with Adam, at 1k, 4k, 10k ranks.
+* FSDP2: 80 layers of width 8192 with Adam at 512 and 4k ranks: each tensor in a row shard per rank.
+
+First plan: what a rank does at its first save (ownership, image layout). Cached: finding that again at every later one.
+Merge: rank 0 makes the index of all ranks' records. Load: reading that index, finding the pieces that one rank wants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+from measure import Bar, Estimate, as_json, estimate, table
+
+from holdfast.checkpoint.boxes import Box, whole
+from holdfast.checkpoint.catalog import Saved
+from holdfast.checkpoint.image import pack_pieces
+from holdfast.checkpoint.index import (
+    ImageRecord,
+    build_index,
+    decode_index,
+    encode_index,
+    image_file_name,
+    saved_tensors,
+)
+from holdfast.checkpoint.ownership import Shard, own
+from holdfast.checkpoint.pieces import Piece
+from holdfast.checkpoint.saving import _Plans
+from holdfast.checkpoint.version import GenerationId
+
+GENERATION = GenerationId(incarnation=1, nonce="0badcafe", generation=1)
+STATES = (
+    ("model.", "", "bfloat16"),
+    ("optimizer.state.", ".exp_avg", "float32"),
+    ("optimizer.state.", ".exp_avg_sq", "float32"),
+)
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A job: who holds what."""
+
+    name: str
+    ranks: int
+    shards: Callable[[int], list[Shard]]
+    """Of one rank."""
+
+
+def _layer(width: int, hidden: int, kv: int) -> list[tuple[str, tuple[int, ...], int | None]]:
+    """Name, shape and the dimension that tensor parallelism cuts."""
+    return [
+        ("attention.q.weight", (width, width), 0),
+        ("attention.k.weight", (kv, width), 0),
+        ("attention.v.weight", (kv, width), 0),
+        ("attention.o.weight", (width, width), 1),
+        ("mlp.gate.weight", (hidden, width), 0),
+        ("mlp.up.weight", (hidden, width), 0),
+        ("mlp.down.weight", (width, hidden), 1),
+        ("norm1.weight", (width,), None),
+        ("norm2.weight", (width,), None),
+    ]
+
+
+def three_dimensional(ranks: int, tp: int, pp: int, layers: int) -> Layout:
+    """Tensor x pipeline x data parallelism; ranks of one node are a tensor-parallel group."""
+    dp = ranks // (tp * pp)
+
+    def shards(rank: int) -> list[Shard]:
+        t, d, p = rank % tp, rank // tp % dp, rank // (tp * dp)
+        assert d < dp
+        group = tuple(t + tp * (other + dp * p) for other in range(dp))
+        every_t = tuple(sorted(u + tp * (other + dp * p) for other in range(dp) for u in range(tp)))
+        found = []
+        for layer in range(layers * p // pp, layers * (p + 1) // pp):
+            for name, shape, dim in _layer(16384, 53248, 1024):
+                lengths, offsets = list(shape), [0] * len(shape)
+                if dim is not None:
+                    lengths[dim] //= tp
+                    offsets[dim] = t * lengths[dim]
+                box = Box(tuple(offsets), tuple(lengths))
+                holders = group if dim is not None else every_t
+                found += [
+                    Shard(f"{prefix}layers.{layer}.{name}{suffix}", dtype, shape, (box,), holders)
+                    for prefix, suffix, dtype in STATES
+                ]
+        return found
+
+    return Layout(f"400B TP{tp} PP{pp} DP{dp}", ranks, shards)
+
+
+def fully_sharded(ranks: int, layers: int) -> Layout:
+    """FSDP2: rows of every tensor over all ranks."""
+
+    def shards(rank: int) -> list[Shard]:
+        found = []
+        for layer in range(layers):
+            for name, shape, _ in _layer(8192, 28672, 1024):
+                chunk = -(-shape[0] // ranks)
+                begin = min(rank * chunk, shape[0])
+                length = min(chunk, shape[0] - begin)
+                boxes = (Box((begin, *(0,) * (len(shape) - 1)), (length, *shape[1:])),) if length else ()
+                found += [
+                    Shard(f"{prefix}layers.{layer}.{name}{suffix}", dtype, shape, boxes, (rank,))
+                    for prefix, suffix, dtype in STATES
+                ]
+        return found
+
+    return Layout(f"FSDP2 {layers} layers", ranks, shards)
+
+
+def _pieces(shards: Sequence[Shard], rank: int) -> tuple[Piece, ...]:
+    held = [shard for shard in shards if shard.boxes]
+    return tuple(piece for piece in own(held, global_rank=rank, node_of=lambda r: r // GPUS_PER_NODE) if piece.job)
+
+
+def _records(layout: Layout) -> Iterator[ImageRecord]:
+    for rank in range(layout.ranks):
+        yield ImageRecord(
+            name=image_file_name(GENERATION, rank, layout.ranks),
+            size_bytes=1,
+            header_digest=bytes(16),
+            version=GENERATION.at(1),
+            global_rank=rank,
+            world_size=layout.ranks,
+            pieces=pack_pieces(_pieces(layout.shards(rank), rank)),
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one layout."""
+
+    layout: str
+    ranks: int
+    pieces: int
+    first_s: Estimate
+    cached_s: Estimate
+    merge_s: float
+    index_bytes: int
+    load_s: Estimate
+    peak_bytes: int
+
+
+def measure(layout: Layout, repeats: int) -> Result:
+    """All numbers of one layout."""
+    sample = [layout.ranks * i // repeats for i in range(repeats)]
+    first, cached = [], []
+    for rank in sample:
+        shards, plans = layout.shards(rank), _Plans()
+        start = time.perf_counter()
+        pieces = _pieces(shards, rank)
+        plans.of(pieces, 1000)
+        first.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        plans.of(pieces, 1000)
+        cached.append(time.perf_counter() - start)
+    records = list(_records(layout))
+    gc.collect()
+    start = time.perf_counter()
+    data = encode_index(build_index(records, version=GENERATION.at(1), world_size=layout.ranks))
+    merge_s = time.perf_counter() - start
+    del records
+    loads = [_plan_load(data, layout, rank) for rank in sample[:3]]
+    num_pieces = sum(_count(entry) for entry in saved_tensors(decode_index(data)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Result(
+        layout=layout.name,
+        ranks=layout.ranks,
+        pieces=num_pieces,
+        first_s=estimate(first),
+        cached_s=estimate(cached),
+        merge_s=merge_s,
+        index_bytes=len(data),
+        load_s=estimate(loads),
+        peak_bytes=peak,
+    )
+
+
+def _count(entry: Saved) -> int:
+    return sum(1 for _ in entry.placement.overlapping(whole(entry.shape)))
+
+
+def _plan_load(data: bytes, layout: Layout, rank: int) -> float:
+    """Seconds to read the index and find what a rank wants."""
+    shards = layout.shards(rank)
+    start = time.perf_counter()
+    saved = {entry.name: entry for entry in saved_tensors(decode_index(data))}
+    found = 0
+    for shard in shards:
+        for box in shard.boxes:
+            found += sum(1 for _ in saved[shard.name].placement.overlapping(box))
+    assert found
+    return time.perf_counter() - start
+
+
+def layouts(*, quick: bool) -> list[Layout]:
+    if quick:
+        return [three_dimensional(64, 4, 4, 16), three_dimensional(256, 4, 4, 16), fully_sharded(32, 8)]
+    return [
+        *(three_dimensional(ranks, 8, 16, 126) for ranks in (1024, 4096, 10240)),
+        fully_sharded(512, 80),
+        fully_sharded(4096, 80),
+    ]
+
+
+def bars_of(results: Sequence[Result]) -> list[Bar]:
+    largest = max((result for result in results if "400B" in result.layout), key=lambda result: result.ranks)
+    sharded = next(result for result in results if "FSDP2" in result.layout)
+    size = float(sharded.index_bytes)
+    return [
+        Bar(f"first plan per rank at {largest.ranks} ranks", largest.first_s, 1.0, " s"),
+        Bar(f"cached plan at {largest.ranks} ranks", largest.cached_s, 0.001, " s"),
+        Bar(f"index read and one rank's plan at {largest.ranks} ranks", largest.load_s, 5.0, " s"),
+        Bar(f"index of FSDP2 at {sharded.ranks} ranks", Estimate(size, size, size, 1), 5e6, " bytes"),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Planning and index at thousands of simulated ranks; exit 1 if a bar is missed.",
+        epilog="example: python benchmarks/planning.py --quick",
+    )
+    parser.add_argument("--quick", action="store_true", help="small jobs, to see that it runs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--repeats", type=int, default=7, help="ranks that are timed, at least 7 (default 7)")
+    arguments = parser.parse_args()
+    if arguments.repeats < 7:
+        parser.error("--repeats must be at least 7")
+    results = []
+    for layout in layouts(quick=arguments.quick):
+        results.append(measure(layout, arguments.repeats))
+        print(f"{layout.name} at {layout.ranks} ranks: done", file=sys.stderr)
+    bars = bars_of(results)
+    if arguments.json:
+        print(as_json({"layouts": [asdict(result) for result in results]}, bars))
+        return 0 if all(bar.met for bar in bars) else 1
+    header = [
+        "layout",
+        "ranks",
+        "pieces",
+        "first plan s",
+        "cached s",
+        "merge s",
+        "index MB",
+        "read + plan s",
+        "peak GB",
+    ]
+    rows = [
+        [r.layout, str(r.ranks), str(r.pieces), str(r.first_s), str(r.cached_s), f"{r.merge_s:.3g}",
+         f"{r.index_bytes / 1e6:.3g}", str(r.load_s), f"{r.peak_bytes / 1e9:.2f}"]
+        for r in results
+    ]  # fmt: skip
+    print(table(header, rows))
+    for bar in bars:
+        print(bar)
+    return 0 if all(bar.met for bar in bars) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
