@@ -315,3 +315,31 @@ def test_a_partial_dtensor_is_refused() -> None:
             dtensor_shard("w", tensor)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_state_that_is_saved_again_is_not_planned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from holdfast.checkpoint import api, image
+
+    planned: list[str] = []
+    own, plan = api.own, image.ImageLayout.plan
+    monkeypatch.setattr(api, "own", lambda *args, **kwargs: (planned.append("own"), own(*args, **kwargs))[1])
+    monkeypatch.setattr(
+        image.ImageLayout, "plan", lambda *args, **kwargs: (planned.append("layout"), plan(*args, **kwargs))[1]
+    )
+    for value, columns in ((1.0, 7), (2.0, 7), (3.0, 9)):
+        state = {"again": torch.full((300, columns), value), "n": value}
+        holdfast.checkpoint.save(state, tmp_path / f"c{value}")
+        into = {"again": torch.zeros(300, columns), "n": 0}
+        assert holdfast.checkpoint.load(into, tmp_path / f"c{value}")["n"] == value
+        assert bool(into["again"].eq(value).all())  # type: ignore[attr-defined]
+    assert planned == ["own", "layout"] * 2
+
+
+def test_small_and_large_chunks_are_hashed_as_they_are_written() -> None:
+    from holdfast.checkpoint.image import block_checksums
+    from holdfast.checkpoint.streaming import BlockHasher, hashed
+
+    chunks = [bytes([i % 251]) * size for i, size in enumerate([3, 0, 300_000, 17, 9_000_000, 1, 1 << 20, 5_000])]
+    hasher = BlockHasher(1 << 20)
+    assert b"".join(hashed(chunks, hasher)) == b"".join(chunks)
+    assert hasher.digests() == block_checksums(chunks, 1 << 20)
