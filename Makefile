@@ -27,6 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train two workers, kill one, resume from memory, compare with stock torchrun
 	@$(BIN)/python examples/demo.py
 
+.PHONY: demo-nodes
+demo-nodes: $(STAMP) ## four nodes, two lose power and are replaced; needs root (namespaces)
+	@$(BIN)/python examples/demo_nodes.py
+
 test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -228,7 +228,8 @@ class Cluster:
         up.unlink(missing_ok=True)
         init = ["bash", "-c", _INIT, "init", str(stage), str(self.root), str(self._hosts), name, str(self._shm_bytes)]
         spaces = ["--pid", "--mount", "--uts", "--ipc", "--mount-proc"]
-        process = subprocess.Popen([*_DIE_WITH_US, *_NEW, *spaces, *init, *map(str, self._kept())])
+        with (self.root / f"init-{name}.txt").open("ab") as log:
+            process = subprocess.Popen([*_DIE_WITH_US, *_NEW, *spaces, *init, *map(str, self._kept())], stderr=log)
         self._links += 1
         node = Node(name, address_of(number), f"link{self._links}", process, 0)
         self.nodes[number : number + 1] = [node]
