@@ -154,3 +154,15 @@ def test_a_layer_that_returns_a_tuple_is_guided_in_both_forms() -> None:
         (loss if attached else guide(loss, 0)).backward()
         found = {name.replace(".block.", "."): tensor for name, tensor in gradients(model).items()}
         torch.testing.assert_close(found, expected(), rtol=1e-9, atol=1e-14)
+
+
+def test_a_layer_that_is_replaced_between_two_steps_is_guided_in_its_new_place() -> None:
+    model = student()
+    guide = LateToEarly(model, teacher(), layer="blocks.1", teacher_layer="norm", stop_step=4)
+    guide(loss_of(model, tokens(0)), 0)
+    old, new = model.blocks[1], Block(10).double()
+    new.load_state_dict(old.state_dict())
+    model.blocks[1] = new
+    guide(loss_of(model, tokens(1)), 1).backward()
+    torch.testing.assert_close(gradients(model), expected(1), rtol=1e-9, atol=1e-14)
+    assert not old._forward_hooks
