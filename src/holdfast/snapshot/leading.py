@@ -121,6 +121,7 @@ class Leading:
         """A successor of the leader's daemon: the choice stands. Once all nodes have said what they hold, the ledger
         is rebuilt from their reports."""
         self._chosen, self.config, self.history = chosen, config, chosen.history
+        self._attempt = chosen.restore.attempt
 
     def close(self) -> None:
         """Another generation starts, or the daemon goes: results of lanes that come later count no more."""
