@@ -179,8 +179,7 @@ class CodedVersion(msgspec.Struct, frozen=True, kw_only=True):
 
     def buffer_bytes(self, node_rank: int) -> int:
         """Length of the buffer of a member."""
-        last = max(self.parities(node_rank), key=lambda parity: parity.offset, default=None)
-        return 0 if last is None else last.offset + last.size_bytes
+        return max((parity.offset + parity.size_bytes for parity in self.parities(node_rank)), default=0)
 
     def chunks(self, stripe: int, shard: int) -> int:
         """How many chunks a data shard has."""

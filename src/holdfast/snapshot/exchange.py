@@ -5,14 +5,15 @@ Rules
 1. A node has two parity buffers. One holds the parity of the protected version, the other that of the version being
    protected. Only `KeepParity`, which comes from the leader's orders, lets the former go; unfinished parity, and a
    finished one that nobody names, may go at any time (no RAID write hole).
-2. Parity is counted in memory only: which chunks it has taken in is known to the machine that took them in. So
+2. Requests go out by node rank, so they end with the generation (`ExchangeFenced`).
+3. Parity is counted in memory only: which chunks it has taken in is known to the machine that took them in. So
    unfinished parity is dropped at a restart and at a new generation, and nothing can be counted twice or left out.
-3. Of each chunk one copy is taken in. What was not asked for, or has come already, is dropped.
-4. A chunk is known by its version and its place. A version never changes, so an answer to an older request is as good
+4. Of each chunk one copy is taken in. What was not asked for, or has come already, is dropped.
+5. A chunk is known by its version and its place. A version never changes, so an answer to an older request is as good
    as one to the last.
-5. The first chunk of a range replaces what the buffer holds there, and zeros what longer sources reach: a buffer is
+6. The first chunk of a range replaces what the buffer holds there, and zeros what longer sources reach: a buffer is
    never cleared as a whole.
-6. Done is said when everything that was asked for has been added (`ChunkAbsorbed`) and the buffer is sealed.
+7. Done is said when everything that was asked for has been added (`ChunkAbsorbed`) and the buffer is sealed.
 
 States of the running version
 -----------------------------
@@ -45,6 +46,7 @@ from holdfast.snapshot.exchange_events import (
     DeclareDone,
     DropParity,
     ExchangeEvent,
+    ExchangeFenced,
     ExchangeInstruction,
     ExchangeStarted,
     Fetch,
@@ -148,6 +150,9 @@ class Exchange:
         another version than the running one changes nothing."""
         out: list[ExchangeInstruction] = []
         match event:
+            case ExchangeFenced():
+                self._drop_running(out)
+                self._generation = self._wanted = self._own = None
             case ExchangeStarted():
                 self._start(event, out)
             case ProtectWanted():

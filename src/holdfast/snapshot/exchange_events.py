@@ -26,8 +26,8 @@ class Finished(msgspec.Struct, frozen=True):
 
 
 class ExchangeStarted(msgspec.Struct, frozen=True, kw_only=True):
-    """Feed when a generation starts (after the ledger's `GenerationStarted`), and first in a restarted daemon. Fences
-    everything older: unfinished parity is dropped."""
+    """Feed when the restore of a generation is decided (after the ledger's `RestoreDecided`), and in a restarted daemon
+    where it is decided already."""
 
     generation: GenerationId
     node_rank: int
@@ -36,6 +36,12 @@ class ExchangeStarted(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int
     finished: tuple[Finished, ...]
     """What lies whole (sealed) in the arena, read anew. Buffers that are not sealed are dropped by the shell itself."""
+
+
+class ExchangeFenced(msgspec.Struct, frozen=True):
+    """Feed when a generation starts, with the ledger's `GenerationStarted`: node ranks name other nodes from now on, so
+    the running version, of which requests go out by rank, is dropped. Nothing runs until `ExchangeStarted`. What it
+    answers, and everything before, is to be carried out before the inventory of the generation is taken."""
 
 
 class ProtectWanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +125,8 @@ class Nudged(msgspec.Struct, frozen=True):
 
 
 ExchangeEvent = (
-    ExchangeStarted
+    ExchangeFenced
+    | ExchangeStarted
     | ProtectWanted
     | StreamReceived
     | StreamAsked
@@ -163,7 +170,8 @@ class ReserveParity(msgspec.Struct, frozen=True, kw_only=True):
 
 class Fetch(msgspec.Struct, frozen=True, kw_only=True):
     """Ask a member for a chunk: ``coded.shard_range(stripe, shard)[chunk_range]`` of its stream. It serves it only
-    while its slots hold the version clean."""
+    while its slots hold the version clean, the version is of the generation that it is in, and `node_rank` is its rank
+    there: else another node's bytes would be taken for this one's."""
 
     node_rank: int
     version: Version
