@@ -197,6 +197,8 @@ class Simulation(Exchanging):
             actions += [("kill_daemon", rng.choice(daemons))] if daemons else []
             actions += [("kill_daemon", self.nodes[self.leader_rank])] if daemons else []
             actions.append(("cut", rng.choice(self.nodes)))
+            if self.promise is not None and self.promise.generation == self.generation:
+                actions += [("kill_daemon", self.nodes[self.leader_rank])] * 2
         dead = any(not worker.alive for node in self.nodes for worker in node.workers)
         if dead:
             actions.append(("regenerate",))

@@ -205,9 +205,9 @@ class Exchanging(Daemons):
         if node.exchange is None:
             return actions
         if node.jobs:
-            actions += [("work", node)] * 2
+            actions += [("work", node)] * 4
         if not node.room_known and node.decided:
-            actions.append(("room", node))
+            actions += [("room", node)] * 3
         if node.exchange.running is not None and self.rng.random() < 0.15:
             actions.append(("nudge", node))
         return actions
@@ -421,7 +421,7 @@ class Exchanging(Daemons):
 
     def _check_orders(self, protected: Version | None) -> None:
         """What the leader orders to keep is what is promised."""
-        if not self.plan.coded or protected == self.promise:
+        if not self.plan.coded or protected == self.promise or any(node.lost for node in self.nodes):
             return
         if protected is None and (self.plan.num_slots < 3 or not self._protects()):
             self.seen["protection given up"] += 1

@@ -184,7 +184,8 @@ class Plan:
             lossy=rng.choice((0.0, 0.0, 0.05, 0.2)),
             power=rng.choice((0, 1, 1, 2, 2, 3)),
             no_room=rng.random() < 0.04,
-            actions=rng.randint(150, 800),
+            actions=rng.randint(300, 2000),
+            steps=rng.randint(5, 16),
         )
 
     @classmethod
