@@ -189,7 +189,7 @@ class Simulation(Exchanging):
     def _fault_actions(self) -> list[tuple[object, ...]]:
         actions: list[tuple[object, ...]] = []
         rng = self.rng
-        ripe = bool(self.completed) or rng.random() < 0.05
+        ripe = bool(self.promise if self.plan.coded else self.completed) or rng.random() < 0.05
         if self.faults_left and ripe:
             living = [worker for node in self.nodes for worker in node.workers if worker.alive]
             daemons = [node for node in self.nodes if node.ledger is not None]
@@ -207,7 +207,7 @@ class Simulation(Exchanging):
             actions += [("kill_agent",)] * (2 if copying else int(rng.random() < 0.3))
         if self.spawned and self.rng.random() < 0.05:
             actions.append(("grow", rng.choice(self.nodes)))
-        if self.power_left and rng.random() < (0.4 if self.promise is not None else 0.02):
+        if self.power_left and rng.random() < (0.15 if self.promise is not None else 0.02):
             actions.append(("power_off", rng.choice(self.nodes)))
         if self.plan.coded and self.rng.random() < 0.1:
             actions.append(("part",))
