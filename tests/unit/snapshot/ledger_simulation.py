@@ -66,6 +66,8 @@ class Simulation(Exchanging):
         """The protected version, as far as anybody was told."""
         self.duties: dict[Node, tuple[bool, bool]] = {}
         """Who must still hold images and parity of it."""
+        self.former: tuple[Version | None, dict[Node, tuple[bool, bool]]] = (None, {})
+        """What was promised before."""
         self.wire: list[tuple[Node, Node, int, tuple[object, ...]]] = []
         self.parted: set[Node] | None = None
         self.power_left = self.plan.power

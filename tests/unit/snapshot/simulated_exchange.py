@@ -150,6 +150,7 @@ class Exchanging(Daemons):
         node.buffers, node.persisting = {}, []
         node.jobs.clear()
         self.duties.pop(node, None)
+        self.former[1].pop(node, None)
         if self.newest is not None and not self._is_whole(self.newest):
             self.newest = None
             self.seen["newest lost"] += 1
@@ -391,6 +392,7 @@ class Exchanging(Daemons):
     def _promise(self, version: Version) -> None:
         """A version is declared protected: from now on every node that has a part of it keeps it."""
         self.seen["protected"] += 1
+        self.former = (self.promise, self.duties)
         self.promise = version
         self.duties = {}
         for node in self.nodes:
@@ -404,7 +406,7 @@ class Exchanging(Daemons):
         before = self.promise
         if before is not None and self._retrievable(before) and choice.tier == "memory" and choice.protected is None:
             raise Violation(f"protect: {before} is forgotten by {choice}")
-        self.promise, self.duties = choice.protected, {}
+        self.promise, self.duties, self.former = choice.protected, {}, (None, {})
         if self.promise is not None:
             for node in self.nodes:
                 if not node.lost:
@@ -426,6 +428,11 @@ class Exchanging(Daemons):
         if protected is None and (self.plan.num_slots < 3 or not self._protects()):
             self.seen["protection given up"] += 1
             self.promise, self.duties = None, {}
+            return
+        told = any(node.protected == self.promise for node in self.nodes)
+        if not told and protected == self.former[0]:  # the leader died before it could tell anybody
+            self.seen["protected, and nobody was told"] += 1
+            self.promise, self.duties = self.former
             return
         raise Violation(f"protect: orders name {protected}, {self.promise} is protected")
 
