@@ -267,16 +267,28 @@ class _Turn:
         return set[int]().union(*(left for _, _, left in self.held.values()))
 
 
+_ANYWHERE = "192.0.2.1"
+"""An address of no host (RFC 5737); no packet is sent to it."""
+
+
 def own_address(store: Any) -> str:  # Any: torch ships no usable type for its stores
     """The address at which other ranks reach this host: the one from which it reaches the store's."""
     while hasattr(store, "underlying_store"):
         store = store.underlying_store
-    host = getattr(store, "host", "127.0.0.1")
+    host = str(getattr(store, "host", "localhost"))
+    address = _route_to(host)
+    if address.startswith("127.") and host not in ("localhost", "127.0.0.1"):
+        # The store is on this host, whose own name means loopback to itself and something else to others.
+        address = _route_to(_ANYWHERE)
+    return f"[{address}]" if ":" in address else address
+
+
+def _route_to(host: str) -> str:
+    """This host's address on the way to another."""
     try:
-        family, _, _, _, target = socket.getaddrinfo(host, getattr(store, "port", 0) or 1, type=socket.SOCK_DGRAM)[0]
+        family, _, _, _, target = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(target)
-            address: str = probe.getsockname()[0]
+            return str(probe.getsockname()[0])
     except OSError:
         return "127.0.0.1"
-    return f"[{address}]" if ":" in address else address
