@@ -46,7 +46,8 @@ def agent(job: Job, number: int, mode: str, *flags: str) -> subprocess.Popen[byt
 
 def c10d(job: Job, nnodes: str = "2") -> list[str]:
     flags = ["--nnodes", nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port_of(job)}"]
-    return [*flags, "--rdzv-id", job.name, "--rdzv-conf", "last_call_timeout=1,join_timeout=100"]
+    flags += ["--rdzv-id", job.name, "--rdzv-conf", "last_call_timeout=1,join_timeout=100"]
+    return [*flags, "--hold-grow", "1"]
 
 
 def rows(job: Job) -> list[list[str]]:

@@ -1,8 +1,8 @@
 """The agent of one node: one loop on the main thread that waits for events and carries out what the machines decide.
 
 Events come from worker exits (pidfd), signals (a pipe), other agents (ZeroMQ), the snapshot daemon (ZeroMQ, pidfd) and
-time. They go to `Member` and, where this agent leads, to `Leader`; what these answer is carried out here, in order. The
-loop never blocks for longer than a heartbeat, because a silent agent is a dead one to its peers.
+time. They go to the `Council`, this agent's place among the others; what is to be done on this node is carried out
+here, in order. The loop never blocks for longer than a heartbeat, because a silent agent is a dead one to its peers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,26 +22,23 @@ import msgspec
 import zmq
 
 from holdfast import environment
-from holdfast.checkpoint.version import GenerationId, new_nonce
+from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import PeerError
-from holdfast.launcher import events, leader, member
+from holdfast.launcher import events, member
 from holdfast.launcher.arguments import Launch
-from holdfast.launcher.budget import RestartBudget
-from holdfast.launcher.channel import Channel
 from holdfast.launcher.console import say
+from holdfast.launcher.council import Council, NodeInstruction
 from holdfast.launcher.daemons import DaemonDied, DaemonLink
 from holdfast.launcher.hangs import HangLimits
 from holdfast.launcher.notices import HealthCheck, NoticeFile
-from holdfast.launcher.orders import OURS, holdfast_variables, node_info, start_message, worker_spec
+from holdfast.launcher.orders import OURS, holdfast_variables, start_message, worker_spec
 from holdfast.launcher.processes import Guard, reap_orphans
-from holdfast.launcher.recoveries import RecoveryBook
 from holdfast.launcher.rehearsal import Rehearsal, StepReader
 from holdfast.launcher.seats import RunRecord, Seat
 from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.signals import SignalPipe
 from holdfast.launcher.standby import Standby, can_stand_by, user_path
-from holdfast.launcher.stores import new_store
-from holdfast.launcher.timeline import describe_failure, signal_name
+from holdfast.launcher.timeline import signal_name
 from holdfast.launcher.vigil import DumpStacks, Vigil, WorkerHangs
 from holdfast.launcher.watching import NodeWatch
 from holdfast.launcher.wire import (
@@ -49,8 +46,6 @@ from holdfast.launcher.wire import (
     Failure,
     Place,
     Plan,
-    Rejected,
-    Report,
     StopRequest,
     Verdict,
 )
@@ -102,6 +97,7 @@ class Agent:
         signals: SignalPipe,
         link: DaemonLink | None,
         context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
     ) -> None:
         self._launch = launch
         self._seat = seat
@@ -111,16 +107,22 @@ class Agent:
         self._guard = guard
         self._signals = signals
         self._link = link
-        self._context = context
         self._spec = worker_spec(launch)
-        self._node = node_info(launch)
         self._inherited = {k: v for k, v in os.environ.items() if k not in OURS}
         self._faults = launch.hold.faults or environment.fault_schedule()
         self._rehearsal = Rehearsal(self._faults, run_dir, self._write)
-        self._queue: deque[leader.Instruction | member.Instruction] = deque()
-        self._member = member.Member(node=self._node, limits=launch.limits, now=time.monotonic())
-        self._leader: leader.Leader | None = None
-        self._channel: Channel | None = None
+        self._queue: deque[NodeInstruction] = deque()
+        self._watch = NodeWatch(seat.arena, run_dir)
+        self._vigil = Vigil(HangLimits(hang_timeout_s=launch.hold.hang_timeout_s), self._write)
+        self._council = Council(
+            launch,
+            address=address,
+            run_id=run_id,
+            context=context,
+            write=self._write,
+            observe_report=self._vigil.observe,
+            observe_plan=self._vigil.planned,
+        )
         self._group: WorkerGroup | None = None
         self._generation: GenerationId | None = None
         self._standby = self._make_standby()
@@ -128,15 +130,10 @@ class Agent:
         self._old_groups: deque[WorkerGroup] = deque(maxlen=1)
         self._steps = StepReader(seat.arena) if link is not None else None
         self._sessions = SessionBook()
-        self._recoveries = RecoveryBook(self._write)
         self._notice = NoticeFile(launch.hold.notice_file)
         self._health = HealthCheck(launch.hold.health, (run_dir,), self._write)
-        self._watch = NodeWatch(seat.arena, run_dir)
-        self._vigil = Vigil(HangLimits(hang_timeout_s=launch.hold.hang_timeout_s), self._write)
-        self._store: object | None = None
         self._stops = 0
         self._verdict: Verdict | None = None
-        self._finished = False
         self._bye: Bye | None = None
         self._bye_deadline = 0.0
         self._leaving_again = False
@@ -149,10 +146,8 @@ class Agent:
         """
         self._health.before_the_first_generation()
         self._settle_daemon()
-        self._meet()
         while not self._done():
             self._step()
-        self._recoveries.close()
         failures = self._old_groups[0].failures() if self._old_groups else {}
         for group in self._old_groups:
             group.finish_logs(5.0)
@@ -163,8 +158,7 @@ class Agent:
             self._standby.close()
         if self._link is not None:
             self._link.finish(5.0)
-        if self._channel is not None:
-            self._channel.close()
+        self._council.close()
         assert self._verdict is not None, "the loop ends with a verdict"
         return Ending(self._verdict, failures, self._bye)
 
@@ -183,8 +177,8 @@ class Agent:
                 self._write(events.DaemonChanged(change=change, pid=self._link.pid))
                 info = self._link.info
         if record is not None:
-            info = msgspec.structs.replace(info, generation=record.generation)
-        self._do(self._member.daemon(info, time.monotonic()))
+            info = msgspec.structs.replace(info, generation=record.generation, nodes=record.nodes)
+        self._tell(lambda machine: machine.daemon(info, time.monotonic()))
 
     def _without_daemon(self, reason: str) -> None:
         assert self._link is not None, "there was a daemon"
@@ -192,38 +186,6 @@ class Agent:
         self._write(events.DaemonChanged(change="failed", text=reason))
         self._link.let_go()
         self._link = None
-
-    def _meet(self) -> None:
-        """Serve the endpoint or dial it."""
-        meeting, leads = self._launch.meeting, True
-        if meeting.max_nodes > 1:
-            leads = self._may_lead()
-            if leads:
-                self._channel = Channel.lead(self._context, meeting.host, meeting.port)
-                leads = self._channel is not None
-            if not leads:
-                if meeting.node_rank == 0 or self._launch.may_lead:
-                    raise PeerError(f"port {meeting.port} of the rendezvous endpoint is in use on this host")
-                self._channel = Channel.follow(self._context, meeting.host, meeting.port, self._node.node_id)
-        if leads:
-            self._leader = leader.Leader(
-                leader_id=self._node.node_id,
-                job=self._node.job,
-                nonce=new_nonce(),
-                run_id=self._run_id,
-                limits=self._launch.limits,
-                budget=RestartBudget(max_restarts=self._launch.max_restarts, no_progress=self._launch.hold.no_progress),
-                now=time.monotonic(),
-            )
-
-    def _may_lead(self) -> bool:
-        if self._launch.meeting.node_rank is not None:
-            return self._launch.meeting.node_rank == 0
-        if self._launch.may_lead is not None:
-            return self._launch.may_lead
-        from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
-
-        return bool(_matches_machine_hostname(self._launch.meeting.host))
 
     def _make_standby(self) -> Standby | None:
         launch = self._launch
@@ -242,7 +204,7 @@ class Agent:
     # --- the loop
 
     def _done(self) -> bool:
-        if self._verdict is None or (self._leader is not None and not self._finished):
+        if self._verdict is None or self._council.leads:
             return False
         return self._link is None or self._bye is not None or time.monotonic() > self._bye_deadline
 
@@ -256,8 +218,8 @@ class Agent:
         if self._group is not None:
             for exit_ in self._group.collect():
                 self._worker_ended(exit_)
-        if self._channel is not None and self._channel.socket in ready:
-            self._hear()
+        if any(socket in ready for socket in self._council.sockets):
+            self._do(self._council.hear())
         if self._link is not None:
             self._hear_daemon(self._link)
         if self._standby is not None:
@@ -268,9 +230,7 @@ class Agent:
         self._keep_watch(now)
         if self._group is not None and self._group.tick(now):
             self._group_gone(self._group)
-        if self._leader is not None:
-            self._do(self._leader.ticked(now))
-        self._do(self._member.ticked(now))
+        self._do(self._council.ticked(now))
 
     def _wait(self) -> dict[Any, int]:
         poller = zmq.Poller()
@@ -278,8 +238,8 @@ class Agent:
         if self._group is not None:
             for descriptor in self._group.descriptors().values():
                 poller.register(descriptor, zmq.POLLIN)
-        if self._channel is not None:
-            poller.register(self._channel.socket, zmq.POLLIN)
+        for socket in self._council.sockets:
+            poller.register(socket, zmq.POLLIN)
         if self._link is not None and self._link.socket is not None:
             poller.register(self._link.socket, zmq.POLLIN)
             if self._link.pidfd is not None:
@@ -290,9 +250,7 @@ class Agent:
 
     def _timeout_s(self) -> float:
         now = time.monotonic()
-        wakes = [self._member.next_wake(now)]
-        if self._leader is not None:
-            wakes.append(self._leader.next_wake(now))
+        wakes = [self._council.next_wake(now)]
         if self._group is not None:
             wake = self._group.next_wake(now)
             wakes += [wake] if wake is not None else []
@@ -303,7 +261,7 @@ class Agent:
     # --- events
 
     def _signalled(self, number: int) -> None:
-        plan = self._member.plan
+        plan = self._council.plan
         in_session = plan is not None and plan.session
         if number == signal.SIGUSR2 or (number == signal.SIGUSR1 and not in_session):
             if self._group is not None:
@@ -319,7 +277,8 @@ class Agent:
             return
         how = "at once" if urgent else "at an agreed step" if in_session else f"by {signal_name(number)} to its workers"
         say(f"got {signal_name(number)}: the job is stopped {how}")
-        self._do(self._member.asked_to_stop(StopRequest(signal=number, urgent=urgent), time.monotonic()))
+        request = StopRequest(signal=number, urgent=urgent)
+        self._tell(lambda machine: machine.asked_to_stop(request, time.monotonic()))
 
     def _worker_ended(self, exit_: WorkerExit) -> None:
         assert self._group is not None, "an exit without a group"
@@ -327,7 +286,7 @@ class Agent:
             return
         record = self._group.failure(exit_)
         failure = Failure(
-            host=self._node.host,
+            host=self._council.node.host,
             global_rank=self._group.global_rank(exit_.local_rank),
             local_rank=exit_.local_rank,
             pid=exit_.pid,
@@ -347,38 +306,41 @@ class Agent:
                 step=failure.step,
             )
         )
-        self._do(self._member.failed(self._generation, failure, time.monotonic()))
+        generation = self._generation
+        self._tell(lambda machine: machine.failed(generation, failure, time.monotonic()))
 
     def _keep_watch(self, now: float) -> None:
         """Look at our own workers; where this agent leads, over the whole job."""
         if not self._watch.due(now):
             return
         pids = self._group.pids() if self._group is not None and not self._group.stopping else {}
-        plan = self._member.plan
+        plan = self._council.plan
         if plan is not None and plan.generation == self._generation:
             self._watch.dump(plan.dump, pids, now)
-        self._member.pulses(self._watch.look(pids, now))
-        for order in self._vigil.ticked(now) if self._leader is not None else ():
-            assert self._leader is not None, "only a leader has orders"
-            match order:
-                case DumpStacks(generation, number):
-                    self._do(self._leader.dump_ordered(generation, number, now))
-                case WorkerHangs(generation, failure):
-                    self._do(self._leader.hung(generation, failure, now))
+        self._council.membership.member.pulses(self._watch.look(pids, now))
+        for order in self._vigil.ticked(now) if self._council.leads else ():
+            self._order(order)
+
+    def _order(self, order: DumpStacks | WorkerHangs) -> None:
+        match order:
+            case DumpStacks(generation, number):
+                self._do(self._council.answer(lambda leads: leads.dump_ordered(generation, number, time.monotonic())))
+            case WorkerHangs(generation, failure):
+                self._do(self._council.answer(lambda leads: leads.hung(generation, failure, time.monotonic())))
 
     def _group_gone(self, group: WorkerGroup) -> None:
         assert self._generation is not None, "a group without a generation"
         self._group = None
         self._old_groups.append(group)
         self._reap_orphans()
-        generation, now = self._generation, time.monotonic()
+        generation = self._generation
         if self._link is not None:
             self._link.request(EndGeneration(generation=generation))
         if group.failures() or group.stopping:
             self._health.after_a_failure()
-            self._do(self._member.gone(generation, now))
+            self._tell(lambda machine: machine.gone(generation, time.monotonic()))
         else:
-            self._do(self._member.done(generation, now))
+            self._tell(lambda machine: machine.done(generation, time.monotonic()))
 
     def _reap_orphans(self) -> None:
         own = {self._guard.pid}
@@ -386,37 +348,20 @@ class Agent:
         own |= {self._link.pid} if self._link is not None else set()
         reap_orphans(frozenset(own))
 
-    def _hear(self) -> None:
-        assert self._channel is not None, "nobody to hear"
-        for message in self._channel.receive():
-            now = time.monotonic()
-            match message:
-                case Report() if self._leader is not None:
-                    self._recoveries.observe(message)
-                    self._vigil.observe(message)
-                    self._do(self._leader.reported(message, now))
-                case Plan():
-                    self._do(self._member.planned(message, now))
-                case Rejected():
-                    self._do(self._member.rejected(message, now))
-                case _:
-                    pass
-
     def _hear_daemon(self, link: DaemonLink) -> None:
         for message in link.receive():
-            now = time.monotonic()
             match message:
                 case DaemonDied():
                     self._daemon_died(link, message)
                 case Progress():
-                    self._do(self._member.progressed(message.version.step, now))
+                    self._progressed(message.version.step)
                 case RestoreChosen():
                     if self._sessions.chosen(message):
-                        self._do(self._member.session(self._sessions.state, now))
+                        self._session_changed()
                 case SessionPhase():
                     if self._sessions.reached(message):
                         self._warm_up()
-                        self._do(self._member.session(self._sessions.state, now))
+                        self._session_changed()
                 case Notice():
                     self._write(events.Noticed(severity=message.severity, text=message.text))
                     say(message.text)
@@ -428,6 +373,13 @@ class Agent:
                     pass
         if self._starting is not None:
             self._try_start()
+
+    def _progressed(self, step: int) -> None:
+        self._tell(lambda machine: machine.progressed(step, time.monotonic()))
+
+    def _session_changed(self) -> None:
+        state = self._sessions.state
+        self._tell(lambda machine: machine.session(state, time.monotonic()))
 
     def _warm_up(self) -> None:
         """Everything that the script needs for a step has been imported: the standby may import it too."""
@@ -476,7 +428,10 @@ class Agent:
 
     # --- instructions
 
-    def _do(self, instructions: list[leader.Instruction] | list[member.Instruction]) -> None:
+    def _tell(self, event: Callable[[member.Member], list[member.Instruction]]) -> None:
+        self._do(self._council.tell(event))
+
+    def _do(self, instructions: list[NodeInstruction]) -> None:
         """Carry out instructions in order; those that they lead to come after them."""
         idle = not self._queue
         self._queue.extend(instructions)
@@ -484,26 +439,8 @@ class Agent:
             self._carry_out(self._queue[0])
             self._queue.popleft()
 
-    def _carry_out(self, instruction: leader.Instruction | member.Instruction) -> None:
-        now = time.monotonic()
+    def _carry_out(self, instruction: NodeInstruction) -> None:
         match instruction:
-            case leader.Broadcast(plan):
-                if self._channel is not None:
-                    self._channel.broadcast(plan)
-                self._recoveries.agreed(plan)
-                self._vigil.planned(plan)
-                self._do(self._member.planned(plan, now))
-            case member.SendReport(report):
-                self._send_report(report, now)
-            case leader.HostStore(generation):
-                assert self._leader is not None, "only a leader hosts a store"
-                self._do(self._leader.stored(generation, self._host_store(), now))
-            case leader.TurnAway(node_id, reason):
-                self._turn_away(node_id, reason, now)
-            case leader.Note():
-                self._note(instruction)
-            case leader.Finished():
-                self._finished = True
             case member.StartWorkers(plan, place):
                 self._begin_generation(plan, place)
             case member.StopWorkers():
@@ -513,38 +450,25 @@ class Agent:
                     self._link.request(
                         RequestStop(reason="a signal asked the job to stop", grace_s=self._launch.hold.grace_s)
                     )
+            case member.AskRegroup(generation):
+                self._tell(lambda machine: machine.regrouped(generation, time.monotonic()))
             case member.LostLeader():
                 say("the leader is silent: workers end, asking on")
                 self._write(events.Membership(change="leader_lost", text="no plan within the limit"))
             case member.Leave(verdict):
                 self._leave(verdict)
 
-    def _send_report(self, report: Report, now: float) -> None:
-        if self._leader is not None:
-            self._recoveries.observe(report)
-            self._vigil.observe(report)
-            self._do(self._leader.reported(report, now))
-        elif self._channel is not None:
-            self._channel.report(report)
-
-    def _turn_away(self, node_id: str, reason: str, now: float) -> None:
-        if node_id == self._node.node_id:
-            self._do(self._member.rejected(Rejected(reason=reason), now))
-        elif self._channel is not None:
-            self._channel.turn_away(node_id, reason)
-
-    def _host_store(self) -> str:
-        """A fresh store for the next generation; the one before goes with its addresses."""
-        meeting = self._launch.meeting
-        self._store = None  # it may hold the port that was named
-        store = self._store = new_store(meeting.port if meeting.max_nodes == 1 else 0)
-        host = self._launch.config.local_addr or (meeting.host if meeting.max_nodes > 1 else "127.0.0.1")
-        return f"{host}:{store.port}"
-
     def _begin_generation(self, plan: Plan, place: Place) -> None:
         assert plan.generation is not None, "workers belong to a generation"
         self._generation = plan.generation
-        self._seat.write_record(RunRecord(run_id=plan.run_id, run_dir=str(self._run_dir), generation=plan.generation))
+        self._seat.write_record(
+            RunRecord(
+                run_id=plan.run_id,
+                run_dir=str(self._run_dir),
+                generation=plan.generation,
+                nodes=len(plan.places),
+            )
+        )
         self._sessions.begin(plan.generation)
         self._log.enter(place.node_rank, str(plan.generation))
         self._rehearsal.begin(plan.generation, place.node_rank)
@@ -601,13 +525,14 @@ class Agent:
                 forked=group.num_forked,
             )
         )
-        self._do(self._member.started(plan.generation, started_s, time.monotonic()))
+        generation = plan.generation
+        self._tell(lambda machine: machine.started(generation, started_s, time.monotonic()))
 
     def _cannot_spawn(self, generation: GenerationId, place: Place, error: OSError) -> None:
         text = f"{self._spec.command} cannot be run: {error.strerror or error}"
         say(text)
         failure = Failure(
-            host=self._node.host,
+            host=self._council.node.host,
             global_rank=place.first_global_rank,
             local_rank=0,
             pid=0,
@@ -615,14 +540,13 @@ class Agent:
             message=text,
             time_s=time.time(),
         )
-        now = time.monotonic()
-        self._do(self._member.failed(generation, failure, now))
-        self._do(self._member.gone(generation, now))
+        self._tell(lambda machine: machine.failed(generation, failure, time.monotonic()))
+        self._tell(lambda machine: machine.gone(generation, time.monotonic()))
 
     def _stop_workers(self, order: member.StopWorkers) -> None:
         if self._starting is not None and self._generation == order.generation:
             self._starting = None
-            self._do(self._member.gone(order.generation, time.monotonic()))
+            self._tell(lambda machine: machine.gone(order.generation, time.monotonic()))
             return
         if self._group is None:
             return
@@ -634,19 +558,6 @@ class Agent:
         if self._link is not None:
             self._bye_deadline = time.monotonic() + BYE_S
             self._link.shut_down(persist=verdict.kind != "done")
-
-    # --- what the leader's agent tells
-
-    def _note(self, note: leader.Note) -> None:
-        text = describe_failure(note.failure) if note.failure is not None else note.text
-        self._write(events.Membership(change=note.kind, text=f"{note.text}: {text}" if note.failure else text))
-        match note.kind:
-            case "stopping":
-                self._recoveries.begin(text, note.failure.time_s if note.failure is not None else time.time())
-            case "stopped":
-                self._recoveries.stopped()
-            case "node_lost":
-                say(f"lost node {note.text}")
 
     def _write(self, event: events.AnyEvent) -> None:
         self._log.write(event, time.time())

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from holdfast.erasure.redundancy import Redundancy
 from holdfast.errors import UsageError
 from holdfast.faults import parse_schedule
-from holdfast.launcher.leader import Limits
+from holdfast.launcher.limits import Limits
 
 DEFAULT_PORT = 29400
 """torch's default port of a c10d endpoint."""
@@ -83,6 +83,12 @@ def _parse_encrypt(text: str) -> str:
     return text
 
 
+def _parse_count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of nodes: expected 1 or more")
+    return int(text)
+
+
 def _parse_switch(text: str) -> bool:
     if text not in ("0", "1"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
@@ -119,6 +125,12 @@ class HoldOptions:
     """Interval of the agents' heartbeats."""
     dead_after_s: float = 2.0
     """Silence after which a node counts as lost."""
+    node_multiple: int = 1
+    """A world has a multiple of so many nodes."""
+    grow_s: float = 600.0
+    """Shortest time between two generations that only make the world larger."""
+    claim_store: str | None = None
+    """Place that all agents share, where generations are claimed; None: numbers of nodes decide who may go on."""
     no_progress: int = 3
     """Restarts without progress after which the job stops, where --max-restarts is not given."""
     redundancy: str = "auto"
@@ -181,6 +193,15 @@ _FLAGS = (
     _Flag("bandwidth", parse_size, "SIZE", "most bytes per second that protecting snapshots sends from this node"),
     _Flag("encrypt", _parse_encrypt, "control|all", "what is encrypted between nodes, given a token (default control)"),
     _Flag("job_token_file", Path, "FILE", "file with the token of the job (default: HOLDFAST_TOKEN)"),
+    _Flag("node_multiple", _parse_count, "K", "shrink to a multiple of K nodes (default 1)"),
+    _Flag("grow", parse_duration, "TIME", "shortest time between two growths of the world (default 10m)"),
+    _Flag(
+        "claim_store",
+        str,
+        "URL",
+        "directory or object store that all nodes share: after a split, the side that claims the next generation there "
+        "goes on (default: the side with more than half of the nodes)",
+    ),
     _Flag(
         "standby",
         _parse_switch,
@@ -198,6 +219,9 @@ class Meeting:
 
     host: str
     port: int
+    """Of the first endpoint."""
+    endpoints: tuple[tuple[str, int], ...] = ()
+    """Host and port of all of them."""
     max_nodes: int
     rendezvous_id: str | None
     """As given by the user; None where there was none."""
@@ -292,10 +316,11 @@ def settle(args: argparse.Namespace) -> Meeting:
     _check(args)
     is_static = args.rdzv_backend == "static"
     endpoint = args.rdzv_endpoint or (f"{args.master_addr}:{args.master_port}" if is_static else "")
-    host, port = _endpoint(endpoint)
+    endpoints = tuple(_endpoint(part) for part in endpoint.split(","))
     return Meeting(
-        host=host,
-        port=port,
+        host=endpoints[0][0],
+        port=endpoints[0][1],
+        endpoints=endpoints,
         max_nodes=_nnodes(args.nnodes)[1],
         rendezvous_id=rendezvous_id,
         node_rank=int(args.node_rank) if is_static else None,
@@ -337,7 +362,7 @@ def launch_from(args: argparse.Namespace, meeting: Meeting, *, log_dir: Path) ->
 def hold_options(args: argparse.Namespace) -> HoldOptions:
     """Our part of the command line."""
     values = {flag.name: getattr(args, f"hold_{flag.name}") for flag in _FLAGS}
-    seconds = {name: f"{name}_s" for name in ("linger", "grace", "heartbeat", "dead_after", "hang_timeout")}
+    seconds = {name: f"{name}_s" for name in ("linger", "grace", "heartbeat", "dead_after", "hang_timeout", "grow")}
     return HoldOptions(**{seconds.get(name, name): value for name, value in values.items() if value is not None})
 
 
@@ -398,7 +423,7 @@ def _endpoint(text: str) -> tuple[str, int]:
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
     try:
-        return parse_rendezvous_endpoint(text.split(",")[0], default_port=DEFAULT_PORT)
+        return parse_rendezvous_endpoint(text.strip(), default_port=DEFAULT_PORT)
     except ValueError as error:
         raise UsageError(f"--rdzv-endpoint {text}: {error}") from error
 
@@ -428,6 +453,8 @@ def _limits(args: argparse.Namespace, config: Any) -> Limits:
             heartbeat_s=hold.heartbeat_s,
             dead_after_s=hold.dead_after_s,
             grace_s=hold.grace_s,
+            grow_s=hold.grow_s,
+            node_multiple=hold.node_multiple,
         )
     except ValueError as error:
-        raise UsageError(f"--hold-heartbeat, --hold-dead-after: {error}") from error
+        raise UsageError(f"--nnodes, --hold-heartbeat, --hold-dead-after: {error}") from error

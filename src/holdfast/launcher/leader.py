@@ -3,22 +3,27 @@
 Rules
 -----
 1. A generation runs on a fixed set of nodes. Anything that changes the set, or a failure of any worker, ends it on all
-   of them; the next one has the next number. Restart count, ranks and store address come from one `Plan`, so they are
+   of them; the next one has a larger number. Restart count, ranks and store address come from one `Plan`, so they are
    equal everywhere, whatever the rendezvous backend is.
 2. A new generation starts only when every living node of the old one has acknowledged its end and has no worker left.
-3. A node that has been silent for `dead_after_s` is gone. If the remaining nodes are enough (``--nnodes min:max``) they
-   go on at once; else the job waits up to `join_timeout_s` for others.
+3. A node that has been silent for `dead_after_s` is gone. If the remaining nodes are enough (``--nnodes min:max``,
+   ``--hold-node-multiple``) and may go on (`holdfast.launcher.quorum`) they do so at once; else the job waits up to
+   `join_timeout_s` for others.
 4. The first generation forms when all `max_nodes` are there, or `last_call_s` after `min_nodes` were. Later ones form
    at once from the nodes that are known: no last call.
-5. Nodes beyond `max_nodes` wait and step in. A node that joins while there is room makes the world larger.
+5. Nodes beyond `max_nodes` wait and step in. A node that joins while there is room makes the world larger: at an agreed
+   step where all ranks are in a Session, and at most every `grow_s`.
 6. Only failures of workers are put to the restart budget.
 7. Asked to stop while every rank is in a Session, the job gets `grace_s` to end by itself (its workers agree on a
    step); otherwise its workers get the signal at once.
+8. A leader that cannot go on, because too few members of the newest generation are with it, may found a new incarnation
+   together with enough agents that never had a place (`founders_needed`), after a last call.
 
-States: GATHER (no generation, or the old one has gone) -> FORMING (the store is being made) -> RUN -> STOP -> GATHER,
-and END from anywhere. `handle` takes an event and the time and returns instructions; `Broadcast` carries the whole
-state, so lost messages heal with the next heartbeat. What happens when the *leader* is lost is decided by members
-(`holdfast.launcher.member`): a plan says who leads, and a new leader must name a newer generation.
+Why two successors of one generation never both make progress stands in `holdfast.launcher.quorum`.
+
+States: GATHER (no generation, or the old one has gone) -> CLAIMING (with a claim store) -> FORMING (the store is being
+made) -> RUN -> STOP -> GATHER, and END from anywhere. `handle` takes an event and the time and returns instructions;
+`Broadcast` carries the whole state, so lost messages heal with the next heartbeat.
 """
 
 from __future__ import annotations
@@ -29,100 +34,42 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId
 from holdfast.launcher.budget import RestartBudget
+from holdfast.launcher.leader_orders import (
+    Broadcast,
+    Claim,
+    Finished,
+    HostStore,
+    Instruction,
+    Note,
+    ReadClaims,
+    TurnAway,
+)
+from holdfast.launcher.limits import Limits
+from holdfast.launcher.quorum import founders_needed, lone_upper, may_follow
 from holdfast.launcher.ranks import node_ranks, places
+from holdfast.launcher.roster import Node, Roster, newest_incarnation, remembered_run
 from holdfast.launcher.wire import (
-    PROTOCOL,
     Failure,
     NodeInfo,
     Phase,
     Place,
     Plan,
     Report,
+    Standing,
     Verdict,
     WorkerState,
 )
 
+CLAIMING = "claiming"
+"""A generation is chosen and its number is being claimed; members still see GATHER."""
 FORMING = "forming"
 """A generation is chosen and waits for its store; members still see GATHER."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Numbers that membership follows; times in seconds."""
-
-    min_nodes: int = 1
-    max_nodes: int = 1
-    join_timeout_s: float = 600.0
-    last_call_s: float = 30.0
-    heartbeat_s: float = 0.5
-    dead_after_s: float = 2.0
-    stop_timeout_s: float = 60.0
-    """A node whose workers survive SIGKILL for that long (uninterruptible sleep) ends the job."""
-    grace_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        """Check the combination."""
-        if not 0 < self.min_nodes <= self.max_nodes:
-            raise ValueError(f"nnodes {self.min_nodes}:{self.max_nodes} is not MIN:MAX with 0 < MIN <= MAX")
-        if not 0 < self.heartbeat_s < self.dead_after_s:
-            raise ValueError(
-                f"a node silent for {self.dead_after_s} s would be dead between beats of {self.heartbeat_s} s"
-            )
-
-
-# --- instructions ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Broadcast:
-    """Send the plan to every member."""
-
-    plan: Plan
-
-
-@dataclass(frozen=True)
-class TurnAway:
-    """Tell this agent that it cannot belong to the job."""
-
-    node_id: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class HostStore:
-    """Make a new store for the generation and answer with `stored`."""
-
-    generation: GenerationId
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something for the event log: what happened, in which generation."""
-
-    kind: str
-    """node_joined, node_lost, forming, running, stopping, stopped, asked_to_stop."""
-    text: str
-    generation: int = 0
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True)
-class Finished:
-    """Every member has carried out the end, or is gone: the leader may leave."""
-
-
-Instruction = Broadcast | TurnAway | HostStore | Note | Finished
-
-
-@dataclass
-class _Node:
-    """What the leader knows of one member."""
-
-    report: Report
-    heard: float
-    joined: int
-    """Order of joining."""
-    since: float
+_STRANGER = 1 << 20
+"""Seniority of a leader without a generation, before the number of its endpoint."""
+_CLAIM_AGAIN_S = 2.0
+"""How often the claim store is read."""
+_FENCE_S = 10.0
+"""How long a new incarnation waits after its claim, so that a generation that still runs somewhere has read it."""
 
 
 @dataclass
@@ -131,6 +78,8 @@ class _Run:
 
     generation: GenerationId
     places: tuple[Place, ...]
+    follows: Standing | None
+    """The generation before; None for the first one of an incarnation."""
     store: str = ""
     running_noted: bool = False
     stop_sequence: int = 0
@@ -141,35 +90,66 @@ class _Run:
 
 
 class Leader:
-    """See the module's head. One instance per agent that leads, used by one thread; `now` never goes back."""
+    """See the module's head. One instance per time that an agent leads, used by one thread; `now` never goes back."""
 
     def __init__(
         self,
         *,
-        leader_id: str,
-        job: str,
+        node: NodeInfo,
         nonce: str,
         run_id: str,
         limits: Limits,
         budget: RestartBudget,
         now: float,
+        endpoint: int = 0,
+        claims: bool = False,
+        missing: frozenset[str] = frozenset(),
     ) -> None:
-        self._leader_id = leader_id
-        self._job = job
-        self._nonce = nonce
+        """Lead from `now` on.
+
+        Args:
+            node: this agent.
+            nonce: fresh; names the incarnation, should this leader found one.
+            run_id: of a run that begins here.
+            limits: of the job.
+            budget: restarts after failures.
+            now: time.monotonic().
+            endpoint: number of the rendezvous endpoint that this agent serves, -1 for none.
+            claims: there is a claim store.
+            missing: nodes that need not be waited for: the former leader.
+        """
+        self._node = node
+        self._leader_id = node.node_id
+        self._nonce = self._own_nonce = nonce
+        self._founded = 0
         self._run_id = run_id
         self._limits = limits
         self._budget = budget
+        self._endpoint = endpoint
+        self._claims = claims
+        self._missing = missing
         self._phase: Phase | str = Phase.GATHER
-        self._nodes: dict[str, _Node] = {}
-        self._asking: dict[str, float] = {}
-        """Since when agents ask for a node rank that another one holds."""
-        self._joined = 0
+        self._roster = Roster(job=node.job, limits=limits)
         self._run: _Run | None = None
+        self._before: _Run | None = None
+        """The one before `_run`, to go back to."""
+        self._standing: Standing | None = None
+        """Newest generation that anybody here knows."""
         self._incarnation = 0
-        self._first_number = 0
+        self._fresh = True
         self._restarts = 0
-        self._previous_ranks: dict[str, int] = {}
+        self._ballot = 0
+        self._ballot_since = now
+        self._stride = 1
+        self._proof = f"{nonce}-{node.node_id}" if claims else ""
+        self._claims_known = not claims
+        self._claims_next = now
+        self._fenced_until = now
+        self._may_found = True
+        self._regroup_since: float | None = None
+        self._grown: float | None = None
+        self._waiting_noted = ""
+        self._begun = now
         self._gather_since = now
         self._enough_since: float | None = None
         self._stop_deadline: float | None = None
@@ -183,15 +163,21 @@ class Leader:
         self._finished = False
         self._out: list[Instruction] = []
 
+    @property
+    def plan(self) -> Plan:
+        """What members are told now."""
+        return self._plan()
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """host:port of the agents that follow."""
+        return tuple(n.report.node.address for n in self._roster.nodes.values())
+
     # --- events
 
     def reported(self, report: Report, now: float) -> list[Instruction]:
         """A report arrived, from this agent's own member too."""
-        node = self._nodes.get(report.node.node_id)
-        if node is None:
-            self._admit(report, now)
-        elif report.sequence > node.report.sequence:
-            node.report, node.heard = report, now
+        self._heard(report, now)
         return self._advance(now)
 
     def stored(self, generation: GenerationId, address: str, now: float) -> list[Instruction]:
@@ -199,13 +185,39 @@ class Leader:
         run = self._run
         if self._phase == FORMING and run is not None and run.generation == generation:
             run.store = address
-            self._phase = Phase.RUN
-            self._note("forming", f"{len(run.places)} nodes, {sum(p.num_ranks for p in run.places)} ranks")
         return self._advance(now)
+
+    def claims_read(self, newest: Standing | None, now: float) -> list[Instruction]:
+        """The claim store's newest claim."""
+        self._claims_known = True
+        if newest is not None and (self._standing is None or newest.order > self._standing.order):
+            self._standing = newest
+            self._may_found = self._may_found and self._run is None
+        return self._advance(now)
+
+    def claim_ended(self, claim: Standing, *, won: bool, now: float) -> list[Instruction]:
+        """The claim was created, or somebody else had it before."""
+        run = self._run
+        if self._phase == CLAIMING and run is not None and run.generation == claim.generation:
+            if won:
+                self._fenced_until = now + _FENCE_S if run.follows is None and self._standing is not None else now
+                self._standing = claim
+                self._phase = FORMING
+                self._out.append(HostStore(run.generation))
+            else:
+                self._claim_lost(run, now)
+        return self._advance(now)
+
+    def _claim_lost(self, run: _Run, now: float) -> None:
+        """Another side was first. One that wanted to found an incarnation does not try again: it would overtake."""
+        self._note("claim_lost", f"another side has {run.generation}")
+        self._may_found = self._may_found and run.follows is not None
+        self._claims_known, self._claims_next = False, now
+        self._gather_again(now)
 
     def ticked(self, now: float) -> list[Instruction]:
         """Time has passed: at least every heartbeat."""
-        for node_id in [n for n, node in self._nodes.items() if now - node.heard > self._limits.dead_after_s]:
+        for node_id in self._roster.silent(now):
             self._lost(node_id, now)
         return self._advance(now)
 
@@ -227,49 +239,59 @@ class Leader:
 
     # --- members
 
-    def _admit(self, report: Report, now: float) -> None:
-        reason = self._objection(report.node, now)
+    def _heard(self, report: Report, now: float) -> None:
+        info = report.node
+        reason = self._roster.heard(report, now)
         if reason is None:
-            self._joined += 1
-            self._nodes[report.node.node_id] = _Node(report=report, heard=now, joined=self._joined, since=now)
             self._unsent = True
-            self._note(
-                "node_joined", f"{report.node.host} (agent {report.node.pid}, {report.node.num_workers} workers)"
-            )
+            self._note("node_joined", f"{info.host} (agent {info.pid}, {info.num_workers} workers)")
         elif reason:
-            self._out.append(TurnAway(report.node.node_id, reason))
-
-    def _objection(self, node: NodeInfo, now: float) -> str | None:
-        """Why the node cannot belong to the job; "" where it shall ask again, None where it may join."""
-        if node.protocol != PROTOCOL:
-            return f"this agent speaks protocol {node.protocol}, the leader {PROTOCOL}: use one release on all nodes"
-        if node.job != self._job:
-            return (
-                f"the leader at this endpoint serves job {self._job!r}, not {node.job!r}: use another --rdzv-endpoint"
-            )
-        for other in self._nodes.values():
-            if node.rank_hint is not None and other.report.node.rank_hint == node.rank_hint:
-                return self._same_rank(node, other.report.node, now)
-        return None
-
-    def _same_rank(self, node: NodeInfo, other: NodeInfo, now: float) -> str:
-        """Two agents of one rank: the older may be dead and not yet missed, so the newer asks for a while."""
-        since = self._asking.setdefault(node.node_id, now)
-        if now - since < 2 * self._limits.dead_after_s:
-            return ""
-        return f"node rank {node.rank_hint} is taken by agent {other.pid} on {other.host}"
+            self._out.append(TurnAway(info.node_id, reason, info.address))
 
     def _lost(self, node_id: str, now: float) -> None:
-        node = self._nodes.pop(node_id)
+        node = self._roster.nodes.pop(node_id)
         text = f"{node.report.node.host} (agent {node.report.node.pid}) silent for {self._limits.dead_after_s:g} s"
         self._note("node_lost", text)
-        if self._phase in (Phase.RUN, FORMING) and self._run is not None and node_id in self._run.ids:
+        if self._run is None or node_id not in self._run.ids:
+            return
+        if self._phase == Phase.RUN:
             self._begin_stop(now, cause=f"lost node {text}")
+        elif self._phase in (CLAIMING, FORMING):
+            self._gather_again(now)
 
-    def _members(self) -> list[_Node]:
+    def _members(self) -> list[Node]:
         """Living nodes of the current generation."""
         assert self._run is not None
-        return [self._nodes[place.node_id] for place in self._run.places if place.node_id in self._nodes]
+        return [self._roster.nodes[place.node_id] for place in self._run.places if place.node_id in self._roster.nodes]
+
+    # --- what others know
+
+    def _learn(self, now: float) -> None:
+        """Take over the newest generation, the largest ballot and the failures that any node knows of."""
+        for node in self._roster.nodes.values():
+            report = node.report
+            self._budget.carry_over(report.failures)
+            if report.standing is not None and self._is_newer(report.standing):
+                self._standing = report.standing
+        rivals = [
+            node.report.promised + (node.report.promised_to != self._leader_id)
+            for node in self._roster.nodes.values()
+            if node.report.promised >= self._ballot
+        ]
+        number = self._standing.generation.generation if self._standing is not None and self._ours() else 0
+        needed = max([number + 1, *rivals]) if self._phase == Phase.GATHER else 0
+        if needed > self._ballot:
+            self._ballot, self._ballot_since = needed, now
+
+    def _ours(self) -> bool:
+        """Whether a successor of the newest known generation would belong to its incarnation."""
+        return self._run is None or self._standing is None or self._standing.generation.nonce == self._nonce
+
+    def _is_newer(self, standing: Standing) -> bool:
+        """Whether it is newer than what is known; a leader with generations of its own heeds no other incarnation."""
+        if self._run is not None and standing.generation.nonce != self._nonce:
+            return False
+        return self._standing is None or standing.order > self._standing.order
 
     # --- the machine
 
@@ -277,10 +299,15 @@ class Leader:
         before: Phase | str | None = None
         while before != self._phase:
             before = self._phase
+            self._learn(now)
             self._heed_stop_requests(now)
             match self._phase:
                 case Phase.GATHER:
                     self._advance_gather(now)
+                case "claiming":
+                    self._advance_claiming(now)
+                case "forming":
+                    self._advance_forming(now)
                 case Phase.RUN:
                     self._advance_run(now)
                 case Phase.STOP:
@@ -292,69 +319,213 @@ class Leader:
         return out
 
     def _advance_gather(self, now: float) -> None:
-        idle = [node for node in self._nodes.values() if not node.report.alive]
-        chosen = sorted(idle, key=lambda n: (n.report.node.node_id not in self._previous_ranks, n.joined))
-        chosen = chosen[: self._limits.max_nodes]
-        if len(chosen) < self._limits.min_nodes:
-            self._enough_since = None
-            if now - self._gather_since > self._limits.join_timeout_s:
-                self._end(self._too_few(len(chosen)))
+        if self._claims and not self._read_claims(now):
             return
-        if self._run is None:
+        ready = [node for node in self._roster.nodes.values() if self._is_ready(node)]
+        size = self._limits.legal(len(ready))
+        if size == 0:
+            self._enough_since = None
+        elif not self._still_waiting(ready, now):
             self._enough_since = now if self._enough_since is None else self._enough_since
-            full = len(chosen) == self._limits.max_nodes
-            if not full and now - self._enough_since < self._limits.last_call_s:
+            self._choose(ready, size, now)
+        if self._phase == Phase.GATHER and now - self._gather_since > self._limits.join_timeout_s:
+            self._end(self._too_few(ready))
+
+    def _read_claims(self, now: float) -> bool:
+        """Whether the newest claim is known; asks for it at first, and while this side waits."""
+        if now >= self._claims_next:
+            self._claims_next = now + _CLAIM_AGAIN_S
+            self._out.append(ReadClaims(self._proof))
+        return self._claims_known
+
+    def _is_ready(self, node: Node) -> bool:
+        """Idle, promised to this leader, and able to read its claim store."""
+        report = node.report
+        promised = report.promised == self._ballot and report.promised_to == self._leader_id
+        return promised and not report.alive and report.proof == self._proof
+
+    def _still_waiting(self, ready: list[Node], now: float) -> bool:
+        """Whether a node that is on its way shall be waited for."""
+        known = set(self._standing.members) if self._standing is not None else set()
+        for node_id, node in self._roster.nodes.items():
+            if node in ready:
+                continue
+            limit_s = (
+                self._limits.stop_timeout_s if node.report.alive and node_id in known else self._limits.dead_after_s
+            )
+            if now - max(self._ballot_since, node.since) <= limit_s:
+                return True
+        unseen = known - set(self._roster.nodes) - self._missing
+        return self._run is None and bool(unseen) and now - self._begun <= 2 * self._limits.heartbeat_s
+
+    def _choose(self, ready: list[Node], size: int, now: float) -> None:
+        present = {node.report.node.node_id for node in ready}
+        if self._standing is not None and self._ours():
+            if may_follow(self._standing, present, self._limits, store=self._claims):
+                self._follow_on(self._standing, ready, size, now)
                 return
-        self._form(sorted(chosen, key=lambda n: n.joined))
+            self._note_waiting(self._standing, present)
+        assert self._enough_since is not None, "there are enough"
+        newcomers = sum(node.report.standing is None for node in ready)
+        remembered = max([node.report.daemon.nodes for node in ready])
+        if self._standing is not None:
+            remembered = max(remembered, len(self._standing.members))
+        needed = founders_needed(self._limits, endpoint=self._endpoint, remembered=remembered, store=self._claims)
+        at_once = self._standing is None and len(ready) >= self._limits.legal(self._limits.max_nodes)
+        called = at_once or now - self._enough_since >= self._limits.last_call_s
+        if newcomers >= needed and called and self._may_found:
+            self._form(self._chosen(ready, size), None, now)
 
-    def _too_few(self, count: int) -> Verdict:
-        reason = (
-            f"{count} of at least {self._limits.min_nodes} nodes were there within {self._limits.join_timeout_s:g} s"
+    def _follow_on(self, standing: Standing, ready: list[Node], size: int, now: float) -> None:
+        """This side may go on, if it wins the claim where there is a store: larger sides try first."""
+        present = {node.report.node.node_id for node in ready}
+        if lone_upper(standing, present, self._limits) and not self._claims:
+            self._stride = 2
+            if self._ballot == standing.generation.generation + 1:
+                self._ballot, self._ballot_since = self._ballot + 1, now
+                return
+        elif self._limits.max_nodes == 2 and len(standing.members) == 2 and size == 1:
+            self._stride = 2
+        elif size > 1:
+            self._stride = 1
+        votes = sum(member in present for member in standing.members)
+        smaller = self._claims and 2 * votes <= len(standing.members)
+        if smaller and now - self._gather_since <= self._limits.dead_after_s:
+            return
+        self._form(self._chosen(ready, size), standing, now)
+
+    def _chosen(self, ready: list[Node], size: int) -> list[Node]:
+        """Members of the generation before, then this node, then in order of joining."""
+        before = self._previous_ranks()
+        first = sorted(
+            ready,
+            key=lambda n: (n.report.node.node_id not in before, n.report.node.node_id != self._leader_id, n.joined),
         )
-        return Verdict(kind="failed" if self._run is None else "stopped", reason=reason)
+        return sorted(first[:size], key=lambda n: n.joined)
 
-    def _form(self, chosen: list[_Node]) -> None:
-        if self._run is None:
-            self._found_incarnation(chosen)
+    def _previous_ranks(self) -> dict[str, int]:
+        if self._standing is None:
+            return {}
+        return {node_id: rank for rank, node_id in enumerate(self._standing.members)}
+
+    def _note_waiting(self, standing: Standing, present: set[str]) -> None:
+        votes = sum(member in present for member in standing.members)
+        text = f"{votes} of the {len(standing.members)} nodes of {standing.generation} are here: too few to go on"
+        if text != self._waiting_noted:
+            self._waiting_noted = text
+            self._note("waiting", text)
+
+    def _too_few(self, ready: list[Node]) -> Verdict:
+        within = f"within {self._limits.join_timeout_s:g} s"
+        if self._limits.legal(len(ready)) == 0:
+            reason = f"{len(ready)} of at least {self._limits.min_nodes} nodes were there {within}"
         else:
-            self._outnumber_strangers(chosen)
-        number = self._first_number if self._run is None else self._run.generation.generation + 1
+            reason = f"{self._waiting_noted or 'too few new nodes'}, and no others came {within}"
+        return Verdict(kind="failed" if self._standing is None else "stopped", reason=reason)
+
+    def _form(self, chosen: list[Node], follows: Standing | None, now: float) -> None:
+        if follows is None:
+            number = self._found_incarnation(chosen)
+        else:
+            number = self._succeed(chosen, follows)
+        self._before = self._run
         infos = [node.report.node for node in chosen]
-        ranks = node_ranks(infos, self._previous_ranks)
+        ranks = node_ranks(infos, self._previous_ranks() if follows is not None else {})
         self._run = _Run(
             generation=GenerationId(incarnation=self._incarnation, nonce=self._nonce, generation=number),
             places=places(infos, ranks, {n.report.node.node_id: n.report.daemon.endpoint for n in chosen}),
+            follows=follows,
             ids=frozenset(ranks),
         )
-        self._restarts = number - self._first_number
-        self._previous_ranks = ranks
+        self._fresh = follows is None
+        self._restarts = follows.restart_count + 1 if follows is not None else 0
         self._session = False
         self._dump = 0
-        self._phase = FORMING
-        self._out.append(HostStore(self._run.generation))
+        self._regroup_since = None
+        if self._claims:
+            self._phase = CLAIMING
+            self._claims_next = now
+        else:
+            self._phase = FORMING
+            self._out.append(HostStore(self._run.generation))
 
-    def _found_incarnation(self, chosen: list[_Node]) -> None:
+    def _run_standing(self) -> Standing:
+        assert self._run is not None
+        ordered = sorted(self._run.places, key=lambda place: place.node_rank)
+        return Standing(
+            generation=self._run.generation,
+            members=tuple(place.node_id for place in ordered),
+            addresses=tuple(place.address for place in ordered),
+            run_id=self._run_id,
+            restart_count=self._restarts,
+        )
+
+    def _succeed(self, chosen: list[Node], standing: Standing) -> int:
+        """The next number of the incarnation; that incarnation must look newer than any that the nodes come from."""
+        old = standing.generation
+        self._nonce, self._run_id = old.nonce, standing.run_id
+        self._incarnation = max(old.incarnation, newest_incarnation(chosen, other_than=old.nonce) + 1)
+        return old.generation + 1 if self._claims else self._ballot
+
+    def _found_incarnation(self, chosen: list[Node]) -> int:
         """One more than the largest number that any node has seen, in memory or under another leader."""
-        known = [node.report.daemon.newest_incarnation for node in self._nodes.values()]
-        known += [seen.incarnation for node in self._nodes.values() for seen in _seen_by(node.report)]
-        self._incarnation = max(known) + 1
-        self._first_number = 1
-        self._budget.carry_over(max(node.report.restart_count for node in self._nodes.values()))
-        newest = max(chosen, key=lambda n: (n.report.daemon.run_id is not None, n.report.daemon.newest_incarnation))
-        self._run_id = newest.report.daemon.run_id or self._run_id
+        known = self._standing.generation.incarnation if self._standing is not None else 0
+        self._incarnation = max(known, newest_incarnation(self._roster.nodes.values())) + 1
+        self._nonce = f"{(int(self._own_nonce, 16) + 0x9E3779B1 * self._founded) & 0xFFFFFFFF:08x}"
+        self._founded += 1
+        self._run_id = remembered_run(chosen) or self._run_id
+        return 1 if self._claims else self._ballot
 
-    def _outnumber_strangers(self, chosen: list[_Node]) -> None:
-        """A node that comes from another incarnation with a number like ours would take our generations for old."""
-        others = [seen for node in chosen for seen in _seen_by(node.report) if seen.nonce != self._nonce]
-        newest = max((seen.incarnation for seen in others), default=0)
-        self._incarnation = max(self._incarnation, newest + 1)
+    def _advance_claiming(self, now: float) -> None:
+        """Claim, and again where the store does not answer: the same claim is created once only."""
+        if any(not self._is_ready(node) for node in self._members()):
+            self._gather_again(now)
+        elif now >= self._claims_next:
+            self._claims_next = now + _CLAIM_AGAIN_S
+            self._out.append(Claim(self._run_standing()))
+
+    def _advance_forming(self, now: float) -> None:
+        """Run, once there is a store, and all whose vote was needed start the generation or know of it."""
+        run = self._run
+        assert run is not None
+        if any(not self._is_ready(node) for node in self._members()):
+            self._gather_again(now)
+        elif run.store and self._is_known(run) and now >= self._fenced_until:
+            self._standing = self._run_standing()
+            self._phase = Phase.RUN
+            self._note("forming", f"{len(run.places)} nodes, {sum(p.num_ranks for p in run.places)} ranks")
+
+    def _is_known(self, run: _Run) -> bool:
+        if run.follows is None or self._claims:
+            return True
+        told = {
+            node_id
+            for node_id, node in self._roster.nodes.items()
+            if node.report.standing is not None and node.report.standing.generation == run.generation
+        }
+        return may_follow(run.follows, run.ids | told, self._limits, store=False)
+
+    def _gather_again(self, now: float) -> None:
+        """A generation that nobody has started yet is given up."""
+        self._run = self._before
+        self._phase = Phase.GATHER
+        self._gather_since = now
+        self._ballot, self._ballot_since = self._ballot + self._stride, now
 
     def _advance_run(self, now: float) -> None:
         run = self._run
         assert run is not None
+        if self._claims:
+            self._read_claims(now)
         members = self._members()
         if len(members) < len(run.places):
             self._begin_stop(now, cause="a node was lost")
+            return
+        if self._standing is not None and self._standing.generation != run.generation:
+            self._begin_stop(now, cause=f"there is a newer generation, {self._standing.generation}")
+            return
+        if any(n.report.promised > self._ballot and n.report.generation != run.generation for n in members):
+            self._begin_stop(now, cause="a node has promised itself to another leader")
             return
         for node in members:
             if node.report.generation == run.generation:
@@ -388,13 +559,35 @@ class Leader:
             self._note("running", f"restart {self._restarts}")
         elif self._stop_deadline is not None and now >= self._stop_deadline:
             self._end(Verdict(kind="stopped", reason=f"stopped: the grace of {self._limits.grace_s:g} s was over"))
-        elif self._has_newcomer() and all(report.state is WorkerState.RUNNING for report in current):
-            self._begin_stop(now, cause="a node joined")
+        elif self._may_grow(now) and all(report.state is WorkerState.RUNNING for report in current):
+            self._grow(current, now)
 
-    def _has_newcomer(self) -> bool:
+    def _may_grow(self, now: float) -> bool:
         assert self._run is not None
-        waiting = [n for i, n in self._nodes.items() if i not in self._run.ids and not n.report.alive]
-        return bool(waiting) and len(self._run.places) < self._limits.max_nodes and self._stop_deadline is None
+        if self._stop_deadline is not None:
+            return False
+        if self._regroup_since is None and self._grown is not None and now - self._grown < self._limits.grow_s:
+            return False
+        waiting = [
+            node
+            for node_id, node in self._roster.nodes.items()
+            if node_id not in self._run.ids and not node.report.alive and node.report.proof == self._proof
+        ]
+        return self._limits.legal(len(self._run.places) + len(waiting)) > len(self._run.places)
+
+    def _grow(self, current: list[Report], now: float) -> None:
+        """End the generation for a larger one: at an agreed step, where there is a Session to agree on one."""
+        assert self._run is not None
+        if self._session and self._regroup_since is None:
+            self._regroup_since = now
+            self._note("asked_to_grow", "a node joined: the world grows at an agreed step")
+            return
+        agreed = any(report.regrouped == self._run.generation for report in current)
+        since = self._regroup_since
+        if self._session and not agreed and since is not None and now - since <= self._limits.grace_s:
+            return
+        self._grown = now
+        self._begin_stop(now, cause="a node joined")
 
     def _worker_failed(self, failure: Failure, now: float) -> None:
         if self._stop_deadline is not None:
@@ -417,6 +610,8 @@ class Leader:
         run.verdict = verdict
         run.stop_since = now
         run.stop_sequence = 0
+        self._ballot, self._ballot_since = self._ballot + self._stride, now
+        self._regroup_since = None
         self._phase = Phase.STOP
         self._session = False
         self._note("stopping", cause, failure)
@@ -448,7 +643,7 @@ class Leader:
         return report.seen if report.leader_id == self._leader_id else 0
 
     def _heed_stop_requests(self, now: float) -> None:
-        requests = [node.report.stop for node in self._nodes.values() if node.report.stop is not None]
+        requests = [node.report.stop for node in self._roster.nodes.values() if node.report.stop is not None]
         if not requests:
             return
         urgent = any(request.urgent for request in requests)
@@ -480,7 +675,7 @@ class Leader:
         self._phase = Phase.END
 
     def _advance_end(self) -> None:
-        if not self._finished and all(node.report.ended for node in self._nodes.values()):
+        if not self._finished and all(node.report.ended for node in self._roster.nodes.values()):
             self._finished = True
             self._out.append(Finished())
 
@@ -488,20 +683,35 @@ class Leader:
 
     def _plan(self) -> Plan:
         run = self._run
+        hidden = self._phase in (FORMING, CLAIMING)
+        shown = run is not None and not hidden
         return Plan(
             leader_id=self._leader_id,
             sequence=self._sequence,
-            phase=Phase.GATHER if self._phase == FORMING else Phase(self._phase),
-            generation=run.generation if run is not None and self._phase != FORMING else None,
+            phase=Phase.GATHER if hidden else Phase(self._phase),
+            address=self._node.address,
+            ballot=self._ballot,
+            newest=self._standing.generation if self._standing is not None else None,
+            seniority=self._seniority(),
+            generation=run.generation if run is not None and shown else None,
             restart_count=self._restarts,
-            fresh=run is not None and run.generation.generation == self._first_number,
+            failures=self._budget.used,
+            fresh=run is not None and self._fresh,
             run_id=self._run_id,
-            places=run.places if run is not None and self._phase != FORMING else (),
+            places=run.places if run is not None and shown else (),
+            proposed=self._run_standing() if self._phase == FORMING else None,
             store=run.store if run is not None else "",
             session=self._session,
+            regroup=self._regroup_since is not None,
+            proof=self._proof,
             verdict=self._verdict,
             dump=self._dump,
         )
+
+    def _seniority(self) -> int:
+        if self._standing is not None and self._leader_id in self._standing.members:
+            return self._standing.members.index(self._leader_id)
+        return _STRANGER + (self._endpoint if self._endpoint >= 0 else _STRANGER)
 
     def _renew_plan(self) -> None:
         self._sequence += 1
@@ -521,11 +731,6 @@ class Leader:
     def _note(self, kind: str, text: str, failure: Failure | None = None) -> None:
         number = self._run.generation.generation if self._run is not None else 0
         self._out.append(Note(kind, text, number, failure))
-
-
-def _seen_by(report: Report) -> list[GenerationId]:
-    """Newest generations that the node knows, under this agent and before."""
-    return [generation for generation in (report.generation, report.daemon.generation) if generation is not None]
 
 
 def _differ(old: Plan, new: Plan) -> bool:

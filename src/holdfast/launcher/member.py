@@ -6,11 +6,14 @@ node's workers are doing, and the difference becomes instructions. So it does no
 Rules
 -----
 1. Workers of a generation start only when those of the one before have gone from this node.
-2. Plans of a leader count in the order of their sequence numbers; another leader's plan counts only when it names no
-   generation yet or a newer one than this node has known. Older ones are ignored: they cannot call anything back.
+2. Plans of a leader count in the order of their sequence numbers. Another leader's plan counts where this node has
+   none, or where it outranks the one that it follows (`authority`). Older ones are
+   ignored: they cannot call anything back.
 3. A leader that is silent for `dead_after_s` is gone: this node's workers end (they could not make progress), and the
-   node asks on. A leader that answers within `join_timeout_s` is followed as if it were new.
-4. A stop request outlives its generation: it is repeated to the leader in every report, and to the snapshot daemon in
+   node asks on, for `join_timeout_s`. A leader that answers is followed.
+4. A member promises every ballot once, to one leader, and starts only generations of the newest ballot that it
+   promised.
+5. A stop request outlives its generation: it is repeated to the leader in every report, and to the snapshot daemon in
    every generation whose ranks are all in a Session.
 """
 
@@ -21,7 +24,7 @@ from dataclasses import dataclass
 import msgspec
 
 from holdfast.checkpoint.version import GenerationId
-from holdfast.launcher.leader import Limits
+from holdfast.launcher.limits import Limits
 from holdfast.launcher.wire import (
     DaemonInfo,
     Failure,
@@ -33,6 +36,7 @@ from holdfast.launcher.wire import (
     Rejected,
     Report,
     SessionState,
+    Standing,
     StopRequest,
     Verdict,
     WorkerState,
@@ -67,8 +71,22 @@ class AskStop:
 
 
 @dataclass(frozen=True)
+class AskRegroup:
+    """Ask the snapshot daemon for an agreed step at which all workers wait for their end."""
+
+    generation: GenerationId
+
+
+@dataclass(frozen=True)
+class ReadProof:
+    """Look whether this nonce stands in the claim store, and answer with `proved`."""
+
+    nonce: str
+
+
+@dataclass(frozen=True)
 class SendReport:
-    """Send to the leader."""
+    """Send to the leader; while there is none, to all that may know of one."""
 
     report: Report
 
@@ -85,7 +103,18 @@ class Leave:
     verdict: Verdict
 
 
-Instruction = StartWorkers | StopWorkers | AskStop | SendReport | LostLeader | Leave
+Instruction = StartWorkers | StopWorkers | AskStop | AskRegroup | ReadProof | SendReport | LostLeader | Leave
+
+
+def authority(plan: Plan) -> tuple[bool, int, int, int, str]:
+    """Of two leaders that hear each other the one with the smaller authority yields.
+
+    One whose generation runs comes before one that gathers nodes; then the newer generation decides, then the lower
+    node rank in it, or the lower endpoint where there is none.
+    """
+    newest = plan.newest
+    numbers = (newest.incarnation, newest.generation) if newest is not None else (0, 0)
+    return (plan.phase is Phase.RUN, *numbers, -plan.seniority, plan.leader_id)
 
 
 class Member:
@@ -100,6 +129,8 @@ class Member:
         self._stopping: tuple[GenerationId, bool] | None = None
         """Generation whose end was ordered, and whether at once."""
         self._asked: GenerationId | None = None
+        self._regroup_asked: GenerationId | None = None
+        self._lost_leader = ""
         self._left = False
         self._lonely_verdict: Verdict | None = None
         """How the node leaves once its workers have ended, where no leader says so."""
@@ -117,6 +148,21 @@ class Member:
         """What the leader is told."""
         return self._report
 
+    @property
+    def left(self) -> bool:
+        """The job is over on this node."""
+        return self._left
+
+    @property
+    def seeking_since(self) -> float:
+        """Since when there has been no leader."""
+        return self._seeking_since
+
+    @property
+    def lost_leader(self) -> str:
+        """Node id of the leader that was last found silent, "" where there was none."""
+        return self._lost_leader
+
     # --- events
 
     def planned(self, plan: Plan, now: float) -> list[Instruction]:
@@ -124,8 +170,42 @@ class Member:
         if self._counts(plan):
             self._heard = now
             if self._plan is None or plan.sequence != self._plan.sequence or plan.leader_id != self._plan.leader_id:
-                self._plan = plan
-                self._update(leader_id=plan.leader_id, seen=plan.sequence)
+                self._take(plan)
+        return self._advance(now)
+
+    def _take(self, plan: Plan) -> None:
+        if self._plan is None or self._plan.leader_id != plan.leader_id:
+            self._dirty = True
+        self._plan = plan
+        if plan.ballot > self._report.promised:
+            self._update(promised=plan.ballot, promised_to=plan.leader_id)
+        known = [standing for standing in (_standing(plan), plan.proposed) if standing is not None]
+        known = [standing for standing in known if self._is_news(standing)]
+        if known:
+            self._update(standing=max(known, key=lambda standing: standing.order))
+        self._update(leader_id=plan.leader_id, seen=plan.sequence, failures=max(plan.failures, self._report.failures))
+        if plan.proof and plan.proof != self._report.proof:
+            self._out.append(ReadProof(plan.proof))
+
+    def _is_news(self, standing: Standing) -> bool:
+        """Newer than what this node knows; or it has gone over to another incarnation, and started it."""
+        known = self._report.standing
+        return known is None or standing.order > known.order
+
+    def led_away(self, now: float) -> list[Instruction]:
+        """The leader has yielded to another one, which will call: this is no loss, and nobody has to be missed."""
+        if self._plan is not None and self._plan.phase is not Phase.END:
+            self._seek(now)
+        return self._advance(now)
+
+    def proved(self, nonce: str, now: float) -> list[Instruction]:
+        """The nonce stands in the claim store."""
+        self._update(proof=nonce)
+        return self._advance(now)
+
+    def regrouped(self, generation: GenerationId, now: float) -> list[Instruction]:
+        """All ranks have stopped at the agreed step, and its version is complete."""
+        self._update(regrouped=generation)
         return self._advance(now)
 
     def rejected(self, rejected: Rejected, now: float) -> list[Instruction]:
@@ -190,15 +270,20 @@ class Member:
         """Time has passed: at least every heartbeat."""
         following = self._plan is not None and self._plan.phase is not Phase.END
         if following and now - self._heard > self._limits.dead_after_s:
-            self._plan = None
-            self._seeking_since = now
-            self._update(leader_id="", seen=0)
+            assert self._plan is not None, "it was followed"
+            self._lost_leader = self._plan.leader_id
+            self._seek(now)
             self._out.append(LostLeader())
         if self._plan is None and now - self._seeking_since > self._limits.join_timeout_s:
             reason = f"no leader answered at the rendezvous endpoint for {self._limits.join_timeout_s:g} s"
             kind = "failed" if self._report.generation is None else "stopped"
             self._leave(Verdict(kind=kind, reason=reason))  # type: ignore[arg-type]  # both are literals
         return self._advance(now)
+
+    def _seek(self, now: float) -> None:
+        self._plan = None
+        self._seeking_since = now
+        self._update(leader_id="", seen=0)
 
     def next_wake(self, now: float) -> float:
         """Seconds until `ticked` has something to do."""
@@ -208,12 +293,18 @@ class Member:
 
     def _counts(self, plan: Plan) -> bool:
         known = self._plan
-        if known is not None and plan.leader_id == known.leader_id:
+        if known is None:
+            return plan.phase is not Phase.END or self._may_heed_end(plan)
+        if plan.leader_id == known.leader_id:
             return plan.sequence >= known.sequence
-        if known is not None and known.phase is Phase.END:
+        if Phase.END in (known.phase, plan.phase):
             return False
-        newest = self._report.generation
-        return plan.generation is None or newest is None or plan.generation >= newest
+        return authority(plan) > authority(known)
+
+    def _may_heed_end(self, plan: Plan) -> bool:
+        """A leader that knows less than this node ends only those that follow it."""
+        standing = self._report.standing
+        return standing is None or (plan.newest is not None and plan.newest >= standing.generation)
 
     def _advance(self, now: float) -> list[Instruction]:
         plan = self._plan
@@ -242,6 +333,8 @@ class Member:
             case Phase.RUN if place is not None:
                 if current == plan.generation:
                     self._ask_stop(plan)
+                elif not self._is_promised(plan):
+                    self._stop("another leader was promised more")
                 elif self._report.alive:
                     self._stop("a new generation starts")
                 else:
@@ -256,6 +349,9 @@ class Member:
             case _:
                 self._stop("this node is not in the generation")
 
+    def _is_promised(self, plan: Plan) -> bool:
+        return plan.ballot == self._report.promised and plan.leader_id == self._report.promised_to
+
     def _start(self, plan: Plan, place: Place) -> None:
         assert plan.generation is not None, "a run without a generation"
         self._stopping = None
@@ -268,6 +364,7 @@ class Member:
             session=SessionState(),
             started_s=0.0,
             pulses=(),
+            standing=_standing(plan),
         )
         self._out.append(StartWorkers(plan, place))
 
@@ -286,6 +383,10 @@ class Member:
             assert plan.generation is not None, "a run without a generation"
             self._asked = plan.generation
             self._out.append(AskStop(plan.generation))
+        if plan.regroup and self._regroup_asked != plan.generation:
+            assert plan.generation is not None, "a run without a generation"
+            self._regroup_asked = plan.generation
+            self._out.append(AskRegroup(plan.generation))
 
     def _leave(self, verdict: Verdict) -> None:
         if self._left:
@@ -301,3 +402,17 @@ class Member:
     def _update(self, **changes: object) -> None:
         self._report = msgspec.structs.replace(self._report, **changes)
         self._dirty = True
+
+
+def _standing(plan: Plan) -> Standing | None:
+    """The generation of the plan and who it is made of."""
+    if plan.generation is None or not plan.places:
+        return None
+    ordered = sorted(plan.places, key=lambda place: place.node_rank)
+    return Standing(
+        generation=plan.generation,
+        members=tuple(place.node_id for place in ordered),
+        addresses=tuple(place.address for place in ordered),
+        run_id=plan.run_id,
+        restart_count=plan.restart_count,
+    )

@@ -39,8 +39,8 @@ def worker_spec(launch: Launch) -> WorkerSpec:
     )
 
 
-def node_info(launch: Launch) -> NodeInfo:
-    """Who this agent is to the others."""
+def node_info(launch: Launch, address: str = "") -> NodeInfo:
+    """Who this agent is to the others; `address`: host:port where it hears them."""
     return NodeInfo(
         node_id=f"{socket.gethostname()}-{os.getpid()}-{new_nonce()}",
         job=launch.meeting.rendezvous_id or "",
@@ -49,6 +49,7 @@ def node_info(launch: Launch) -> NodeInfo:
         role=launch.config.role,
         num_workers=launch.config.nproc_per_node,
         rank_hint=launch.meeting.node_rank,
+        address=address,
     )
 
 

@@ -44,6 +44,7 @@ def places(nodes: Sequence[NodeInfo], ranks: Mapping[str, int], daemons: Mapping
                 first_global_rank=first,
                 first_role_rank=role_first[node.role],
                 role_world_size=role_sizes[node.role],
+                address=node.address,
             )
         )
         first += node.num_workers

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from holdfast.environment import job_token, set_job_token, socket_interface
@@ -48,12 +49,12 @@ def run(argv: Sequence[str]) -> int:
         arguments=args.training_script_args,
     )
     tenant = Tenant(pid=os.getpid(), endpoint=meeting.endpoint, node_rank=meeting.node_rank)
-    with Seat(key, tenant, num_seats=meeting.max_nodes) as seat:
+    with Seat(key, tenant, num_seats=_num_seats(meeting)) as seat:
         before = seat.record()
         run_id = before.run_id if before is not None else secrets.token_hex(6)
         run_dir = _make_run_dir(hold, before, seat, run_id)
-        generation = before.generation if before is not None else None
-        seat.write_record(RunRecord(run_id=run_id, run_dir=str(run_dir), generation=generation))
+        old = before or RunRecord(run_id=run_id, run_dir=str(run_dir))
+        seat.write_record(msgspec.structs.replace(old, run_id=run_id, run_dir=str(run_dir)))
         launch, ending = _run_on_seat(args, meeting, seat, run_id, run_dir)
         code = exit_code(ending, hold)
         if code == 0 and hold.run_dir is None and not _worth_keeping(run_dir):
@@ -63,6 +64,13 @@ def run(argv: Sequence[str]) -> int:
             say(f"events and logs: {run_dir}")
     _explain(ending, launch, run_dir)
     return code
+
+
+def _num_seats(meeting: Meeting) -> int:
+    """Agents of one job that a host may have: where ranks are dealt out, spares may wait beside the largest world."""
+    if meeting.max_nodes == 1 or meeting.node_rank is not None:
+        return meeting.max_nodes
+    return 2 * meeting.max_nodes + 6
 
 
 def own_address(meeting: Meeting, iface: str = "") -> str:
@@ -83,13 +91,14 @@ def own_address(meeting: Meeting, iface: str = "") -> str:
         return address
     if iface:
         raise UsageError(f"--hold-iface {iface}: no such interface, or it has no address")
-    try:
-        for found in socket.getaddrinfo(meeting.host, meeting.port or 1, type=socket.SOCK_DGRAM):
-            with socket.socket(*found[:3]) as probe:
-                probe.connect(found[4])  # sends nothing: only looks up the route
-                return str(probe.getsockname()[0])
-    except OSError as error:
-        logger.warning("no route to %s: %s", meeting.host, error)
+    for host, port in meeting.endpoints or ((meeting.host, meeting.port),):
+        try:
+            for found in socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM):
+                with socket.socket(*found[:3]) as probe:
+                    probe.connect(found[4])  # sends nothing: only looks up the route
+                    return str(probe.getsockname()[0])
+        except OSError as error:
+            logger.warning("no route to %s: %s", host, error)
     return socket.gethostname()
 
 
@@ -185,6 +194,7 @@ def _run_on_seat(args: object, meeting: Meeting, seat: Seat, run_id: str, run_di
                 signals=signals,
                 link=link,
                 context=context,
+                address=own_address(meeting, hold.iface),
             )
             begun = True
             ending = agent.run()

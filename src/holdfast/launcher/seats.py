@@ -99,6 +99,8 @@ class RunRecord(msgspec.Struct, frozen=True, kw_only=True):
     run_dir: str
     generation: GenerationId | None = None
     """Newest generation that ran on the seat."""
+    nodes: int = 0
+    """How many nodes it had."""
 
 
 class Seat:

@@ -14,7 +14,7 @@ import msgspec
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import PeerError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised whenever agents of two releases would misread each other."""
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -30,6 +30,8 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     pid: int
     role: str
     num_workers: int
+    address: str = ""
+    """host:port at which this agent hears the others; "" in a job of one node."""
     rank_hint: int | None = None
     """Node rank that the user gave (static rendezvous), None where ranks are dealt out."""
     protocol: int = PROTOCOL
@@ -44,6 +46,8 @@ class DaemonInfo(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str | None = None
     generation: GenerationId | None = None
     """Newest generation that the node ran before this agent came, where its seat remembers."""
+    nodes: int = 0
+    """Number of nodes of that generation, 0 where nobody remembers."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +82,23 @@ class SessionState(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     steps_lost: int = 0
     reason: str = ""
+
+
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
+    """A generation and who it is made of: those who may decide about its successor."""
+
+    generation: GenerationId
+    members: tuple[str, ...]
+    """Node ids, by node rank."""
+    addresses: tuple[str, ...]
+    """host:port of their agents, likewise."""
+    run_id: str = ""
+    restart_count: int = 0
+
+    @property
+    def order(self) -> tuple[int, int, str]:
+        """Which of two is newer."""
+        return self.generation.incarnation, self.generation.generation, self.generation.nonce
 
 
 class StopRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +171,18 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     """Leader that the member follows, "" while it knows none."""
     seen: int = 0
     """Sequence number of the newest plan of that leader that the member has acted on."""
+    promised: int = 0
+    """Largest ballot that the member has promised to a leader: it starts nothing of an older one."""
+    promised_to: str = ""
+    """That leader."""
+    standing: Standing | None = None
+    """Newest generation that the member knows."""
+    failures: int = 0
+    """Restarts after failures that the member knows of: a new leader goes on counting."""
+    proof: str = ""
+    """Nonce that the member has read from the claim store."""
+    regrouped: GenerationId | None = None
+    """Generation whose ranks have all stopped at the agreed step at which its membership shall change."""
     daemon: DaemonInfo = DaemonInfo()
     generation: GenerationId | None = None
     """Generation that this node last started workers for, None before the first."""
@@ -183,6 +216,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     first_global_rank: int
     first_role_rank: int
     role_world_size: int
+    address: str = ""
+    """host:port of its agent."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -216,6 +251,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     leader_id: str
     sequence: int
     phase: Phase
+    address: str = ""
+    """host:port of the leader."""
+    ballot: int = 0
+    """What members promise the leader; grows with every generation, and where another leader's was as large."""
+    newest: GenerationId | None = None
+    """Newest generation that the leader knows."""
+    seniority: int = 0
+    """Node rank of the leader in it; else the number of the endpoint that it serves, after all node ranks."""
+    failures: int = 0
+    """Restarts after failures so far."""
+    proof: str = ""
+    """Nonce in the claim store that every member has to read before it gets a place."""
+    proposed: Standing | None = None
+    """A generation that is about to start: those who have a vote and no place in it must know of it before."""
+    regroup: bool = False
+    """The membership shall change at an agreed step."""
     generation: GenerationId | None = None
     restart_count: int = 0
     fresh: bool = True
@@ -231,13 +282,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     """Number of the newest dump of all workers' stacks that was ordered in this generation."""
 
 
+class Redirect(msgspec.Struct, frozen=True, kw_only=True, tag="redirect"):
+    """Any agent to one that seeks a leader: ask there. A leader that yields sends it to its members."""
+
+    sender: str
+    """Node id."""
+    address: str
+    """host:port of the leader."""
+
+
 class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):
     """Leader to one agent: it cannot belong to this job."""
 
     reason: str
 
 
-AgentMessage = Report | Plan | Rejected
+AgentMessage = Report | Plan | Redirect | Rejected
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AgentMessage] = msgspec.msgpack.Decoder(AgentMessage)

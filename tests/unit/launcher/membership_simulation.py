@@ -1,22 +1,34 @@
-"""Membership under deterministic simulation: agents, a network that delays and loses, workers, crashes, restarts.
+"""Membership under deterministic simulation: agents, workers, crashes, a network that delays, doubles, loses, splits.
 
 Everything is driven by one seeded generator and a virtual clock. `Simulation.run` raises `Violation` when an invariant
-breaks, and `Stuck` when the faults have ended and the job neither runs nor has ended.
+breaks, and `settle` raises `Stuck` when nothing stands in the way and the job neither runs nor has ended.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from holdfast.checkpoint.version import GenerationId
-from holdfast.launcher import leader, member
+from holdfast.launcher import leader, leader_orders, member
 from holdfast.launcher.budget import RestartBudget
-from holdfast.launcher.wire import DaemonInfo, Failure, NodeInfo, Plan, Rejected, Report, Verdict, decode, encode
+from holdfast.launcher.limits import Limits
+from holdfast.launcher.membership import Membership, Send, Terms
+from holdfast.launcher.quorum import may_follow
+from holdfast.launcher.wire import (
+    AgentMessage,
+    DaemonInfo,
+    Failure,
+    NodeInfo,
+    Plan,
+    SessionState,
+    Standing,
+    StopRequest,
+    Verdict,
+)
 
-LEADER_NODE = 0
 TICK_S = 0.1
 
 
@@ -30,15 +42,23 @@ class Stuck(AssertionError):
 
 @dataclass
 class Chaos:
-    """What goes wrong while `until_s` has not come."""
+    """What goes wrong while `until_s` has not come; rates are per second and node."""
 
     until_s: float = 60.0
     loss: float = 0.05
+    double: float = 0.05
     max_delay_s: float = 0.2
-    worker_failures_per_s: float = 0.05
-    crashes_per_s: float = 0.03
-    pauses_per_s: float = 0.02
+    worker_failures: float = 0.05
+    crashes: float = 0.03
+    pauses: float = 0.02
+    splits: float = 0.0
+    """Per second of the whole network: it falls apart, or becomes whole again."""
+    cuts: float = 0.0
+    """Per second of the whole network: one direction between two nodes is cut, or all such cuts heal."""
     restart_after_s: tuple[float, float] = (0.1, 6.0)
+
+
+CALM = Chaos(until_s=0.0)
 
 
 @dataclass
@@ -51,58 +71,94 @@ class Workers:
 
 @dataclass
 class SimAgent:
-    """One agent process and, across restarts, its node."""
+    """One agent process; a node has at most one."""
 
     node: int
-    member: member.Member
-    leader: leader.Leader | None
     node_id: str
-    born: float
+    membership: Membership
+    address: str
     workers: Workers | None = None
     stop_at: float | None = None
     paused_until: float = 0.0
     left: Verdict | None = None
-    finished: bool = False
     heard: float = 0.0
     """When the newest plan arrived, or the agent last woke up."""
 
+    @property
+    def leads(self) -> bool:
+        return self.membership.leader is not None
 
-def _number(generation: GenerationId) -> tuple[int, int]:
+
+@dataclass
+class Claims:
+    """The claim store: names are created once."""
+
+    records: dict[tuple[int, int], Standing] = field(default_factory=dict)
+    proofs: set[str] = field(default_factory=set)
+
+    def newest(self) -> Standing | None:
+        return max(self.records.values(), key=lambda s: s.order, default=None)
+
+    def create(self, standing: Standing) -> bool:
+        name = (standing.generation.incarnation, standing.generation.generation)
+        return self.records.setdefault(name, standing) is standing
+
+
+def number(generation: GenerationId) -> tuple[int, int]:
     return generation.incarnation, generation.generation
 
 
 class Simulation:
-    """`nodes` agents around one endpoint on node 0."""
+    """`nodes` agents; the first `endpoints` of them serve rendezvous endpoints."""
 
     def __init__(
         self,
         seed: int,
         *,
         nodes: int = 3,
-        limits: leader.Limits | None = None,
+        endpoints: int = 1,
+        limits: Limits | None = None,
         chaos: Chaos | None = None,
-        max_restarts: int | None = 1000,
+        max_restarts: int | None = 100_000,
         node_ranks_given: bool = False,
+        claims: bool = False,
+        supervised: bool = True,
+        boot_within_s: float = 2.0,
     ) -> None:
         self.random = random.Random(seed)
-        self.limits = limits or leader.Limits(min_nodes=nodes, max_nodes=nodes, join_timeout_s=300, last_call_s=3)
+        self.limits = limits or Limits(min_nodes=nodes, max_nodes=nodes, join_timeout_s=300, last_call_s=3)
         self.chaos = chaos or Chaos()
         self.max_restarts = max_restarts
         self.static = node_ranks_given
+        self.num_endpoints = endpoints
+        self.claims = Claims() if claims else None
+        self.supervised = supervised
+        """An agent that leaves with a job that was stopped is started again."""
         self.stubborn = False
         """Workers end only where they are given no grace."""
+        self.session = False
+        """Workers open a Session at once, and stop at agreed steps."""
         self.now = 0.0
         self.agents: dict[int, SimAgent] = {}
+        self.by_address: dict[str, SimAgent] = {}
         self.ended: list[SimAgent] = []
-        self.node_newest: dict[int, GenerationId] = {}
+        self.sides: dict[int, int] = {}
+        """Part of the network that each node is in, 0 where not named."""
+        self.cuts: set[tuple[int, int]] = set()
+        """(from, to) that loses everything."""
+        self.node_newest: dict[int, Plan] = {}
         self.plans: dict[GenerationId, Plan] = {}
-        self.failures_by_leader: dict[str, int] = {}
         self.started: list[GenerationId] = []
+        self.progressed: GenerationId | None = None
+        self.notes: list[tuple[float, str, leader_orders.Note]] = []
+        self.gone: set[int] = set()
+        """Nodes that do not come back."""
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._births = 0
         for node in range(nodes):
-            self._at(self.random.uniform(0, 2), lambda node=node: self._boot(node))
+            self._at(self.random.uniform(0, boot_within_s), lambda node=node: self.boot(node))
+        self._at(TICK_S, self._network_mischief)
 
     # --- engine
 
@@ -115,15 +171,25 @@ class Simulation:
         while self._events and self._events[0][0] <= end:
             self.now, _, action = heapq.heappop(self._events)
             action()
-            self._check()
         self.now = end
         return self
+
+    def run_until(self, condition: Callable[[], object], within_s: float) -> float:
+        """How long it took; `Stuck` where it did not happen."""
+        begun = self.now
+        while not condition():
+            if self.now - begun > within_s:
+                raise Stuck(f"it did not happen within {within_s} s: {self.describe()}")
+            self.run(TICK_S)
+        return self.now - begun
 
     @property
     def _chaotic(self) -> bool:
         return self.now < self.chaos.until_s
 
-    def _boot(self, node: int) -> None:
+    def boot(self, node: int) -> SimAgent | None:
+        if node in self.agents or node in self.gone:
+            return None
         self._births += 1
         node_id = f"node{node}-{self._births}"
         info = NodeInfo(
@@ -133,24 +199,44 @@ class Simulation:
             pid=self._births,
             role="default",
             num_workers=2,
+            address=f"a{node}-{self._births}",
             rank_hint=node if self.static else None,
         )
-        agent = SimAgent(node, member.Member(node=info, limits=self.limits, now=self.now), None, node_id, self.now)
-        if node == LEADER_NODE:
-            agent.leader = leader.Leader(
-                leader_id=node_id,
-                job="sim",
-                nonce=f"{self.random.getrandbits(32):08x}",
-                run_id="run",
-                limits=self.limits,
-                budget=RestartBudget(max_restarts=self.max_restarts, no_progress=3),
-                now=self.now,
-            )
+        endpoint = node if node < self.num_endpoints else -1
+        terms = Terms(
+            node=info,
+            limits=self.limits,
+            make_leader=lambda served, now, missing: self._make_leader(info, served, now, missing),
+            endpoints=tuple(f"e{i}" for i in range(self.num_endpoints)),
+        )
+        agent = SimAgent(node, node_id, Membership(terms, endpoint=endpoint, now=self.now), info.address)
         self.agents[node] = agent
+        self.by_address[info.address] = agent
+        if endpoint >= 0:
+            self.by_address[f"e{endpoint}"] = agent
         newest = self.node_newest.get(node)
-        known = DaemonInfo(newest_incarnation=newest.incarnation if newest else 0, generation=newest)
-        self._do(agent, agent.member.daemon(known, self.now))
+        known = DaemonInfo()
+        if newest is not None and newest.generation is not None:
+            generation = newest.generation
+            known = DaemonInfo(
+                newest_incarnation=generation.incarnation, generation=generation, nodes=len(newest.places)
+            )
+        self._do(agent, agent.membership.tell(lambda m: m.daemon(known, self.now), self.now))
         self._tick(agent)
+        return agent
+
+    def _make_leader(self, info: NodeInfo, endpoint: int, now: float, missing: frozenset[str]) -> leader.Leader:
+        return leader.Leader(
+            node=info,
+            nonce=f"{self.random.getrandbits(32):08x}",
+            run_id="run",
+            limits=self.limits,
+            budget=RestartBudget(max_restarts=self.max_restarts, no_progress=3),
+            now=now,
+            endpoint=endpoint,
+            claims=self.claims is not None,
+            missing=missing,
+        )
 
     def _alive(self, agent: SimAgent) -> bool:
         return self.agents.get(agent.node) is agent
@@ -162,7 +248,7 @@ class Simulation:
         if self.now < agent.paused_until:
             return
         deaf_s = self.now - agent.heard
-        if agent.workers is not None and agent.leader is None and deaf_s > self.limits.dead_after_s + 1.5:
+        if agent.workers is not None and not agent.leads and deaf_s > self.limits.dead_after_s + 1.5:
             raise Violation(f"{agent.node_id} runs workers {deaf_s:.1f} s after it last heard of a leader")
         self._mischief(agent)
         if not self._alive(agent):
@@ -171,28 +257,68 @@ class Simulation:
             generation = agent.workers.plan.generation
             assert generation is not None
             agent.workers, agent.stop_at = None, None
-            self._do(agent, agent.member.gone(generation, self.now))
-        if agent.leader is not None:
-            self._do(agent, agent.leader.ticked(self.now))
-        self._do(agent, agent.member.ticked(self.now))
-        self._maybe_exit(agent)
+            self._do(agent, agent.membership.tell(lambda m: m.gone(generation, self.now), self.now))
+        self._do(agent, agent.membership.ticked(self.now))
+        if agent.membership.finished:
+            self._exit(agent)
+
+    def _exit(self, agent: SimAgent) -> None:
+        del self.agents[agent.node]
+        self.ended.append(agent)
+        if self.supervised and agent.left is not None and agent.left.kind == "stopped":
+            self._at(self.random.uniform(*self.chaos.restart_after_s), lambda: self.boot(agent.node))
+
+    # --- faults
 
     def _mischief(self, agent: SimAgent) -> None:
         if not self._chaotic:
             return
         chaos = self.chaos
-        if self.random.random() < chaos.crashes_per_s * TICK_S:
-            self._crash(agent)
-        elif self.random.random() < chaos.pauses_per_s * TICK_S:
+        draw = self.random.random() / TICK_S
+        if draw < chaos.crashes:
+            self.crash(agent)
+        elif draw < chaos.crashes + chaos.pauses:
             agent.paused_until = agent.heard = self.now + self.random.uniform(0.5, 6.0)
-        elif agent.workers is not None and self.random.random() < chaos.worker_failures_per_s * TICK_S:
+        elif agent.workers is not None and draw < chaos.crashes + chaos.pauses + chaos.worker_failures:
             self.fail_worker(agent)
 
-    def _crash(self, agent: SimAgent) -> None:
+    def _network_mischief(self) -> None:
+        if not self._chaotic:
+            self.heal()
+            return
+        self._at(TICK_S, self._network_mischief)
+        if self.progressed is None:
+            return  # agents that never met cannot know of each other
+        if self.random.random() < self.chaos.splits * TICK_S:
+            self.sides = {}
+            if self.random.random() < 0.6:
+                self.sides = {node: self.random.randrange(2) for node in self.agents}
+        if self.random.random() < self.chaos.cuts * TICK_S:
+            nodes = list(self.agents)
+            self.cuts = set()
+            if len(nodes) > 1 and self.random.random() < 0.6:
+                for _ in range(self.random.randint(1, 3)):
+                    a, b = self.random.sample(nodes, 2)
+                    self.cuts.add((a, b))
+
+    def heal(self) -> None:
+        self.sides, self.cuts = {}, set()
+
+    def split(self, *sides: Iterable[int]) -> None:
+        self.sides = {node: index for index, side in enumerate(sides) for node in side}
+
+    def crash(self, agent: SimAgent, *, forever: bool = False) -> None:
         """The agent dies and its workers with it; a new one comes later."""
         del self.agents[agent.node]
-        low, high = self.chaos.restart_after_s
-        self._at(self.random.uniform(low, high), lambda: self._boot(agent.node))
+        if forever:
+            self.gone.add(agent.node)
+        else:
+            self._at(self.random.uniform(*self.chaos.restart_after_s), lambda: self.boot(agent.node))
+
+    def lose(self, *nodes: int) -> None:
+        """Power off, for good."""
+        for node in nodes:
+            self.crash(self.agents[node], forever=True)
 
     def fail_worker(self, agent: SimAgent) -> None:
         assert agent.workers is not None
@@ -200,7 +326,7 @@ class Simulation:
         assert generation is not None
         agent.workers.failed = True
         failure = Failure(host="h", global_rank=0, local_rank=0, pid=1, exit_code=-9, time_s=self.now)
-        self._do(agent, agent.member.failed(generation, failure, self.now))
+        self._do(agent, agent.membership.tell(lambda m: m.failed(generation, failure, self.now), self.now))
 
     def finish_workers(self) -> None:
         """All workers of all nodes end with exit code 0."""
@@ -209,74 +335,105 @@ class Simulation:
                 generation = agent.workers.plan.generation
                 assert generation is not None
                 agent.workers, agent.stop_at = None, None
-                self._do(agent, agent.member.done(generation, self.now))
+                self._do(agent, agent.membership.tell(lambda m, g=generation: m.done(g, self.now), self.now))
 
-    def _maybe_exit(self, agent: SimAgent) -> None:
-        if agent.left is not None and (agent.leader is None or agent.finished):
-            del self.agents[agent.node]
-            self.ended.append(agent)
+    def ask_stop(self, node: int, *, urgent: bool = False) -> None:
+        agent = self.agents[node]
+        request = StopRequest(signal=15, urgent=urgent)
+        self._do(agent, agent.membership.tell(lambda m: m.asked_to_stop(request, self.now), self.now))
 
     # --- network
 
-    def _send(self, to: int, message: Report | Plan | Rejected) -> None:
-        if self._chaotic and self.random.random() < self.chaos.loss:
-            return
-        data = encode(message)
-        delay = self.random.uniform(0, self.chaos.max_delay_s if self._chaotic else 0.01)
-        self._at(delay, lambda: self._deliver(to, data))
+    def connected(self, a: int, b: int) -> bool:
+        return self.sides.get(a, 0) == self.sides.get(b, 0) and (a, b) not in self.cuts
 
-    def _deliver(self, to: int, data: bytes) -> None:
-        agent = self.agents.get(to)
-        if agent is None:
+    def _send(self, sender: SimAgent, address: str, message: AgentMessage) -> None:
+        copies = 1
+        if self._chaotic:
+            if self.random.random() < self.chaos.loss:
+                return
+            copies += self.random.random() < self.chaos.double
+        for _ in range(copies):
+            delay = self.random.uniform(0, self.chaos.max_delay_s if self._chaotic else 0.01)
+            self._at(delay, lambda: self._deliver(sender.node, address, message))
+
+    def _deliver(self, sender: int, address: str, message: AgentMessage) -> None:
+        agent = self.by_address.get(address)
+        if agent is None or not self._alive(agent) or not self.connected(sender, agent.node):
             return
         if self.now < agent.paused_until:
-            self._at(agent.paused_until - self.now, lambda: self._deliver(to, data))
+            self._at(agent.paused_until - self.now, lambda: self._deliver(sender, address, message))
             return
-        match decode(data):
-            case Report() as report if agent.leader is not None:
-                self._do(agent, agent.leader.reported(report, self.now))
-            case Plan() as plan:
-                agent.heard = self.now
-                self._do(agent, agent.member.planned(plan, self.now))
-            case Rejected() as rejected:
-                self._do(agent, agent.member.rejected(rejected, self.now))
-            case _:
-                pass
+        if isinstance(message, Plan):
+            agent.heard = self.now
+        self._do(agent, agent.membership.heard(message, self.now))
 
     # --- what agents do
 
     def _do(self, agent: SimAgent, instructions: list) -> None:
         for instruction in instructions:
             match instruction:
-                case leader.Broadcast(plan):
-                    for node, other in list(self.agents.items()):
-                        if other is not agent:
-                            self._send(node, plan)
-                    self._do(agent, agent.member.planned(plan, self.now))
-                case leader.HostStore(generation):
-                    assert agent.leader is not None
-                    address = f"host:{self._count}"
-                    self._do(agent, agent.leader.stored(generation, address, self.now))
-                case leader.Finished():
-                    agent.finished = True
-                case leader.TurnAway(node_id, reason):
-                    for node, other in list(self.agents.items()):
-                        if other.node_id == node_id:
-                            self._send(node, Rejected(reason=reason))
-                case member.SendReport(report):
-                    if agent.leader is not None:
-                        self._do(agent, agent.leader.reported(report, self.now))
-                    else:
-                        self._send(LEADER_NODE, report)
+                case Send(message, addresses):
+                    for address in addresses:
+                        self._send(agent, address, message)
+                case leader_orders.HostStore(generation):
+                    self._host_store(agent, generation)
+                case leader_orders.Note():
+                    self.notes.append((self.now, agent.node_id, instruction))
+                case leader_orders.ReadClaims(proof):
+                    self._later(agent, lambda: self._read_claims(agent, proof))
+                case leader_orders.Claim(standing):
+                    self._later(agent, lambda s=standing: self._claim(agent, s))
+                case member.ReadProof(nonce):
+                    self._later(agent, lambda n=nonce: self._read_proof(agent, n))
                 case member.StartWorkers(plan, _):
                     self._start(agent, plan)
                 case member.StopWorkers(_, _, _, grace_s):
                     if agent.stop_at is None and not (self.stubborn and grace_s != 0.0):
                         agent.stop_at = self.now + self.random.uniform(0, 1.0)
+                case member.AskRegroup(generation):
+                    self._later(agent, lambda: self._regroup(agent, generation))
                 case member.Leave(verdict):
                     agent.left = verdict
                 case _:
                     pass
+
+    def _host_store(self, agent: SimAgent, generation: GenerationId) -> None:
+        address = f"host:{self._count}"
+        self._do(agent, agent.membership.answer(lambda m: m.stored(generation, address, self.now), self.now))
+
+    def _later(self, agent: SimAgent, action: Callable[[], None]) -> None:
+        self._at(self.random.uniform(0, 0.1), lambda: action() if self._alive(agent) else None)
+
+    def _read_proof(self, agent: SimAgent, nonce: str) -> None:
+        assert self.claims is not None
+        plan = agent.membership.plan
+        if nonce in self.claims.proofs:
+            self._do(agent, agent.membership.tell(lambda m: m.proved(nonce, self.now), self.now))
+        elif plan is not None and plan.proof == nonce:
+            self._later(agent, lambda: self._read_proof(agent, nonce))
+
+    def _read_claims(self, agent: SimAgent, proof: str) -> None:
+        assert self.claims is not None
+        self.claims.proofs.add(proof)
+        newest = self.claims.newest()
+        self._later(
+            agent,
+            lambda: self._do(agent, agent.membership.answer(lambda m: m.claims_read(newest, self.now), self.now)),
+        )
+
+    def _claim(self, agent: SimAgent, standing: Standing) -> None:
+        assert self.claims is not None
+        won = self.claims.create(standing)
+        self._later(
+            agent,
+            lambda: self._do(
+                agent, agent.membership.answer(lambda m: m.claim_ended(standing, won=won, now=self.now), self.now)
+            ),
+        )
+
+    def _regroup(self, agent: SimAgent, generation: GenerationId) -> None:
+        self._do(agent, agent.membership.tell(lambda m: m.regrouped(generation, self.now), self.now))
 
     def _start(self, agent: SimAgent, plan: Plan) -> None:
         generation = plan.generation
@@ -284,43 +441,75 @@ class Simulation:
         if agent.workers is not None:
             raise Violation(f"{agent.node_id} starts {generation} beside {agent.workers.plan.generation}")
         before = self.node_newest.get(agent.node)
-        if before is not None and _number(generation) <= _number(before):
-            raise Violation(f"{agent.node_id} starts {generation} after {before}")
+        if before is not None and before.generation is not None and number(generation) <= number(before.generation):
+            raise Violation(f"{agent.node_id} starts {generation} after {before.generation}")
         known = self.plans.setdefault(generation, plan)
         if (known.places, known.restart_count, known.store) != (plan.places, plan.restart_count, plan.store):
             raise Violation(f"two nodes see {generation} differently")
-        if not self.limits.min_nodes <= len(plan.places) <= self.limits.max_nodes:
+        if self.limits.legal(len(plan.places)) != len(plan.places):
             raise Violation(f"{generation} has {len(plan.places)} nodes")
         agent.workers, agent.stop_at = Workers(plan), None
-        self.node_newest[agent.node] = generation
+        self.node_newest[agent.node] = plan
         self.started.append(generation)
-        self._do(agent, agent.member.started(generation, self.now, self.now))
+        self._do(agent, agent.membership.tell(lambda m: m.started(generation, self.now, self.now), self.now))
+        if self.session:
+            state = SessionState(opened=2)
+            self._do(agent, agent.membership.tell(lambda m: m.session(state, self.now), self.now))
+        self._check()
 
     # --- invariants
 
     def whole_generations(self) -> list[GenerationId]:
         """Generations whose workers all run: only these can make progress."""
-        found = []
-        for generation, plan in self.plans.items():
-            running = {
-                agent.node_id
-                for agent in self.agents.values()
-                if agent.workers is not None and agent.workers.plan.generation == generation
-            }
-            if running == {place.node_id for place in plan.places}:
-                found.append(generation)
-        return found
+        running: dict[GenerationId, set[str]] = {}
+        for agent in self.agents.values():
+            if agent.workers is not None:
+                generation = agent.workers.plan.generation
+                assert generation is not None
+                running.setdefault(generation, set()).add(agent.node_id)
+        return [g for g, ids in running.items() if ids == {place.node_id for place in self.plans[g].places}]
+
+    def world(self) -> list[int]:
+        """Numbers of nodes of the generations that run."""
+        return [len(self.plans[g].places) for g in self.whole_generations()]
 
     def _check(self) -> None:
         whole = self.whole_generations()
-        if len(whole) > 1:
+        if len(whole) > 1 and not self._two_may_run():
             raise Violation(f"{whole} run side by side")
+        for generation in whole:
+            if self.progressed is not None and number(generation) < number(self.progressed):
+                if not self._two_may_run():
+                    raise Violation(f"{generation} runs after {self.progressed}")
+            else:
+                self.progressed = generation
 
-    def settle(self, duration_s: float) -> None:
-        """After the faults: one generation has to run on enough nodes, or everything has ended."""
-        self.run(duration_s)
-        if not self.agents:
-            return
-        if not self.whole_generations():
-            states = {agent.node_id: agent.member.report.state for agent in self.agents.values()}
-            raise Stuck(f"no generation runs {duration_s} s after the last fault: {states}")
+    def _two_may_run(self) -> bool:
+        return self.limits.max_nodes <= 2 and self.claims is None
+
+    def describe(self) -> str:
+        return "; ".join(
+            f"{a.node_id} {'leads ' + str(a.membership.leader._phase) if a.leads else ''} "
+            f"{a.membership.member.report.state} knows "
+            f"{a.membership.member.report.standing and a.membership.member.report.standing.members}"
+            for a in self.agents.values()
+        )
+
+    def settle(self, within_s: float) -> float:
+        """After the faults: one generation has to run, or everything has ended. Gives the seconds that it took."""
+        return self.run_until(lambda: not self.agents or self.whole_generations(), within_s)
+
+    def side_that_may_go_on(self) -> set[int] | None:
+        """Nodes of a part of the network that may form the successor of the newest generation, None for none."""
+        newest = max(self.plans.values(), key=lambda plan: number(plan.generation), default=None)
+        if newest is None or newest.generation is None:
+            return None
+        standing = Standing(
+            generation=newest.generation, members=tuple(place.node_id for place in newest.places), addresses=()
+        )
+        for side in set(self.sides.values()) | {0}:
+            agents = [a for a in self.agents.values() if self.sides.get(a.node, 0) == side]
+            present = {agent.node_id for agent in agents}
+            if self.limits.legal(len(agents)) and may_follow(standing, present, self.limits, store=False):
+                return {agent.node for agent in agents}
+        return None

@@ -332,7 +332,8 @@ def test_pulses_go_out_with_the_next_report_and_not_into_the_next_generation() -
 
     def plan(sequence: int, number: int) -> Plan:
         generation = GenerationId(incarnation=1, nonce="7f3a9c02", generation=number)
-        return Plan(leader_id="a", sequence=sequence, phase=PlanPhase.RUN, generation=generation, places=(place,))
+        run = PlanPhase.RUN
+        return Plan(leader_id="a", sequence=sequence, phase=run, generation=generation, places=(place,), ballot=number)
 
     member.planned(plan(1, 1), 0.0)
     member.ticked(1.0)
