@@ -214,7 +214,7 @@ def test_workers_that_not_even_sigkill_ends_fail_the_job() -> None:
     simulation.stubborn = True
     simulation.fail_worker(simulation.agents[1])
     simulation.run(10)
-    plan = simulation.agents[1].member.plan
+    plan = simulation.agents[1].membership.plan
     assert plan is not None
     assert plan.verdict is not None
     assert plan.verdict.kind == "failed"
@@ -496,13 +496,15 @@ def any_schedule(seed: int, nodes: int | None = None) -> Simulation:
         join_timeout_s=20,
         grow_s=(0.5, 30.0)[seed % 2],
     )
+    # Without a claim store, fresh agents cannot know of a generation that shrank to less than half behind a cut cable.
+    may_split = claims or (largest == nodes and 2 * limits.min_nodes > nodes)
     chaos = Chaos(
         until_s=20.0,
         loss=0.15 * (seed % 3),
         worker_failures=0.5 / nodes,
         crashes=0.15 / nodes,
-        splits=0.1 * (seed % 2) if claims or largest == nodes else 0.0,
-        cuts=0.1 * (seed % 4 == 3),
+        splits=0.1 * (seed % 2) if may_split else 0.0,
+        cuts=0.1 * (seed % 4 == 3) if may_split else 0.0,
     )
     static = seed % 5 == 0 and limits.min_nodes == nodes
     return Simulation(
