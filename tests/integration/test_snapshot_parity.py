@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.checkpoint.commit import list_steps
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, SlotState, read_header_of
 from holdfast.snapshot.messages import Notice, ParityMade, Progress, RestoreChosen
 from support.snapshot_worker import Plan
@@ -95,6 +96,7 @@ def test_nodes_are_lost_one_after_the_other_until_storage_is_all_that_is_left(
     for node in nodes:
         node.hello(bandwidth=0.0)
     step = protected(nodes[0], protected(nodes[0], 20))
+    wait_for(lambda: any(one.complete for one in list_steps(tmp_path / "c")), "a checkpoint is in storage")
     job.end()
     made = {node: [one for one in node.pushed if isinstance(one, ParityMade)] for node in nodes}
     [version, *_] = set.intersection(*({one.version for one in parities} for parities in made.values()))
