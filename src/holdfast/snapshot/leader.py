@@ -274,13 +274,20 @@ class LeaderLedger:
         self.protection.restore(self._reports.values(), self.config.generation)
         self.agreement.restore(state.agreed for state in self._reports.values())
         pins = {pin.version: pin for state in self._reports.values() for pin in state.pinned}
-        own = [pin for version, pin in sorted(pins.items()) if version.generation == self.config.generation]
+        own = [pin for version, pin in sorted(pins.items()) if self._persist_is_open(version)]
         for pin in (*self.config.carried, *own):
             if pin.version.generation == self.config.generation:
                 self._offered[pin.version.step] = pin
             out += self.persists.offer(pin)
         if self._complete is not None:
             self._offer_if_wanted(self._complete, out)
+
+    def _persist_is_open(self, version: Version) -> bool:
+        """Whether a persist of this generation has not ended: a node that has let go of the version heard that it
+        has, others may pin it still."""
+        held = [self._held(state, version.step) for state in self._writing]
+        whole = all(one is not None and one.state == "clean" for one in held)
+        return version.generation == self.config.generation and whole
 
     # --- one round
 
