@@ -32,7 +32,7 @@ demo-nodes: $(STAMP) ## four nodes, two lose power and are replaced; needs root 
 	@$(BIN)/python examples/demo_nodes.py
 
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: $(STAMP) ## ruff, its formatter and mypy
 	$(BIN)/ruff check .
