@@ -48,6 +48,9 @@ bench: $(STAMP) ## benchmarks against memcpy and rivals; rivals that do not inst
 	$(BIN)/python benchmarks/stall.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/erasure.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/exchange.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/checkpoint.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/planning.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/let.py $(BENCH_ARGS)
 
 chaos: $(STAMP) ## the whole kill matrix and the long campaigns
 	$(BIN)/python -m pytest -m campaign
