@@ -113,7 +113,7 @@ def test_failures_at_many_instants_of_one_run_change_nothing(
         check(job, world, undisturbed(parallel, world, steps), fired=len(failures))
 
 
-@pytest.mark.parametrize(("parallel", "world", "rank", "instant"), [("fsdp2", 4, 3, "loss")])
+@pytest.mark.parametrize(("parallel", "world", "rank", "instant"), [("ddp", 4, 3, "loss")])
 def test_a_rank_killed_soon_after_the_start_changes_nothing(
     tmp_path: Path, undisturbed: Reference, parallel: str, world: int, rank: int, instant: str
 ) -> None:

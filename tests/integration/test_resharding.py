@@ -44,7 +44,9 @@ def _case(rank: int, world: int, folder: Path, source: str, layout: str) -> None
         dist.barrier()
         if source and rank == 0:
             end = step_dir_name(BEFORE + AFTER)
-            compare(folder / name / end, folder / source / end, exact=source == f"{layout}-{world}")
+            # There is no Session here that keeps the order in which DDP sums where ranks are three or more.
+            exact = source == f"{layout}-{world}" and not (layout == "ddp" and world > 2)
+            compare(folder / name / end, folder / source / end, exact=exact)
     except Exception:
         (folder / f"{name}.failed-{rank}").write_text(traceback.format_exc())
         raise  # the other ranks wait for this one: there is no going on

@@ -7,6 +7,7 @@ Names:
     optimizer.params, .param_groups, .state          objects, see `holdfast.runtime.optimizer_state`
     extra.<key>, extra.<key>.<path>  an object, and the tensors lifted out of it
     rng, session, aliases            objects: generators (per rank), the step, further names of tied tensors
+    ddp                              an object (per rank): see `holdfast.runtime.ddp_buckets`; only where DDP has one
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from holdfast.checkpoint.flat import FlatRange
 from holdfast.checkpoint.objects import ObjectRecord, encode
 from holdfast.errors import StateError
 from holdfast.runtime.book import EntryBook
+from holdfast.runtime.ddp_buckets import BucketOrders
 from holdfast.runtime.entries import TensorEntry, Timing
 from holdfast.runtime.extra import PerRank, Stateful, extra_part
 from holdfast.runtime.holdings import Holders, Table
@@ -82,6 +84,8 @@ class TrainingState:
         self._devices: tuple[torch.device, ...] = ()
         self._rng: RngState | None = None
         self._objects_are_fresh = False
+        self.buckets = BucketOrders(self._models, ranks)
+        """The Session begins it when everything is restored."""
         self._entries = self._read_all()
 
     @property
@@ -169,6 +173,8 @@ class TrainingState:
             "aliases": ObjectRecord(data=encode(self._aliases), per_rank=self._holders.uneven),
             "rng": ObjectRecord(data=encode(read_rng(self._devices)), per_rank=True),
         }
+        if buckets := self.buckets.record():
+            records["ddp"] = ObjectRecord(data=encode(buckets), per_rank=True)
         for part in self._parts:
             records.update(part.objects())
         for lifted in self._lifted():
@@ -197,6 +203,7 @@ class TrainingState:
             is_of_others=self._holders.knows,
         )
         session, rng = reader.object("session"), reader.object("rng")
+        buckets = reader.object("ddp") if reader.has_object("ddp") else None
         uneven = bool((session or {}).get("uneven"))
         tensors = self._plan_models(reader, uneven=uneven)
         plans = self._plan_optimizers(reader, uneven=uneven)
@@ -213,6 +220,7 @@ class TrainingState:
             OptimizerFiller(part, plan, reader).restore()
         for lifted in self._lifted():
             lifted.restore(reader)
+        self.buckets.restored(buckets)
         self._rng = rng
         self.restore_rng()
         step: int = session["step"]

@@ -198,6 +198,8 @@ class Session:
         self._restored = mode.open()
         self._step = self._restored.step if self._restored is not None else 0
         self._rng_pending = self._restored is not None
+        state.buckets.begin()
+        self._cleanup.callback(state.buckets.close)
         hook = register_optimizer_step_pre_hook(self._before_update)
         self._cleanup.callback(hook.remove)
         hooks = install_hooks(
