@@ -100,7 +100,9 @@ WHOLE = [
 ]
 
 
-@pytest.mark.parametrize(("parallel", "world"), IN_ONE_RUN)
+@pytest.mark.parametrize(
+    ("parallel", "world"), [("ddp", 2), ("fsdp2", 2), pytest.param("none", 1, marks=pytest.mark.campaign)]
+)
 def test_failures_at_many_instants_of_one_run_change_nothing(
     tmp_path: Path, undisturbed: Reference, parallel: str, world: int
 ) -> None:

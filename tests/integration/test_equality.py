@@ -41,7 +41,7 @@ def with_holdfast(job: Job, case: str, parallel: str, faults: str = "") -> list[
 campaign = pytest.mark.campaign
 UNDISTURBED = [
     ("adamw-fused", "fsdp2"),
-    ("scaler", "ddp"),
+    pytest.param("scaler", "ddp", marks=campaign),
     pytest.param("muon", "none", marks=campaign),
     pytest.param("adamw", "ddp", marks=campaign),
     pytest.param("adamw-foreach", "none", marks=campaign),
@@ -50,7 +50,7 @@ UNDISTURBED = [
 ]
 RESUMED = [
     ("expert", "ddp"),
-    ("muon", "fsdp2"),
+    pytest.param("muon", "fsdp2", marks=campaign),
     ("lbfgs", "none"),
     pytest.param("scaler", "ddp", marks=campaign),
 ]

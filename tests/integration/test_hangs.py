@@ -23,6 +23,7 @@ def restarts(job: Job) -> list[str]:
     return [(job.root / f"done-{rank}").read_text() for rank in (0, 1)]
 
 
+@pytest.mark.campaign
 def test_an_endless_loop_is_named_with_stacks_of_all_ranks_and_ended(tmp_path: Path) -> None:
     with job_in(tmp_path) as job:
         hangs = run(job, "loop", "--hold-hang-timeout", "4s")

@@ -58,7 +58,7 @@ def test_workers_find_the_environment_that_torchrun_gives(job: Job) -> None:
         ours = json.loads((job.root / f"ours-{rank}.json").read_text())
         extra = {name for name in ours if name.startswith("HOLDFAST_")}
         assert extra == {"HOLDFAST_TEST_MARKER"} | {
-            f"HOLDFAST_{name}" for name in ("DAEMON", "ARENA", "RUN_DIR", "RUN_ID", "GENERATION", "NODES")
+            f"HOLDFAST_{name}" for name in ("DAEMON", "ARENA", "RUN_DIR", "RUN_ID", "GENERATION", "NODES", "ENCRYPT")
         }
         assert ours.keys() - extra == theirs.keys() - {"HOLDFAST_TEST_MARKER"}
         assert {k: v for k, v in ours.items() if k not in varies | extra} == {

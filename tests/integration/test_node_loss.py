@@ -61,6 +61,7 @@ def assert_undisturbed(job: NodeJob, expected: list[dict[str, str]]) -> None:
     assert job.leftovers() == []
 
 
+@pytest.mark.campaign
 def test_two_nodes_lose_a_worker_then_all_of_one_and_end_with_the_bits_of_torchrun(
     tmp_path: Path, stock: Stock
 ) -> None:

@@ -23,19 +23,21 @@ class Case:
     kill: str = "step=30,when=backward"
     slow_at: str = "begin"
     recoveries: int = 1
+    in_short: bool = False
+    """Whether `make test` runs it; the campaign runs all."""
 
 
 CASES = [
-    Case("gradient_accumulation", kill="step=30,when=optimizer"),
+    Case("gradient_accumulation", kill="step=30,when=optimizer", in_short=True),
     Case("gan"),
-    Case("ema_and_teacher", kill="step=30,when=copy"),
+    Case("ema_and_teacher", kill="step=30,when=copy", in_short=True),
     Case("fine_tune", kill="step=30,when=updated"),
     Case("save_best", kill="step=45,when=forward"),
     Case("early_stop", kill="step=30,when=begin"),
     Case("exception", ranks=2, kill="step=45,when=backward", recoveries=2),
-    Case("fsdp2_compile", ranks=2, kill="step=30,when=updated"),
+    Case("fsdp2_compile", ranks=2, kill="step=30,when=updated", in_short=True),
     Case("existing_loop", kill="step=30,when=boundary", slow_at="boundary"),
-    Case("dataloader", kill="step=30,when=commit"),
+    Case("dataloader", kill="step=30,when=commit", in_short=True),
 ]
 
 
@@ -79,7 +81,10 @@ def short_path() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=() if case.in_short else pytest.mark.campaign) for case in CASES],
+)
 def test_a_recipe_survives_a_kill(short_path: Path, case: Case) -> None:
     with job_in(short_path, COMPILE_BACKEND="aot_eager") as job:
         final = killed(job, case)
