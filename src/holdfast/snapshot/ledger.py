@@ -395,6 +395,7 @@ class NodeLedger:
     def _settle(self, out: list[NodeInstruction]) -> None:
         """Free what may be freed, then give slots to the grants that wait for one."""
         self.table.settle()
+        self._revive(out)
         out.extend(DropSlot(slot=slot) for slot in self.table.drop_former())
         if self.generation is None or self._num_slots == 0:
             return
@@ -403,6 +404,15 @@ class NodeLedger:
             version = self.generation.at(step)
             row.grant(version, self._ranks)
             out.append(PublishGrant(slot=row.ref, version=version))
+
+    def _revive(self, out: list[NodeInstruction]) -> None:
+        """A step that was taken back is granted again while its slot waits for writers that may have taken it: in the
+        same slot, for a rank that stands at that step already can never show that it has not."""
+        for row in self.table if self._num_slots else ():
+            version = row.version if row.abandoned and row.ref.pool == self.table.pool else None
+            if version is not None and version.generation == self.generation and version.step in self._grants:
+                row.revive()
+                out.append(PublishGrant(slot=row.ref, version=version))
 
     def _waiting(self) -> list[int]:
         """Granted steps without a slot, oldest first, less those that a local rank has passed already."""

@@ -120,6 +120,11 @@ class Row:
         self.wait_s = self.step_s = 0.0
         self.reported = {}
 
+    def revive(self) -> None:
+        """Grant the row to its version again. Who had let go may take it now; who has passed it will say so again."""
+        self.abandoned = False
+        self.writers = {rank: Writer.MAY_WRITE if one is Writer.GONE else one for rank, one in self.writers.items()}
+
     def release(self) -> None:
         """Forget the grant: nobody writes it any more and nobody needs it."""
         self.version, self.abandoned, self.writers = None, False, {}

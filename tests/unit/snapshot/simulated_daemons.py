@@ -107,7 +107,7 @@ class Daemons(Workers):
             case ledger.SendInventory():
                 self._send_inventory(node)
             case ledger.PublishGrant():
-                self._check_exclusive(node, instruction.slot)
+                self._check_exclusive(node, instruction.slot, instruction.version)
                 self.seen["grants"] += 1
                 node.grants[instruction.slot] = instruction.version.step
             case ledger.WithdrawGrant():

@@ -43,12 +43,12 @@ class Truth:
         if self.newest is None or version.step > self.newest.step or version.generation != self.newest.generation:
             self.newest, self.floor = version, max(self.floor, version.step)
 
-    def _check_exclusive(self, node: Node, slot: SlotRef) -> None:
+    def _check_exclusive(self, node: Node, slot: SlotRef, version: Version) -> None:
         if slot in node.grants:
             raise Violation(f"exclusive: {slot} of node {node.rank} is granted twice")
         for worker in (*node.workers, *node.zombies):
             for writing in (worker.intent, worker.copying):
-                if worker.alive and writing is not None and writing[0] == slot:
+                if worker.alive and writing is not None and writing[0] == slot and writing[1] != version:
                     raise Violation(f"exclusive: {slot} is granted while rank {worker.rank} writes {writing[1]}")
 
     def _check_choice(self, choice: chain.Choice, inventories: tuple[Inventory, ...]) -> None:
