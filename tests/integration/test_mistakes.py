@@ -61,7 +61,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_no_worker_starts(tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [((), "holdfast run"), (("runn", "x.py"), "runn"), (("status",), "status")],
+    [((), "holdfast run"), (("runn", "x.py"), "runn"), (("statsu",), "statsu")],
 )
 def test_a_wrong_command_names_the_right_ones(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
     with job_in(tmp_path) as job:
