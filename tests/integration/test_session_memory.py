@@ -134,3 +134,16 @@ def test_two_ranks_under_torchrun_save_and_resume_as_one(tmp_path: Path) -> None
         found = results(job, 2)
         assert [result["restored"] for result in found] == [["storage", 5]] * 2
         assert [result["digest"] for result in found] == expected
+
+
+def test_under_torchrun_one_rank_asks_for_a_save_and_a_stop_and_all_do_it(tmp_path: Path) -> None:
+    with job_in(tmp_path) as job:
+        asks = ["--save-at", "2", "--end", "stop", "--end-at", "60", "--end-rank", "1", "--steps", "3000"]
+        script = [str(SCRIPT), "--out", str(job.root / "out"), "--checkpoints", str(job.checkpoints), *asks]
+        assert job.run([str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", *script]) == 0, job.output()
+        first, second = results(job, 2)
+        assert first["step"] == second["step"] < 3000
+        assert first["digest"] == second["digest"]
+        tagged, name = second["saved"]
+        assert name == f"step-{tagged:08d}"
+        assert first["told"] == second["told"] == [[tagged, "kept"], [second["step"], None]]

@@ -25,7 +25,7 @@ from holdfast.runtime.census import Census, HolderWatch, meet
 from holdfast.runtime.huddle import Huddle, session_name
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
-from holdfast.runtime.requests import LiveSave, Wanted, decode_wanted, encode_wanted, persisted_of
+from holdfast.runtime.requests import LiveSave, Wanted, first_wanted, persisted_of
 from holdfast.runtime.results import Persisted, Restored, SaveHandle
 from holdfast.runtime.say import plural, say, size
 from holdfast.runtime.snapshotter import Snapshotter
@@ -397,9 +397,7 @@ class LiveMode(Mode):
     def _wanted(self) -> Wanted | None:
         """The first open request of all ranks, one with a tag before those without."""
         self._requests = [request for request in self._requests if not request.done()]
-        mine = [request.wanted for request in self._requests]
-        asked = [wanted for text in self._huddle.gather(encode_wanted(mine)) for wanted in decode_wanted(text)]
-        return min(asked, key=lambda wanted: wanted.tag is None, default=None)
+        return first_wanted(self._huddle, [request.wanted for request in self._requests])
 
     def _answer(self, wanted: Wanted, outcome: Persisted | StorageError) -> None:
         for request in self._requests:

@@ -16,10 +16,13 @@ from holdfast.runtime.census import meet
 from holdfast.runtime.huddle import Huddle, session_name
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
+from holdfast.runtime.requests import LiveSave, Wanted, first_wanted
 from holdfast.runtime.restoring import candidates, resume_path
-from holdfast.runtime.results import Restored, SaveHandle
+from holdfast.runtime.results import Persisted, Restored, SaveHandle
 from holdfast.runtime.say import plural, say
 from holdfast.runtime.storage_tier import StorageTier
+from holdfast.runtime.store_agreement import StoreAgreement
+from holdfast.snapshot.reports import Agreed
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,13 @@ class PlainMode(Mode):
     def __init__(self, context: Context) -> None:
         self._context = context
         self._ranks = Ranks.alone() if context.alone else Ranks.of(context.process_group)
-        self._huddle = Huddle(self._ranks, f"holdfast/{session_name(context.ranks)}")
+        self._name = f"holdfast/{session_name(context.ranks)}"
+        self._huddle = Huddle(self._ranks, self._name)
+        self._agreement: StoreAgreement | None = None
+        """Of several ranks, from the end of `open` to `close`."""
+        self._requests: dict[str, LiveSave] = {}
+        """Saves that this rank asked for and that are not made yet, by the identity of the request."""
+        self._until: int | None = None
         self._tier: StorageTier | None = None
         self._step = 0
         self._stopping = False
@@ -55,37 +64,87 @@ class PlainMode(Mode):
             say(log, f"weights initialised from {path}", rank=rank)
         meet(self._context, self._huddle, sample=restored is None)
         self._step = restored.step if restored is not None else 0
+        if not self._context.alone:
+            self._agreement = StoreAgreement(self._ranks, f"{self._name}/agreement", first_step=self._step)
         return restored
 
     def expect(self, until: int) -> None:
-        """Nothing to prepare."""
+        """No step beyond `until` is agreed on."""
+        self._until = until
+        if self._agreement is not None:
+            self._agreement.expect(until)
 
     def boundary(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Save where it is due."""
+        """Save where it is due, do what was agreed on."""
         previous, self._step = self._step, step
+        agreed = self._agreement.boundary(step) if self._agreement is not None else None
+        if agreed is not None and agreed.kind == "stop":
+            self._stopping, self._persist_end = True, agreed.persist
         if self._tier is not None:
-            self._tier.boundary(previous, step, metrics)
+            self._store(self._tier, previous, step, metrics, agreed)
         return self._stopping
 
     def save(self, tag: str | None, metrics: Mapping[str, float]) -> SaveHandle:
-        """At the next boundary."""
+        """At the next boundary where this rank is alone, else at an agreed step."""
         assert self._tier is not None, "save() needs checkpoint_dir"
-        return self._tier.request(self._step + 1, tag, metrics)
+        if self._agreement is None:
+            return self._tier.request(self._step + 1, tag, metrics)
+        request = LiveSave(None, Wanted(tag=tag, metrics=dict(metrics)))
+        self._requests[self._agreement.request("save", persist=True, tag=tag, metrics=metrics)] = request
+        return SaveHandle(request)
 
     def stop(self, *, persist: bool) -> None:
-        """At the next boundary; all ranks call it in the same step."""
-        self._stopping = True
-        self._persist_end = persist
+        """At the next boundary where this rank is alone, else at an agreed step."""
+        if self._agreement is not None:
+            self._agreement.request("stop", persist=persist, metrics={})
+        else:
+            self._stopping, self._persist_end = True, persist
 
     def before_update(self) -> None:
         """Saves read the state at the boundary only."""
 
     def close(self, step: int, *, failed: bool) -> None:
         """Save the final step, unless it is in storage already."""
-        if not failed and self._tier is not None and step > 0:
-            self._tier.finish(step, persist=self._persist_end)
+        if self._agreement is not None:
+            self._agreement.close()
+        try:
+            if not failed and self._tier is not None and step > 0:
+                self._finish(self._tier, step)
+        finally:
+            for request in self._requests.values():
+                request.give_up("the Session ended before it was made")
 
     # --- inside
+
+    def _store(
+        self, tier: StorageTier, previous: int, step: int, metrics: Mapping[str, float], agreed: Agreed | None
+    ) -> None:
+        """Save what is due or agreed on; at the last step, what any rank has asked for by then."""
+        wanted, answered = None, set[str]()
+        if agreed is not None and agreed.persist and (agreed.kind == "save" or agreed.tag is not None):
+            wanted, answered = Wanted(tag=agreed.tag, metrics=agreed.metrics), set(agreed.requests)
+        if wanted is None and step == self._until and self._agreement is not None:
+            wanted, answered = self._gathered(), set(self._requests)
+        outcome = tier.boundary(previous, step, metrics, wanted)
+        if outcome is not None:
+            self._answer(answered, outcome)
+
+    def _finish(self, tier: StorageTier, step: int) -> None:
+        wanted = self._gathered() if not self._context.alone else None
+        if wanted is None or tier.saved_step == step:
+            tier.finish(step, persist=self._persist_end)
+            late = StorageError(f"step {step} is in storage already; ask before its end for a tag")
+            self._answer(set(self._requests), late)
+        else:
+            self._answer(set(self._requests), tier.save(step, tag=wanted.tag, metrics=wanted.metrics))
+
+    def _gathered(self) -> Wanted | None:
+        """What is asked for on any rank; all ranks call it at the same step."""
+        return first_wanted(self._huddle, [request.wanted for request in self._requests.values()])
+
+    def _answer(self, answered: set[str], outcome: Persisted | StorageError) -> None:
+        for identity in answered & self._requests.keys():
+            self._requests.pop(identity).answer(outcome)
 
     def _resume(self, directory: Path) -> Restored | None:
         """Take the best checkpoint that every rank can read."""

@@ -11,6 +11,7 @@ import msgspec
 
 from holdfast.checkpoint.places import place
 from holdfast.errors import FenceError, PeerTimeout, StorageError
+from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.results import Persisted
 from holdfast.snapshot.client import PendingSave
 from holdfast.snapshot.messages import PersistedMessage
@@ -26,14 +27,19 @@ class Wanted(msgspec.Struct, frozen=True):
     metrics: dict[str, float] = {}
 
 
-def encode_wanted(wanted: Sequence[Wanted]) -> str:
-    """For the other ranks."""
-    return msgspec.json.encode(wanted).decode()
+def first_wanted(huddle: Huddle, mine: Sequence[Wanted]) -> Wanted | None:
+    """The first open request of all ranks, one with a tag before those without; None where there is none.
 
+    Args:
+        huddle: all its ranks make this call.
+        mine: the open requests of this rank.
 
-def decode_wanted(text: str) -> list[Wanted]:
-    """The inverse of `encode_wanted`."""
-    return msgspec.json.decode(text, type=list[Wanted])
+    Raises:
+        PeerTimeout: a rank did not come; named.
+    """
+    said = huddle.gather(msgspec.json.encode(mine).decode())
+    asked = [wanted for text in said for wanted in msgspec.json.decode(text, type=list[Wanted])]
+    return min(asked, key=lambda wanted: wanted.tag is None, default=None)
 
 
 class LiveSave:

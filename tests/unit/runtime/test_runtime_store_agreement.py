@@ -1,0 +1,135 @@
+"""Agreed steps through a store: threads stand for ranks, a barrier in each step for the collectives of training."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from holdfast.checkpoint.saving import Ranks
+from holdfast.errors import PeerError, PeerTimeout
+from holdfast.runtime.store_agreement import StoreAgreement
+from holdfast.snapshot.reports import Agreed
+
+PATIENCE = timedelta(seconds=60)
+Body = Callable[[int, int, StoreAgreement], None]
+"""Of a step: rank, completed steps, what it may ask."""
+
+
+def train(world: int, until: int, body: Body, *, together: bool = True) -> list[list[tuple[int, Agreed]]]:
+    """Steps of `world` ranks up to a stop; what each rank performed, and when."""
+    store = dist.HashStore()
+    barrier = threading.Barrier(world)
+
+    def rank(number: int) -> list[tuple[int, Agreed]]:
+        performed = []
+        with closing(StoreAgreement(Ranks(number, world, store), "session", timeout=PATIENCE)) as agreement:
+            agreement.expect(until)
+            for step in range(until):
+                body(number, step, agreement)
+                if together:
+                    barrier.wait(PATIENCE.total_seconds())
+                agreed = agreement.boundary(step + 1)
+                if agreed is not None:
+                    performed.append((step + 1, agreed))
+                    if agreed.kind == "stop":
+                        break
+        return performed
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(rank, range(world)))
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["collectives", "free"])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_one_rank_asks_for_all_do_at_the_same_step(seed: int, together: bool) -> None:
+    chance = random.Random(seed)
+    world, asking = 4, chance.randrange(4)
+    pauses = [chance.choice([0.0005, 0.001, 0.004]) for _ in range(world)]
+
+    def body(rank: int, step: int, agreement: StoreAgreement) -> None:
+        time.sleep(pauses[rank])  # the length of a step
+        if rank == asking and step == 20:
+            agreement.request("save", persist=True, tag="best", metrics={"loss": 1.5})
+        if rank == (asking + 1) % world and step == 60:
+            agreement.request("stop", persist=False, metrics={})
+
+    performed = train(world, 5000, body, together=together)
+    assert performed[1:] == performed[:-1]
+    kinds = [agreed.kind for _, agreed in performed[0]]
+    assert kinds in (["save", "stop"], ["stop"])  # where the stop came before the save was agreed, one step is both
+    assert performed[0][0][1].tag == "best"
+    assert performed[0][0][1].metrics == {"loss": 1.5}
+    assert performed[0][0][0] > 20
+    assert performed[0][-1][0] < 5000
+
+
+def test_requests_before_the_agreed_step_are_one() -> None:
+    def body(rank: int, step: int, agreement: StoreAgreement) -> None:
+        time.sleep(0.001)
+        if step == 5:
+            agreement.request("save", persist=True, tag=None, metrics={f"of{rank}": 1.0})
+        if step == 700:
+            agreement.request("stop", persist=True, metrics={})
+
+    performed = train(3, 5000, body)
+    assert performed[1:] == performed[:-1]
+    (_, save), (_, stop) = performed[0]
+    assert (save.kind, stop.kind) == ("save", "stop")
+    assert save.metrics == {"of0": 1.0, "of1": 1.0, "of2": 1.0}
+    assert len(save.requests) == len(stop.requests) == 3
+
+
+def test_what_is_asked_for_at_the_end_of_the_loop_holds_nobody_up() -> None:
+    def body(rank: int, step: int, agreement: StoreAgreement) -> None:
+        if rank == 1 and step >= 8:
+            agreement.request("save", persist=True, metrics={})
+
+    performed = train(2, 10, body)
+    assert performed[0] == performed[1]
+
+
+def test_nothing_is_performed_where_nobody_asks() -> None:
+    assert train(2, 300, lambda rank, step, agreement: None) == [[], []]
+
+
+def test_a_rank_that_does_not_come_is_a_timeout() -> None:
+    store = dist.HashStore()
+    first = StoreAgreement(Ranks(0, 2, store), "session", timeout=timedelta(seconds=0.2))
+    second = StoreAgreement(Ranks(1, 2, store), "session", timeout=timedelta(seconds=0.2))
+    with closing(first), closing(second):
+        first.request("stop", persist=False, metrics={})
+        deadline = time.monotonic() + PATIENCE.total_seconds()
+        with pytest.raises(PeerTimeout, match="neither confirmed nor given up"):
+            for step in range(1, 1_000_000):  # the second rank never reaches a boundary
+                assert first.boundary(step) is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+
+class Broken(dist.Store):
+    """A store whose host is gone."""
+
+    def add(self, key: str, amount: int) -> int:
+        raise RuntimeError("Connection reset by peer")
+
+    def clone(self) -> Broken:
+        return self
+
+
+def test_a_store_that_is_gone_stops_requests_and_not_training(caplog: pytest.LogCaptureFixture) -> None:
+    with closing(StoreAgreement(Ranks(0, 2, Broken()), "session", timeout=PATIENCE)) as agreement:
+        with pytest.raises(PeerError, match="does not answer: Connection reset"):
+            agreement.request("stop", persist=False, metrics={})
+        assert agreement.boundary(1) is None
+        deadline = time.monotonic() + PATIENCE.total_seconds()
+        while "learns of no further saves" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert "learns of no further saves" in caplog.text
