@@ -100,18 +100,23 @@ def test_nothing_is_performed_where_nobody_asks() -> None:
     assert train(2, 300, lambda rank, step, agreement: None) == [[], []]
 
 
+def go_on_alone(agreement: StoreAgreement) -> None:
+    """Steps of one rank, while another never reaches a boundary."""
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    for step in range(1, 1_000_000):
+        assert agreement.boundary(step) is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_rank_that_does_not_come_is_a_timeout() -> None:
     store = dist.HashStore()
     first = StoreAgreement(Ranks(0, 2, store), "session", timeout=timedelta(seconds=0.2))
     second = StoreAgreement(Ranks(1, 2, store), "session", timeout=timedelta(seconds=0.2))
     with closing(first), closing(second):
         first.request("stop", persist=False, metrics={})
-        deadline = time.monotonic() + PATIENCE.total_seconds()
         with pytest.raises(PeerTimeout, match="neither confirmed nor given up"):
-            for step in range(1, 1_000_000):  # the second rank never reaches a boundary
-                assert first.boundary(step) is None
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            go_on_alone(first)
 
 
 class Broken(dist.Store):
