@@ -155,7 +155,7 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     return hashlib.sha256(" ".join(all_ranks).encode()).hexdigest()
 
 
-def arguments() -> argparse.Namespace:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="replicate or shard the model over the ranks")
@@ -177,7 +177,7 @@ def arguments() -> argparse.Namespace:
     add("--persist-every", type=int, default=100, help="steps between checkpoints")
     add("--snapshot-every", type=int, default=1, help="steps between snapshots in memory")
     add("--digest-out", type=Path, help="write the digest of the final weights and optimizer state here")
-    return parser.parse_args()
+    return parser
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def held_steps(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: obj
 
 
 def main() -> None:
-    args = arguments()
+    args = arguments().parse_args()
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     rank = dist.get_rank() if dist.is_initialized() else 0

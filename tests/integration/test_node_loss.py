@@ -1,17 +1,24 @@
-"""Jobs whose nodes lose power: what comes back is the run that nothing disturbed."""
+"""Jobs whose nodes lose power while their storage cannot be used: the memory of the others gives back every bit.
+
+Each job writes checkpoints until nodes are lost. At that moment its checkpoint directory goes away, so whatever comes
+back comes from memory; it is there again after the recovery, for the end of the job.
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from support.jobs import BIN, TRAIN, fingerprints, job_in
 from support.node_jobs import NodeJob, node_job
+from support.node_memory import exchanging, protected
 
-STEPS = 60
+STEPS = 40
 Stock = Callable[[int, str], list[dict[str, str]]]
 
 
@@ -23,8 +30,14 @@ def script(root: Path, parallel: str, *more: str) -> list[str]:
 
 def held(root: Path, parallel: str) -> list[str]:
     """The same with a checkpoint directory that all nodes share."""
-    storage = ["--checkpoints", str(root / "checkpoints"), "--persist-every", "10", "--step-seconds", "0.08"]
+    storage = ["--checkpoints", str(root / "checkpoints"), "--persist-every", "5", "--step-seconds", "0.08"]
     return script(root, parallel, *storage)
+
+
+def flags(root: Path, redundancy: str) -> list[str]:
+    """Of `holdfast run`: the claim store is no part of the storage that goes away."""
+    (root / "claims").mkdir()
+    return ["--hold-redundancy", redundancy, "--hold-claim-store", str(root / "claims")]
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +57,41 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Stock:
     return run
 
 
-def lose_and_replace(job: NodeJob, *numbers: int) -> None:
-    """Power off some nodes at once, put new machines in their places, and wait for the recovery."""
-    before = len(job.events("recovery"))
-    lost = [job.cluster.nodes[number] for number in numbers]
-    job.power_off(*lost)
-    for node in lost:
-        job.replace(node)
-    job.wait(lambda: len(job.events("recovery")) > before, f"the recovery from the loss of {numbers}")
+def recoveries(job: NodeJob) -> list[dict[str, Any]]:
+    """Those that came to their end; one that a further loss overtook has no tier."""
+    return [event for event in job.events("recovery") if event["tier"]]
+
+
+def lose(job: NodeJob, numbers: tuple[int, ...], when: Callable[[], bool] = lambda: True) -> int:
+    """Power off nodes and take the storage away, at the next moment that is right; the newest step protected then."""
+    nodes = [job.cluster.nodes[number] for number in numbers]
+    job.wait(when, "the moment at which power is lost")
+    step = protected(job.cluster.nodes)
+    job.power_off(*nodes)
+    if job.job.checkpoints.is_dir():
+        job.lose_storage()
+    return step
+
+
+def replace(job: NodeJob, numbers: tuple[int, ...]) -> None:
+    """New machines in the places of lost ones, with an agent on each."""
+    for number in numbers:
+        job.replace(job.cluster.nodes[number])
+
+
+def assert_from_peers(job: NodeJob, least: int, count: int = 1) -> dict[str, Any]:
+    """Wait for the recovery; it came from the memory of other nodes, and lost nothing that had been protected."""
+    job.wait(lambda: len(recoveries(job)) >= count, f"recovery {count} from peers")
+    event = recoveries(job)[count - 1]
+    assert event["tier"] == "peers", f"{event}\n{job.told()}"
+    assert event["step"] >= least, event
+    return event
 
 
 def assert_undisturbed(job: NodeJob, expected: list[dict[str, str]]) -> None:
     """Every agent ended well, with the bits of the run that nothing disturbed, and left nothing."""
+    if not job.job.checkpoints.is_dir():
+        job.return_storage()
     assert set(job.finish().values()) == {0}, job.told()
     assert fingerprints(job.job.root / "out", len(expected)) == expected
     assert job.leftovers() == []
@@ -65,30 +101,118 @@ def assert_undisturbed(job: NodeJob, expected: list[dict[str, str]]) -> None:
 def test_two_nodes_lose_a_worker_then_all_of_one_and_end_with_the_bits_of_torchrun(
     tmp_path: Path, stock: Stock
 ) -> None:
-    with node_job(2, tmp_path, held(tmp_path, "ddp")) as job:
+    with node_job(2, tmp_path, held(tmp_path, "ddp"), flags=flags(tmp_path, "auto")) as job:
         first, second = job.cluster.nodes
         job.start(first, second)
-        job.wait_step(5)
+        job.wait_protected(5)
         first.kill(str(TRAIN))
-        job.wait(lambda: len(job.events("recovery")) == 1, "the recovery of a worker")
-        job.wait_step(25)
-        lose_and_replace(job, 1)
+        job.wait(lambda: len(recoveries(job)) == 1, "the recovery of a worker")
+        assert recoveries(job)[0]["tier"] == "memory"
+        job.wait_protected(recoveries(job)[0]["step"])
+        least = lose(job, (1,))
+        replace(job, (1,))
+        assert_from_peers(job, least, 2)
         assert_undisturbed(job, stock(2, "ddp"))
-        worker, node = job.events("recovery")
-        assert worker["tier"] == "memory"
-        assert node["tier"] in {"storage", "peers"}
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize(("number", "redundancy"), [(0, "auto"), (1, "2+2"), (2, "3+1"), (3, "2+2")])
 def test_any_one_of_four_nodes_loses_power_at_any_instant_and_is_replaced(
-    tmp_path: Path, stock: Stock, number: int
+    tmp_path: Path, stock: Stock, number: int, redundancy: str
 ) -> None:
     chance = random.Random(number)
-    with node_job(4, tmp_path, held(tmp_path, "fsdp2")) as job:
+    with node_job(4, tmp_path, held(tmp_path, "fsdp2"), flags=flags(tmp_path, redundancy)) as job:
         job.start(*job.cluster.nodes)
-        job.wait_step(11 + chance.randrange(30))
-        lose_and_replace(job, number)
+        job.wait_protected(5 + chance.randrange(25))
+        least = lose(job, (number,))
+        replace(job, (number,))
+        assert_from_peers(job, least)
         assert_undisturbed(job, stock(4, "fsdp2"))
-        [recovery] = job.events("recovery")
-        assert recovery["tier"] in {"storage", "peers"}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("numbers", list(itertools.combinations(range(4), 2)))
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_any_two_of_four_nodes_lose_power_at_once_and_are_replaced(
+    tmp_path: Path, stock: Stock, numbers: tuple[int, int], parallel: str
+) -> None:
+    with node_job(4, tmp_path, held(tmp_path, parallel), flags=flags(tmp_path, "2+2")) as job:
+        job.start(*job.cluster.nodes)
+        job.wait_protected(5)
+        least = lose(job, numbers, lambda: exchanging(job.cluster.nodes))
+        replace(job, numbers)
+        assert_from_peers(job, least)
+        assert_undisturbed(job, stock(4, parallel))
+
+
+@pytest.mark.campaign
+def test_two_nodes_lose_power_twice_in_a_row(tmp_path: Path, stock: Stock) -> None:
+    with node_job(4, tmp_path, held(tmp_path, "fsdp2"), flags=flags(tmp_path, "2+2")) as job:
+        job.start(*job.cluster.nodes)
+        job.wait_protected(5)
+        least = lose(job, (0, 1))
+        replace(job, (0, 1))
+        step = assert_from_peers(job, least, 1)["step"]
+        job.wait_protected(step)
+        least = lose(job, (2, 3))
+        replace(job, (2, 3))
+        assert_from_peers(job, least, 2)
+        assert_undisturbed(job, stock(4, "fsdp2"))
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("second", [0, 2])
+def test_a_second_node_loses_power_while_the_first_one_is_recovered(tmp_path: Path, stock: Stock, second: int) -> None:
+    with node_job(4, tmp_path, held(tmp_path, "fsdp2"), flags=flags(tmp_path, "2+2")) as job:
+        job.start(*job.cluster.nodes)
+        job.wait_protected(5)
+        least = lose(job, (3,))
+        replace(job, (3,))
+        job.wait(lambda: _started(job, 2) == 4, "the second generation")
+        job.power_off(job.cluster.nodes[second])
+        replace(job, (second,))
+        assert_from_peers(job, least)
+        assert_undisturbed(job, stock(4, "fsdp2"))
+
+
+@pytest.mark.campaign
+def test_one_node_more_than_the_parities_takes_the_job_back_to_storage_and_it_says_why(
+    tmp_path: Path, stock: Stock
+) -> None:
+    with node_job(4, tmp_path, held(tmp_path, "fsdp2"), flags=flags(tmp_path, "2+2")) as job:
+        job.start(*job.cluster.nodes)
+        job.wait_protected(5)
+        job.wait(lambda: list(job.job.checkpoints.glob("step-*/root")), "a checkpoint")
+        job.power_off(*job.cluster.nodes[1:])
+        replace(job, (1, 2, 3))
+        job.wait(lambda: recoveries(job), "the recovery")
+        [event] = recoveries(job)
+        assert event["tier"] == "storage", event
+        assert "too many nodes" in job.told() or "is nowhere" in job.told()
+        assert_undisturbed(job, stock(4, "fsdp2"))
+
+
+def _started(job: NodeJob, generation: int) -> int:
+    """How many nodes have started the workers of a generation."""
+    found = [event["generation"] for event in job.events("generation_started")]
+    return sum(one.endswith(f"-g{generation:04d}") for one in found)
+
+
+def test_a_node_of_two_loses_power_and_comes_back_from_the_memory_of_the_other(tmp_path: Path) -> None:
+    """The one of these that every test run has; the parity of one node gives back the image of the other."""
+    few = ["--steps", "16"]
+    with node_job(2, tmp_path, [*held(tmp_path, "fsdp2"), *few], flags=flags(tmp_path, "auto")) as job:
+        job.start(*job.cluster.nodes)
+        job.wait_protected(2)
+        least = lose(job, (1,))
+        replace(job, (1,))
+        assert_from_peers(job, least)
+        job.return_storage()
+        assert set(job.finish().values()) == {0}, job.told()
+        found = fingerprints(tmp_path / "out", 2)
+        assert job.leftovers() == []
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    with job_in(undisturbed) as plain:
+        assert plain.plain(TRAIN, *script(undisturbed, "fsdp2", "--plain")[1:], *few, ranks=2) == 0, plain.output()
+    assert found == fingerprints(undisturbed / "out", 2)

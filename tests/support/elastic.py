@@ -91,6 +91,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--persist-every", type=int)
     parser.add_argument("--progress", type=Path, help="a folder where each rank keeps the number of its finished steps")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--end-file", type=Path, help="training ends, by the script's own choice, once this exists")
     return parser.parse_args()
 
 
@@ -144,6 +145,8 @@ def main() -> None:
             )
             if options.progress is not None:
                 tell(options.progress / str(rank), step + 1)
+            if options.end_file is not None and options.end_file.exists():
+                session.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 

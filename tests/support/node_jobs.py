@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from support.jobs import Job, job_in
+from support.node_memory import protected
 from support.nodes import PORT, Cluster, Node, cluster_of
 
 WAIT_S = 150.0
@@ -50,7 +51,35 @@ class NodeJob:
         self.start(newcomer)
         return newcomer
 
+    # --- the storage that the nodes share
+
+    def lose_storage(self) -> None:
+        """From now on nothing under the checkpoint directory can be read, written or listed."""
+        self.job.checkpoints.rename(self._away)
+        self.job.checkpoints.write_text("a file where the directory was: every use of it fails")
+
+    def return_storage(self) -> None:
+        """The checkpoint directory is there again, as it was."""
+        self.job.checkpoints.unlink()
+        self._away.rename(self.job.checkpoints)
+
+    @property
+    def _away(self) -> Path:
+        return self.job.root / "checkpoints-away"
+
     # --- what happens
+
+    def wait_protected(self, above: int) -> int:
+        """Until a version above that step is whole on all nodes that are on, parity and all; its step."""
+        found = above
+
+        def newer() -> bool:
+            nonlocal found
+            found = protected(self.cluster.nodes)
+            return found > above
+
+        self.wait(newer, f"the protection of a version above step {above}")
+        return found
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Events of one kind that all agents wrote, in order of time; a line cut short by a loss is left out."""

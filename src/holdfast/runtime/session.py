@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -23,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from holdfast.checkpoint.retention import Retention
 from holdfast.environment import WorkerEnvironment, announced_world_size, worker_environment
-from holdfast.errors import UsageError
+from holdfast.errors import StorageError, UsageError
 from holdfast.faults import Injector, When
 from holdfast.runtime.capture import TrainingState
 from holdfast.runtime.extra import PerRank, Stateful
@@ -126,7 +127,7 @@ class Session:
         Raises:
             UsageError: another Session is open, or torch.distributed is not ready.
             StateError: names clash, or an object that cannot be stored.
-            StorageError: `checkpoint_dir` is not writable.
+            StorageError: `checkpoint_dir` is not writable, and there is no memory to go on from.
             MismatchError: what there is to resume is the state of another model.
             PeerError: the snapshot daemon or another rank is missing.
         """
@@ -179,7 +180,7 @@ class Session:
         environment = worker_environment()
         ranks, global_rank = _ranks(self._process_group)
         if self._options.checkpoint_dir is not None:
-            make_writable(self._options.checkpoint_dir)
+            _try_storage(self._options.checkpoint_dir, environment)
         state = TrainingState(
             model=self._model, optimizer=self._optimizer, extra=self._extra, ranks=ranks, global_rank=global_rank
         )
@@ -362,6 +363,16 @@ class Session:
             return
         self._updated = True
         self._mode.before_update()
+
+
+def _try_storage(checkpoint_dir: Path, environment: WorkerEnvironment | None) -> None:
+    """A job that has run before may go on from memory while its storage is away: the leader's daemon decides that."""
+    try:
+        make_writable(checkpoint_dir)
+    except StorageError as error:
+        if environment is None or environment.generation.generation <= 1:
+            raise
+        log.warning("%s", error)
 
 
 def _models(model: Models) -> list[nn.Module]:

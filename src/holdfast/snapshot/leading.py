@@ -248,6 +248,8 @@ class Leading:
             return
         self.history = answer.history
         choice = answer.choice
+        if answer.problem:
+            self._say("warning", f"the checkpoint storage cannot be used, memory is all there is: {answer.problem}")
         for rejected in choice.rejected:
             _log.info("%s was not taken: %s", rejected.candidate, rejected.reason)
         restore = Restore(

@@ -1,18 +1,19 @@
 """The storage part of choosing what a generation starts from; runs in a lane of the leader's daemon.
 
 It lists what is in storage, asks the pure choice (`holdfast.snapshot.chain`), and makes the checkpoint directory ready
-for what follows: steps above the restored one are moved aside, and the directory has a history id.
+for what follows: steps above the restored one are moved aside, and the directory has a history id. An incarnation that
+runs goes on from memory where its storage cannot be used: that may be the very thing that has failed.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from holdfast.checkpoint.commit import StepInfo, abandon_after, history_id, list_steps
 from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.errors import StorageError, UsageError
+from holdfast.errors import CorruptError, StorageError, UsageError
 from holdfast.snapshot import chain
 from holdfast.snapshot.messages import Inventory, SessionConfig
 
@@ -36,6 +37,8 @@ class Answer:
 
     choice: chain.Choice
     history: str | None
+    problem: str = ""
+    """Why the checkpoint directory could not be used, where memory gives all that is needed."""
 
 
 def decide(question: Question) -> Answer:
@@ -43,27 +46,50 @@ def decide(question: Question) -> Answer:
 
     Raises:
         UsageError: `resume` names what is not there.
-        StorageError: the checkpoint directory cannot be read or written.
+        StorageError: the checkpoint directory cannot be read or written, and memory alone does not do.
+        CorruptError: the same of its history id.
     """
+    try:
+        return _with_storage(question)
+    except (StorageError, CorruptError, OSError) as error:
+        answer = None if question.fresh else _from_memory_alone(question)
+        if answer is None:
+            raise
+        return replace(answer, problem=str(error))
+
+
+def _from_memory_alone(question: Question) -> Answer | None:
+    """What memory gives to an incarnation that runs. Which history it belongs to stands in the inventories; later
+    steps that lie in storage stay where they are, and are set aside when they are saved again."""
+    choice = chain.choose(_chain_question(question, (), None))
+    histories = [one.history for one in question.inventories if one.history is not None]
+    return Answer(choice=choice, history=next(iter(histories), None)) if choice.tier == "memory" else None
+
+
+def _with_storage(question: Question) -> Answer:
     config = question.config
     directory = config.checkpoint_dir
     stored = stored_steps(directory, config.resume if question.fresh else "auto")
-    choice = chain.choose(
-        chain.ChainQuestion(
-            generation=question.generation,
-            fresh=question.fresh,
-            resume=config.resume,
-            inventories=question.inventories,
-            stored=stored,
-            history=history_of(directory),
-            excluded=question.excluded,
-            bad_images=question.bad_images,
-            excluded_paths=question.excluded_paths,
-        )
-    )
+    choice = chain.choose(_chain_question(question, stored, history_of(directory)))
     if choice.tier == "error":
         raise UsageError(choice.reason)
     return Answer(choice=choice, history=_make_ready(directory, choice, stored))
+
+
+def _chain_question(
+    question: Question, stored: tuple[chain.StoredStep, ...], history: str | None
+) -> chain.ChainQuestion:
+    return chain.ChainQuestion(
+        generation=question.generation,
+        fresh=question.fresh,
+        resume=question.config.resume,
+        inventories=question.inventories,
+        stored=stored,
+        history=history,
+        excluded=question.excluded,
+        bad_images=question.bad_images,
+        excluded_paths=question.excluded_paths,
+    )
 
 
 def history_of(directory: str | None) -> str | None:
