@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -242,6 +243,29 @@ def test_unwritable_directory_is_named_before_training(mode: ListeningMode, tmp_
     with pytest.raises(StorageError, match="is not writable"):
         session.__enter__()
     assert mode.heard == []
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_job_that_has_run_may_go_on_while_its_storage_is_away(
+    mode: ListeningMode, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+) -> None:
+    """Whether memory does without it is for the leader's daemon to say; a first start is told at once."""
+    place = {
+        "DAEMON": "ipc://x",
+        "ARENA": "/x",
+        "RUN_DIR": "/x",
+        "RUN_ID": "x",
+        "GENERATION": f"i01-0123abcd-g{number:04d}",
+    }
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**{f"HOLDFAST_{key}": value for key, value in place.items()}, **ranks}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "file").write_text("")
+    session, _, _ = make_session(checkpoint_dir=tmp_path / "file" / "checkpoints")
+    expected = pytest.raises(StorageError, match="is not writable") if number == 1 else contextlib.nullcontext()
+    with expected, session:
+        pass
+    assert len(mode.heard) == number - 1
 
 
 @pytest.mark.parametrize(
