@@ -17,7 +17,9 @@ Rules
    is near, the last free slot is kept for it.
 6. A complete must step that is to be persisted goes to the persist queue before the orders that name it complete, so
    its slots are pinned before anyone may free them.
-7. With redundancy, complete versions are protected one after the other (`holdfast.snapshot.protection`).
+7. The first version of a generation that goes on from memory comes at once, whatever the interval: until it is there,
+   what other nodes keep for the lost ones is all that there is.
+8. With redundancy, complete versions are protected one after the other (`holdfast.snapshot.protection`).
 
 States
 ------
@@ -445,6 +447,8 @@ class LeaderLedger:
     def _next_regular(self, newest: int) -> int:
         every = self.interval.every
         least = max(self._granted_through + 1, newest + self.lead)
+        if self.config.parent is not None and self._complete is None and not self.outstanding:
+            return least
         return -(-least // every) * every
 
     def _count_skipped(self, ranks: list[RankState]) -> None:

@@ -85,6 +85,14 @@ def test_a_version_is_complete_when_it_is_clean_on_every_node():
     assert machine.complete == G.at(1)
 
 
+def test_a_generation_that_goes_on_from_memory_has_its_first_version_at_once():
+    machine = made(start_step=20, snapshot_every=10, parent=G.at(20))
+    assert orders(machine.handle(report(20))).grants == (21,)
+    assert orders(machine.handle(report(21, missed=(21,)))).grants == (23,)  # a miss: another one, a little later
+    machine.handle(report(23, clean=(23,)))
+    assert orders(machine.handle(report(27, clean=(23,)))).grants == (30,)
+
+
 def test_a_missed_version_is_abandoned_and_grants_move_further_ahead():
     machine = made()
     machine.handle(report())
