@@ -10,6 +10,7 @@ import pytest
 from support.history import History, assert_exactly_once
 from support.node_jobs import NodeJob, node_job
 
+pytestmark = pytest.mark.timeout(1200)
 SCRIPT = Path(__file__).parent.parent / "support" / "elastic.py"
 BATCH, SAMPLES = 12, 50
 

@@ -15,7 +15,7 @@ from support.jobs import Job, job_in
 from support.node_memory import protected
 from support.nodes import PORT, Cluster, Node, cluster_of
 
-WAIT_S = 150.0
+WAIT_S = 300.0
 
 
 @dataclass

@@ -109,6 +109,8 @@ class Recovery(Event, frozen=True, kw_only=True, tag="recovery", omit_defaults=T
     step: int
     steps_lost: int
     phases: dict[str, float]
+    reason: str = ""
+    """Why the state came from there: what was decoded, or why memory could not give it."""
 
 
 class DaemonChanged(Event, frozen=True, kw_only=True, tag="daemon", omit_defaults=True):

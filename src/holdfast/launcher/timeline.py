@@ -93,7 +93,8 @@ class Timeline:
             if session.tier in ("", "none"):
                 return f"generation {number} started from the beginning: {session.steps_lost} steps lost, {since}"
             lost = f"{session.steps_lost} step{'' if session.steps_lost == 1 else 's'} lost"
-            return f"generation {number} resumed from {session.tier} at step {session.step}: {lost}, {since}"
+            why = f" ({session.reason})" if session.tier == "storage" and session.reason else ""
+            return f"generation {number} resumed from {session.tier} at step {session.step}: {lost}, {since}{why}"
         if not self._had_session and "started" in self._phases:
             self._announced = True
             count = self._plan.restart_count
@@ -110,6 +111,7 @@ class Timeline:
             step=self._session.step,
             steps_lost=self._session.steps_lost,
             phases={name: round(seconds, 4) for name, seconds in self._phases.items()},
+            reason=self._session.reason,
         )
 
     def _mark(self, phase: str, time_s: float) -> None:

@@ -175,6 +175,16 @@ def test_a_recovery_is_told_in_one_line_when_all_ranks_have_finished_a_step() ->
     assert (event.tier, event.step, event.steps_lost, event.restart_count) == ("memory", 37, 1, 1)
 
 
+def test_a_recovery_from_storage_says_why_memory_could_not_give_the_state() -> None:
+    timeline, report = recovery(had_session=True)
+    state = SessionState(opened=2, restored=2, first_step=2, tier="storage", step=30, reason="too many nodes are gone")
+    timeline.observe(msgspec.structs.replace(report, session=state))
+    line = timeline.line()
+    assert line is not None
+    assert line.endswith("(too many nodes are gone)")
+    assert timeline.event().reason == "too many nodes are gone"
+
+
 def test_without_a_session_the_line_comes_when_workers_have_started() -> None:
     timeline, report = recovery(had_session=False)
     timeline.observe(report)
