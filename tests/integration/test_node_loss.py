@@ -137,7 +137,8 @@ def test_any_one_of_four_nodes_loses_power_at_any_instant_and_is_replaced(
 def test_any_two_of_four_nodes_lose_power_at_once_and_are_replaced(
     tmp_path: Path, stock: Stock, numbers: tuple[int, int], parallel: str
 ) -> None:
-    with node_job(4, tmp_path, held(tmp_path, parallel), flags=flags(tmp_path, "2+2")) as job:
+    slow = ["--hold-bandwidth", "100k"]  # so that an exchange takes as long as some steps
+    with node_job(4, tmp_path, held(tmp_path, parallel), flags=[*flags(tmp_path, "2+2"), *slow]) as job:
         job.start(*job.cluster.nodes)
         job.wait_protected(5)
         least = lose(job, numbers, lambda: exchanging(job.cluster.nodes))
