@@ -13,7 +13,7 @@ from math import prod
 import msgspec
 
 
-class Box(msgspec.Struct, frozen=True, order=True):
+class Box(msgspec.Struct, frozen=True, order=True, gc=False):
     """A region of a global tensor, in elements."""
 
     offsets: tuple[int, ...]

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -47,6 +48,9 @@ from holdfast.checkpoint.storage import TEMPORARY_PREFIX, Storage, storage_of
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CheckpointError, CorruptError, StorageError
+
+if TYPE_CHECKING:
+    from holdfast.checkpoint.share import Share
 
 __all__ = [
     "ImageRecord",
@@ -235,7 +239,7 @@ def _ranges(image: OpenImage, ranges: Iterable[tuple[int, int]]) -> Iterator[mem
 
 def commit_step(
     directory: str | Path,
-    records: Sequence[ImageRecord],
+    records: Sequence[ImageRecord] | Share,
     *,
     version: Version,
     world_size: int,
@@ -250,7 +254,7 @@ def commit_step(
 
     Args:
         directory: the step directory.
-        records: one of each rank, from `write_image`.
+        records: one of each rank, from `write_image`; or what all ranks' shares are together.
         version: of all images.
         world_size: number of ranks of the version.
         metrics: names and values, about 2 KiB in all with the tag.
@@ -274,8 +278,8 @@ def commit_step(
     root = Root(
         version=version,
         world_size=world_size,
-        num_images=len(records),
-        size_bytes=sum(record.size_bytes for record in records),
+        num_images=len(index.images),
+        size_bytes=sum(image.size_bytes for image in index.images),
         index_digest=xxhash.xxh3_128_digest(data),
         index_copies=tuple(IndexFile(name=name, size_bytes=len(data)) for name in names),
         time=time.time(),

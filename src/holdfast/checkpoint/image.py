@@ -28,16 +28,17 @@ import base64
 import binascii
 import re
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
+from operator import add, gt
 
 import msgspec
 import xxhash
 import zstandard
 
-from holdfast.checkpoint.boxes import Box, whole
+from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.dtypes import DTYPES, dtype_info
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.version import GenerationId, Version
@@ -467,23 +468,53 @@ def _within(indices: list[int], stop: int) -> bool:
     return min(indices) >= 0 and max(indices) < stop
 
 
+def piece_rows(packed: bytes) -> Iterator[tuple[str, int | None, str, list[int], list[int], list[int]]]:
+    """The same as rows of (name, rank, dtype, shape, offsets, lengths), which are sooner made than pieces.
+
+    Raises:
+        CorruptError: it does not parse, or places a piece outside of its tensor.
+    """
+    try:
+        table = _unpack_table(packed)
+        for name, dtype, shape, offsets, lengths, rank, _, _ in _rows(table):
+            yield name, rank if rank >= 0 else None, table.dtypes[dtype], shape, offsets, lengths
+    except (msgspec.MsgspecError, zstandard.ZstdError, ValueError, OverflowError) as error:
+        raise CorruptError(f"a piece table does not parse: {error}") from error
+
+
 def _pieces(table: _Table) -> tuple[Piece, ...]:
-    pieces: list[Piece] = []
+    return tuple(
+        Piece(
+            name,
+            table.dtypes[dtype],
+            tuple(shape),
+            Box(tuple(offsets), tuple(lengths)),
+            rank if rank >= 0 else None,
+            job,
+            nodes,
+        )
+        for name, dtype, shape, offsets, lengths, rank, job, nodes in _rows(table)
+    )
+
+
+def _rows(
+    table: _Table,
+) -> Iterator[tuple[str, int, list[int], list[int], list[int], int, bool, tuple[int, ...]]]:
+    """(name, dtype, shape, offsets, lengths, rank, job, nodes) of each piece, checked; whole boxes written out."""
     num_dtypes = len(table.dtypes)
     node_sets = [tuple(nodes) for nodes in table.node_sets]
     held_by = [node_sets[i] for i in table.nodes] if table.nodes else [()] * len(table.name)
     columns = (table.name, table.dtype, table.shape, table.offsets, table.lengths, table.rank, table.job, held_by)
     for name, dtype, shape, offsets, lengths, rank, job, nodes in zip(*columns, strict=True):
-        box = whole(shape) if not lengths else Box(tuple(offsets), tuple(lengths))
+        is_whole = not lengths
+        starts, sizes = ([0] * len(shape), shape) if is_whole else (offsets, lengths)
         sound = (
             0 <= dtype < num_dtypes
-            and len(shape) <= _MAX_DIMS
-            and len(box.offsets) == len(box.lengths) == len(shape)
-            and all(
-                o >= 0 and n >= 0 and o + n <= size for o, n, size in zip(box.offsets, box.lengths, shape, strict=True)
-            )
+            and len(starts) == len(sizes) == len(shape) <= _MAX_DIMS
+            and min(starts, default=0) >= 0
+            and min(sizes, default=0) >= 0
+            and (is_whole or not any(map(gt, map(add, starts, sizes), shape)))
         )
         if not sound:
             raise CorruptError(f"the image's piece table places {name!r} at {offsets}+{lengths} of shape {shape}")
-        pieces.append(Piece(name, table.dtypes[dtype], tuple(shape), box, rank if rank >= 0 else None, job, nodes))
-    return tuple(pieces)
+        yield name, dtype, shape, starts, sizes, rank, job, nodes

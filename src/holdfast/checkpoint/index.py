@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from math import prod
+from typing import TYPE_CHECKING
 
 import msgspec
 import zstandard
 
-from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.catalog import Saved
 from holdfast.checkpoint.dtypes import DTYPES
-from holdfast.checkpoint.image import unpack_pieces
-from holdfast.checkpoint.pieces import Piece
-from holdfast.checkpoint.tiles import Placement, Tiling, tiling
+from holdfast.checkpoint.tiles import Placement, Tiling
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import CorruptError, MismatchError
+
+if TYPE_CHECKING:
+    from holdfast.checkpoint.share import Share
 
 MAX_INDEX_BYTES = 1 << 32
 IMAGE_NAME = re.compile(r"i\d{2,18}-[0-9a-f]{8}-g\d{4,18}-rank-\d{5,18}-of-\d{5,18}\.safetensors", re.ASCII)
@@ -95,14 +95,19 @@ def image_file_name(generation: GenerationId, rank: int, world_size: int) -> str
     return f"{generation}-rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def build_index(records: Sequence[ImageRecord], *, version: Version, world_size: int) -> Index:
+def build_index(records: Sequence[ImageRecord] | Share, *, version: Version, world_size: int) -> Index:
     """Put the images of all ranks together.
 
     Raises:
         MismatchError: they are not what this version needs: an image of another version or world size, a rank without
             image, a region of a tensor in no image or in two, dtypes or shapes that differ.
+        CorruptError: a record's piece table does not parse.
     """
-    ordered = sorted(records, key=lambda record: (record.global_rank, record.name))
+    from holdfast.checkpoint.share import Share  # with numpy, which those that only read an index do without
+
+    if not isinstance(records, Share):
+        records = Share.joined([Share.of(record) for record in records]) if records else Share([], [], {})
+    ordered = sorted(records.images, key=lambda record: (record.global_rank, record.name))
     for record in ordered:
         if (record.version, record.world_size) != (version, world_size) or not IMAGE_NAME.fullmatch(record.name):
             raise MismatchError(
@@ -112,7 +117,10 @@ def build_index(records: Sequence[ImageRecord], *, version: Version, world_size:
     missing = sorted(set(range(world_size)) - {record.global_rank for record in ordered})
     if missing:
         raise MismatchError(f"{version}: no image of rank {missing[0]} was written ({len(missing)} are missing)")
-    tensors = tuple(_tensors(ordered))
+    tensors = tuple(
+        IndexedTensor(name=of.name, rank=of.rank, dtype=of.dtype, shape=of.shape, tiling=of.tiling())
+        for of in records.placed()
+    )
     for tensor in tensors:
         Placement(tensor.shape, tensor.tiling, len(ordered)).check_once(tensor.name)
     return Index(
@@ -125,45 +133,6 @@ def build_index(records: Sequence[ImageRecord], *, version: Version, world_size:
         tensors=tensors,
         divergence=_divergence(ordered),
     )
-
-
-def _tensors(records: Sequence[ImageRecord]) -> list[IndexedTensor]:
-    first: dict[tuple[str, int | None], Piece] = {}
-    placed: dict[tuple[str, int | None], dict[Box, int]] = {}
-    for number, record in enumerate(records):
-        for piece in unpack_pieces(record.pieces):
-            key = (piece.name, piece.rank)
-            known = first.setdefault(key, piece)
-            if (known.dtype, known.shape) != (piece.dtype, piece.shape):
-                raise MismatchError(
-                    f"{piece.name} is {piece.dtype}{list(piece.shape)} in {record.name}, "
-                    f"{known.dtype}{list(known.shape)} in another image"
-                )
-            # The same box in two images (a lost rank's share written by another): one is enough.
-            placed.setdefault(key, {}).setdefault(piece.box, number)
-    ordered = sorted(first, key=lambda key: (key[0], -1 if key[1] is None else key[1]))
-    return [
-        IndexedTensor(
-            name=name,
-            rank=rank,
-            dtype=first[name, rank].dtype,
-            shape=first[name, rank].shape,
-            tiling=tiling(first[name, rank].shape, *_needed(first[name, rank].shape, placed[name, rank])),
-        )
-        for name, rank in ordered
-    ]
-
-
-def _needed(shape: tuple[int, ...], placed: dict[Box, int]) -> tuple[list[Box], list[int]]:
-    """Boxes and their images, less boxes within a larger one.
-
-    A rank that could not know whether others hold a tensor writes the whole of it, beside their parts.
-    """
-    boxes = list(placed)
-    if sum(box.volume for box in boxes) > prod(shape):
-        covering = [box for box in boxes if not any(other != box and other.contains(box) for other in boxes)]
-        boxes = covering
-    return boxes, [placed[box] for box in boxes]
 
 
 def _divergence(records: Sequence[ImageRecord]) -> tuple[str, ...]:

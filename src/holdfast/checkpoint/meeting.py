@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -131,12 +131,17 @@ class Meeting:
         self._failed = False
         self._down: str | None = None
 
-    def collect(self, data: bytes) -> list[bytes] | None:
+    def collect(self, data: bytes, *, join: Callable[[Sequence[bytes]], bytes] | None = None) -> list[bytes] | None:
         """Tell rank 0 something, which waits for all: what each rank said, by rank; None on the others.
+
+        Args:
+            data: what this rank says.
+            join: makes one of what several ranks said, in the order of their ranks; then each rank passes on one for
+                its subtree, and rank 0 gets one for all ranks.
 
         Raises:
             PeerTimeout: ranks of this one's subtree did not come; names them.
-            HoldfastError: what one of them met.
+            HoldfastError: what one of them met; from `join`.
         """
         self._round += 1
         if self._ranks.world_size == 1:
@@ -147,11 +152,13 @@ class Meeting:
         try:
             for part in self._children():
                 said.update(part.data)
+            if join is not None and len(said) > 1:
+                said = {rank: join([said[other] for other in sorted(said)])}
         except HoldfastError as error:
             self.fail(error)
             raise
         if rank == 0:
-            return [said[rank] for rank in range(self._ranks.world_size)]
+            return [said[rank] for rank in sorted(said)]
         self._set(self._up(rank), _Part(said))
         return None
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 import xxhash
@@ -84,11 +85,55 @@ def own(
     return tuple(sorted(pieces, key=lambda piece: (piece.name, piece.box)))
 
 
+def own_of_all(
+    shards: Sequence[Shard], *, holders: Sequence[int], node_of: Callable[[int], int]
+) -> dict[int, tuple[Piece, ...]]:
+    """For each holder: its pieces in JOB scope, as `own` finds them there. For whoever plans for ranks not there.
+
+    Args:
+        shards: all that one of the ranks holds together with exactly these others.
+        holders: those ranks.
+        node_of: node rank of each.
+    """
+    group = tuple(sorted(set(holders)))
+    if len(group) == 1:
+        return {group[0]: tuple(_piece(u.shard, u.box, True, ()) for shard in shards for u in _boxes_of(shard))}
+    assigned = _assign(list(shards), group, node_of)
+    found: dict[int, list[Piece]] = {rank: [] for rank in group}
+    for unit, owner in zip(assigned.units, assigned.job_owners, strict=True):
+        found[owner].append(_piece(unit.shard, unit.box, True, assigned.held_by))
+    return {rank: tuple(pieces) for rank, pieces in found.items()}
+
+
+class _Assigned(NamedTuple):
+    """Who takes what of a group."""
+
+    units: list[_Unit]
+    nodes: dict[int, list[int]]
+    """Holders by node."""
+    places: dict[int, list[int]]
+    """See `_place_units`."""
+    job_owners: list[int]
+    """By unit."""
+    held_by: tuple[int, ...]
+
+
 def _own_in_group(
     shards: list[Shard], holders: tuple[int, ...], global_rank: int, node: Callable[[int], int]
 ) -> list[Piece]:
     if len(holders) == 1:
         return [_piece(u.shard, u.box, True, ()) for shard in shards for u in _boxes_of(shard)]
+    assigned = _assign(shards, holders, node)
+    mine = assigned.nodes[node(global_rank)]
+    my_place = assigned.places[len(mine)]
+    return [
+        _piece(unit.shard, unit.box, assigned.job_owners[i] == global_rank, assigned.held_by)
+        for i, unit in enumerate(assigned.units)
+        if mine[my_place[i]] == global_rank
+    ]
+
+
+def _assign(shards: list[Shard], holders: tuple[int, ...], node: Callable[[int], int]) -> _Assigned:
     units = _units(shards, len(holders))
     names = min(shard.name for shard in shards)
     turn = xxhash.xxh3_64_intdigest(names.encode()) % len(holders)
@@ -96,16 +141,9 @@ def _own_in_group(
     nodes: dict[int, list[int]] = {}
     for rank in turned:
         nodes.setdefault(node(rank), []).append(rank)
-    mine = nodes[node(global_rank)]
-    place = _place_units(units, sorted({len(ranks) for ranks in nodes.values()}))
-    job_owner = _job_owners(units, nodes, place, {rank: order for order, rank in enumerate(turned)})
-    my_place = place[len(mine)]
-    held_by = tuple(sorted(nodes)) if len(nodes) > 1 else ()
-    return [
-        _piece(unit.shard, unit.box, job_owner[i] == global_rank, held_by)
-        for i, unit in enumerate(units)
-        if mine[my_place[i]] == global_rank
-    ]
+    places = _place_units(units, sorted({len(ranks) for ranks in nodes.values()}))
+    job_owners = _job_owners(units, nodes, places, {rank: order for order, rank in enumerate(turned)})
+    return _Assigned(units, nodes, places, job_owners, tuple(sorted(nodes)) if len(nodes) > 1 else ())
 
 
 def _piece(shard: Shard, box: Box, job: bool, nodes: tuple[int, ...]) -> Piece:

@@ -8,7 +8,7 @@ from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.dtypes import itemsize
 
 
-class Piece(msgspec.Struct, frozen=True):
+class Piece(msgspec.Struct, frozen=True, gc=False):
     """One box of one global tensor."""
 
     name: str

@@ -26,6 +26,7 @@ from holdfast.checkpoint.meeting import Meeting, Ranks, agree
 from holdfast.checkpoint.objects import ObjectRecord, encode_objects
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.places import place
+from holdfast.checkpoint.share import Share, join_shares
 from holdfast.checkpoint.steps import StepInfo
 from holdfast.checkpoint.storage import PosixStorage, Storage, storage_of
 from holdfast.checkpoint.streaming import BlockHasher, hashed
@@ -76,13 +77,13 @@ def save_pieces(
     meeting = _meeting(ranks, directory, version, attempt, timeout)
     try:
         record = write_own(directory, ranks, version, pieces, data, objects, storage)
-        said = meeting.collect(record.encode())
+        said = meeting.collect(Share.of(record).encode(), join=join_shares)
         if said is None:
             meeting.wait()
             return read_step_info(directory, storage=storage)
         info = commit_step(
             directory,
-            [ImageRecord.decode(data) for data in said],
+            Share.decode(said[0]),
             version=version,
             world_size=ranks.world_size,
             metrics=metrics,

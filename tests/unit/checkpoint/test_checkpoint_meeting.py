@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -42,6 +42,41 @@ def test_all_ranks_hear_all_round_after_round() -> None:
 
     expected = [[f"{rank}.{turn}".encode() for rank in range(WORLD)] for turn in range(3)]
     assert _together(act) == [expected] * WORLD
+
+
+def test_what_ranks_say_is_joined_on_the_way_up() -> None:
+    joined: list[int] = []
+
+    def join(said: Sequence[bytes]) -> bytes:
+        joined.append(len(said))
+        return b" ".join(said)
+
+    def act(meeting: Meeting, rank: int) -> list[bytes] | None:
+        said = meeting.collect(f"{rank}".encode(), join=join)
+        if said is None:
+            meeting.wait()
+        else:
+            meeting.announce()
+        return said
+
+    first, *others = _together(act)
+    assert len(first) == 1
+    assert sorted(first[0].split(), key=int) == [f"{rank}".encode() for rank in range(WORLD)]
+    assert others == [None] * (WORLD - 1)
+    assert sorted(joined) == [2, 3, 3, 3, 3, 3], "no rank joins more than its children's and its own"
+
+
+def test_error_of_joining_is_everybodys() -> None:
+    def join(said: Sequence[bytes]) -> bytes:
+        raise CorruptError("two things")
+
+    def act(meeting: Meeting, rank: int) -> None:
+        if meeting.collect(f"{rank}".encode(), join=join if rank == 5 else None) is None:
+            meeting.wait()
+
+    for rank, error in enumerate(_together(act)):
+        assert isinstance(error, CorruptError)
+        assert str(error) == ("two things" if rank == 5 else "rank 5: two things")
 
 
 @pytest.mark.parametrize("failing", [0, 1, 11])

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.checkpoint.boxes import Box, whole
-from holdfast.checkpoint.index import _needed
 from holdfast.checkpoint.ownership import Shard, own
+from holdfast.checkpoint.share import outermost
 from holdfast.runtime.book import _sample
 from holdfast.runtime.holdings import Holders, Holding, Table
 
@@ -109,10 +109,9 @@ def test_whoever_knows_what_every_byte_of_late_state_is_in_some_image(
 def test_checkpoint_keeps_a_tensor_once_where_one_rank_wrote_all_of_it_and_others_their_parts() -> None:
     box = whole((900, 900))
     halves = Box((0, 0), (450, 900)), Box((450, 0), (450, 900))
-    for placed in ({box: 1, halves[1]: 0}, {halves[0]: 0, box: 1, halves[1]: 2}):
-        assert _needed((900, 900), placed) == ([box], [1])
-    parts = {halves[0]: 0, halves[1]: 1}
-    assert _needed((900, 900), parts) == (list(halves), [0, 1])
+    for boxes in ([box, halves[1]], [halves[0], box, halves[1]]):
+        assert outermost((900, 900), boxes) == [box]
+    assert outermost((900, 900), list(halves)) == list(halves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.complex64, torch.float8_e4m3fn])
