@@ -1,8 +1,39 @@
-"""Property tests here do real work (images, Reed-Solomon in Python): no deadline per example, machines differ."""
+"""Fixtures of the checkpoint's tests. Property tests here do real work: no deadline per example, machines differ."""
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
+
+from holdfast.checkpoint.places import place
+from support.s3 import S3, s3_server
 
 settings.register_profile("checkpoint", deadline=None)
 settings.load_profile("checkpoint")
+
+
+@pytest.fixture(scope="session")
+def s3_of_session() -> Iterator[S3]:
+    """One server for all tests of this process."""
+    with s3_server() as s3:
+        yield s3
+
+
+@pytest.fixture
+def s3(s3_of_session: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The server, without faults and requests of other tests, and the environment that finds it."""
+    s3_of_session.rules.clear()
+    s3_of_session.requests.clear()
+    for name, value in s3_of_session.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_of_session
+
+
+@pytest.fixture
+def runs(s3: S3) -> Path:
+    """A URL in a bucket of this test's own."""
+    return place(f"{s3.make_bucket(f'b{secrets.token_hex(6)}')}/runs")

@@ -15,31 +15,15 @@ from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.retries import Backoff, retry
 from holdfast.checkpoint.storage import PosixStorage, storage_of
 from holdfast.errors import CorruptError, StorageError, UsageError
-from support.s3 import S3, Kind, s3_server
+from support.s3 import S3, Kind
 
 FAST = Backoff(attempts=4, first_s=0.01, most_s=0.02)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3]:
-    with s3_server() as s3:
-        yield s3
-
-
 @pytest.fixture
-def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
-    server.rules.clear()
-    server.requests.clear()
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    return server
-
-
-@pytest.fixture
-def url(s3: S3) -> UrlPath:
-    at = place(f"{s3.make_bucket(f'b{secrets.token_hex(6)}')}/runs")
-    assert isinstance(at, UrlPath)
-    return at
+def url(runs: Path) -> UrlPath:
+    assert isinstance(runs, UrlPath)
+    return runs
 
 
 def test_places_are_paths_urls_and_nothing_else() -> None:

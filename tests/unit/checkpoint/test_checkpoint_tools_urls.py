@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,28 +9,8 @@ import torch
 from tools_states import Tool, listing, loaded, same, training_state
 
 import holdfast.checkpoint
-from holdfast.checkpoint.places import place
 from holdfast.checkpoint.storage import storage_of
-from support.s3 import S3, s3_server
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3]:
-    with s3_server() as s3:
-        yield s3
-
-
-@pytest.fixture
-def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
-    server.rules.clear()
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    return server
-
-
-@pytest.fixture
-def runs(s3: S3) -> Path:
-    return place(f"{s3.make_bucket(f'b{secrets.token_hex(6)}')}/runs")
+from support.s3 import S3
 
 
 @pytest.fixture
