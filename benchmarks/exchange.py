@@ -6,12 +6,14 @@ version in 2+1, 3+1 and 4+2. Given are, as medians over versions with 95 % boots
 * seconds from the first question to the sealed parity of the slowest node, and the bytes that crossed the network in
   that time, beside m times the coded state;
 * the rate, beside that of two processes that do nothing but hand 1 MiB messages to each other over ZeroMQ, measured
-  before each version;
-* bytes of parity buffers, beside the formula 2 m / k B;
+  before each version, while nothing is exchanged;
+* bytes of parity buffers, beside the formula 2 m / k B; and all memory, shared and private, of the daemons, beside the
+  formula S B + 2 m / k B with S slots;
 * the step time of a training worker (matrix products on one core of its own; daemons have the others) while parity is
   made, beside its step time in between.
 
-The workers that fill the slots are those of the tests: they write constant bytes and rest in between.
+The workers that fill the slots are those of the tests: they write constant bytes and rest in between. With
+``HOLDFAST_TOKEN`` set, bulk data carries a keyed MAC.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ from support.snapshots import Job, Node
 
 CODES = ("2+1", "3+1", "4+2")
 CHUNK_BYTES = 1 << 20
-REST_S = 2.0
+REST_S = 6.0
+"""Between two versions: enough to protect one, to measure the raw rate and some quiet steps."""
+FILL_S = 1.5
+"""Before a version is protected its slots are filled: steps of the trainer then count for nothing."""
 LIMIT_S = 120.0
 
 
@@ -54,6 +59,10 @@ class Sample:
     parity_bytes: int
     formula_bytes: float
     """2 m / k B, summed over the nodes."""
+    held_bytes: int
+    """Arena files and private memory of all daemons."""
+    held_formula_bytes: float
+    """S B + 2 m / k B, summed over the nodes."""
     quiet_steps: list[float] = field(default_factory=list)
     busy_steps: list[float] = field(default_factory=list)
 
@@ -136,7 +145,7 @@ class Trainer:
 # --- a group --------------------------------------------------------------------------------------------------------
 
 
-def measure(code: str, size_bytes: int, versions: int, raw_bytes: int) -> list[Sample]:
+def measure(code: str, size_bytes: int, versions: int, raw_bytes: int, rest_s: float) -> list[Sample]:
     """Protect `versions` versions of `size_bytes` per group."""
     k, m = (int(part) for part in code.split("+"))
     count = k + m
@@ -148,19 +157,22 @@ def measure(code: str, size_bytes: int, versions: int, raw_bytes: int) -> list[S
             node.start_daemon()
         for node in nodes:
             node.hello(redundancy=code)
-        return _measure(code, Job(nodes, 1), size_bytes // count, versions, raw_bytes, cores[0])
+        return _measure(code, Job(nodes, 1), size_bytes // count, versions, raw_bytes, rest_s, cores[0])
     finally:
         os.sched_setaffinity(0, set(cores))
         for node in nodes:
             node.close()
 
 
-def _measure(code: str, job: Job, row_bytes: int, versions: int, raw_bytes: int, core: int) -> list[Sample]:
+def _measure(
+    code: str, job: Job, row_bytes: int, versions: int, raw_bytes: int, rest_s: float, core: int
+) -> list[Sample]:
     k, m = (int(part) for part in code.split("+"))
     ranks = tuple(range(len(job.nodes)))
-    job.start(Plan(until=1 << 30, ranks=ranks, row_bytes=row_bytes, step_s=REST_S, snapshot_every=1))
+    job.start(Plan(until=1 << 30, ranks=ranks, row_bytes=row_bytes, step_s=rest_s, snapshot_every=1))
     samples: list[Sample] = []
     busy: list[tuple[float, float]] = []
+    quiet: list[tuple[float, float]] = []
     newest = [node.expect(ParityMade, LIMIT_S).version.step for node in job.nodes]  # the first one makes the buffers
     trainer = Trainer(core)
     rates: list[float] = []
@@ -170,7 +182,9 @@ def _measure(code: str, job: Job, row_bytes: int, versions: int, raw_bytes: int,
         made = _protected(job.nodes, max(newest) + 1, after)
         newest = [one.version.step for one in made]
         seconds = max(one.seconds for one in made)
-        busy.append((min(one.ended - one.seconds for one in made), max(one.ended for one in made)))
+        begun = min(one.ended - one.seconds for one in made)
+        quiet.append((after, min(after + 1.0, begun - FILL_S)))
+        busy.append((begun, max(one.ended for one in made)))
         state = [_image_bytes(node) for node in job.nodes]
         samples.append(
             Sample(
@@ -181,17 +195,18 @@ def _measure(code: str, job: Job, row_bytes: int, versions: int, raw_bytes: int,
                 raw_rate=rates[-1],
                 parity_bytes=sum(_parity_bytes(node) for node in job.nodes),
                 formula_bytes=2 * m / k * sum(state),
+                held_bytes=sum(_held_bytes(node) for node in job.nodes),
+                held_formula_bytes=(_slots(job.nodes[0]) + 2 * m / k) * sum(state),
             )
         )
     steps = trainer.end()
     job.end()
     for end, step in steps:
-        during = next((at for at, (begin, stop) in enumerate(busy) if begin + step < end < stop), None)
-        before = next((at for at, (begin, _) in enumerate(busy) if end < begin and end > begin - REST_S / 2), None)
-        if during is not None:
-            samples[during].busy_steps.append(step)
-        elif before is not None:
-            samples[before].quiet_steps.append(step)
+        for sample, (begin, stop), (quiet_begin, quiet_stop) in zip(samples, busy, quiet, strict=True):
+            if begin + step < end < stop:
+                sample.busy_steps.append(step)
+            elif quiet_begin + step < end < quiet_stop:
+                sample.quiet_steps.append(step)
     return samples
 
 
@@ -218,6 +233,18 @@ def _parity_bytes(node: Node) -> int:
     return sum(path.stat().st_size for path in node.arena.glob("parity-*"))
 
 
+def _slots(node: Node) -> int:
+    return sum(path.suffix == "" for path in node.arena.glob("slot-*"))
+
+
+def _held_bytes(node: Node) -> int:
+    """What lies in the arena, and what the daemon's process has for itself."""
+    assert node.daemon is not None
+    status = Path(f"/proc/{node.daemon.pid}/status").read_text().splitlines()
+    private = next(int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
+    return sum(path.stat().st_size for path in node.arena.iterdir()) + private * 1024
+
+
 # --- results --------------------------------------------------------------------------------------------------------
 
 
@@ -227,10 +254,13 @@ def judge(samples: Sequence[Sample]) -> list[Bar]:
     rates = [sample.wire_bytes / sample.seconds for sample in samples]
     wire, wanted = [sample.wire_bytes for sample in samples], [sample.wanted_bytes for sample in samples]
     held, formula = [sample.parity_bytes for sample in samples], [sample.formula_bytes for sample in samples]
+    everything = [sample.held_bytes for sample in samples]
+    everything_formula = [sample.held_formula_bytes for sample in samples]
     bars = [
         Bar(f"{code}: raw ZeroMQ rate / rate", _ratio([sample.raw_rate for sample in samples], rates), 2.0),
         Bar(f"{code}: bytes / m x state", _ratio(wire, wanted), 1.02),
         Bar(f"{code}: parity / formula", _ratio(held, formula), 1.05),
+        Bar(f"{code}: all memory / formula", _ratio(everything, everything_formula), 1.05),
     ]
     both = [sample for sample in samples if sample.busy_steps and sample.quiet_steps]
     slower = [statistics.mean(sample.busy_steps) / statistics.mean(sample.quiet_steps) for sample in both]
@@ -252,6 +282,7 @@ def row(samples: Sequence[Sample]) -> list[str]:
         str(estimate([sample.raw_rate / 1e9 for sample in samples])),
         f"{samples[0].wire_bytes / 1e9:.3f} of {samples[0].wanted_bytes / 1e9:.3f}",
         f"{samples[-1].parity_bytes / 1e9:.3f} of {samples[-1].formula_bytes / 1e9:.3f}",
+        f"{samples[-1].held_bytes / 1e9:.3f} of {samples[-1].held_formula_bytes / 1e9:.3f}",
     ]
 
 
@@ -273,8 +304,9 @@ def main() -> int:
         train(arguments.train)
         return 0
     megabytes, versions = (30, 3) if arguments.quick else (arguments.mb, arguments.versions)
+    rest_s = 2.0 if arguments.quick else REST_S
     results = {
-        code: measure(code, megabytes * 10**6, versions, (64 if arguments.quick else 512) << 20)
+        code: measure(code, megabytes * 10**6, versions, (64 if arguments.quick else 512) << 20, rest_s)
         for code in arguments.codes.split(",")
     }
     header = [
@@ -284,6 +316,7 @@ def main() -> int:
         "raw ZeroMQ GB/s",
         "GB on the wire, of m x state",
         "GB of parity, of the formula",
+        "GB in all, of the formula",
     ]
     print(table(header, [row(samples) for samples in results.values()]))
     bars = [bar for samples in results.values() for bar in judge(samples)]

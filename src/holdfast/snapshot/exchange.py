@@ -19,7 +19,7 @@ States of the running version
 -----------------------------
     streams     ProtectWanted: it waits for the streams of all members of the group
     reserving   all streams are known, so all layouts are; the buffer is marked as filling
-    filling     ParityReserved: chunks are asked for, a window at a time per source, and added as they come
+    filling     ParityReserved: chunks are asked for, a window at a time, and added as they come
     sealing     every chunk was added
     done        ParitySealed: kept with those that are finished
 
@@ -64,8 +64,9 @@ from holdfast.snapshot.exchange_events import (
     VersionFailed,
 )
 
-WINDOW: Final = 8
-"""Chunks asked of one source that have not come yet."""
+WINDOW: Final = 4
+"""Chunks asked for that have not come yet, over all sources; but at least one of each. More of them only fill memory
+and caches: the next answer is under way while one is added."""
 _EARLY: Final = 4
 """Versions of which streams are kept that come before our own order."""
 
@@ -121,7 +122,7 @@ class Exchange:
 
     Args:
         chunk_bytes: how shards are cut; the same on every node of the job.
-        window: chunks asked of one source at a time.
+        window: chunks asked for at a time, over all sources.
     """
 
     def __init__(self, *, chunk_bytes: int, window: int = WINDOW) -> None:
@@ -304,7 +305,7 @@ class Exchange:
 
     def _fetch(self, running: _Running, node: int, out: list[ExchangeInstruction]) -> None:
         source = running.sources[node]
-        while source.waiting and len(source.asked) < self._window:
+        while source.waiting and len(source.asked) < max(1, self._window // len(running.sources)):
             chunk = source.waiting.popleft()
             source.asked[chunk] = None
             cut = running.cut(chunk, self._chunk_bytes)

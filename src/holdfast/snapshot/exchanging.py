@@ -244,7 +244,7 @@ class ExchangeThread:
                     self._fail(self._machine.running, f"{type(error).__name__}: {error}")
 
     def _turn(self) -> None:
-        self._poller.poll(100)
+        ready = {source for source, _ in self._poller.poll(100)}
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wakeup)
         with contextlib.suppress(queue.Empty):
@@ -252,7 +252,7 @@ class ExchangeThread:
                 self._jobs.get_nowait()()
         for node_rank, member in list(self._clients.items()):
             for client in member.clients:
-                if self._clients.get(node_rank) is member:
+                if client.socket in ready and self._clients.get(node_rank) is member:
                     self._take(node_rank, member, client)
         now = time.monotonic()
         if self._machine.running is not None and now - self._nudged > _NUDGE_S:
