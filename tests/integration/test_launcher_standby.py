@@ -293,6 +293,66 @@ def test_a_silent_spawner_is_given_up_and_its_late_worker_runs_nothing(
     assert not (warm.root / "ran").exists()
 
 
+def hold(warm: Warm, count: int) -> frozenset[int]:
+    """Have workers wait; their pids."""
+    warm.standby.hold(count)
+    deadline = time.monotonic() + WAIT_S
+    while len(warm.standby.pids) < count + 1:
+        assert warm.standby.changed() is None
+        assert time.monotonic() < deadline, "the spawner forks nothing"
+        time.sleep(0.01)
+    return warm.standby.pids - {warm.standby.pid}
+
+
+def test_workers_that_wait_take_their_turns_and_the_rest_end_with_the_standby(warm: Warm) -> None:
+    assert warm.ready("json").ready
+    waiting = hold(warm, 2)
+    path = script(warm, "import os, sys\nprint(os.getpid(), os.environ['RANK'], sys.argv[1:])\n")
+    child = warm.fork(path, "--flag", RANK="5")
+    assert child is not None
+    assert child.pid in waiting
+    assert warm.finish(child) == (0, f"{child.pid} 5 ['--flag']\n", "")
+    [left] = waiting - {child.pid}
+    assert _lives(str(left))
+    warm.standby.close()
+    assert not Path("/proc", str(left)).exists()
+
+
+def test_a_waiting_worker_that_died_is_passed_over(warm: Warm) -> None:
+    assert warm.ready("json").ready
+    [waiting] = hold(warm, 1)
+    os.kill(waiting, signal.SIGKILL)
+    pidfd = os.pidfd_open(waiting)
+    assert select.select([pidfd], [], [], WAIT_S)[0]
+    os.close(pidfd)
+    assert warm.run(script(warm, "print('on')\n"))[:2] == (0, "on\n")
+    assert warm.standby.changed() is None
+
+
+ORPHANS = """
+import os, subprocess, sys, time
+from holdfast.launcher import processes
+processes.become_subreaper()
+processes._stat = lambda pid, plain=processes._stat: plain(pid) if pid != 1 else sys.exit("it reads everything")
+leader = subprocess.Popen(["sh", "-c", "sleep 600 & setsid sh -c 'sleep 600 & wait' & wait"], start_new_session=True)
+while len(found := processes._process_table()) < 4: time.sleep(0.01)
+before = processes.groups_in_use(frozenset({leader.pid}))
+leader.kill()
+os.waitid(os.P_PID, leader.pid, os.WEXITED | os.WNOWAIT)
+after = processes.groups_in_use(frozenset({leader.pid}))
+os.killpg(leader.pid, 9)
+while processes.groups_in_use(frozenset({leader.pid})): time.sleep(0.01)
+print(len(before), len(after))
+for group in {group for _, _, group in found.values()} - {os.getpgrp()}:
+    os.killpg(group, 9)
+"""
+
+
+def test_what_a_dead_worker_left_in_its_group_is_seen_without_reading_all_processes() -> None:
+    found = subprocess.run([sys.executable, "-c", ORPHANS], capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert found.stdout.split() == ["1", "1"], found.stderr
+
+
 AGENT = """
 import os, signal, sys, time
 from pathlib import Path

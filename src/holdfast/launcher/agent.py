@@ -344,7 +344,7 @@ class Agent:
 
     def _reap_orphans(self) -> None:
         own = {self._guard.pid}
-        own |= {self._standby.pid} if self._standby is not None else set()
+        own |= self._standby.pids if self._standby is not None else set()
         own |= {self._link.pid} if self._link is not None else set()
         reap_orphans(frozenset(own))
 
@@ -386,6 +386,7 @@ class Agent:
         all_stepped = self._sessions.state.first_step == self._spec.num_workers
         if self._standby is not None and self._group is not None and all_stepped:
             self._standby.warm_up(self._group.common_variables())
+            self._standby.hold(self._spec.num_workers)
 
     def _hear_standby(self, standby: Standby) -> None:
         change = standby.changed()
@@ -396,6 +397,8 @@ class Agent:
         if not change.ready:
             say(f"no standby for restarts: {change.text}")
             self._standby = None
+            return
+        standby.hold(self._spec.num_workers)
 
     def _refused(self, message: Refused) -> None:
         self._write(events.Noticed(severity="error", text=message.reason))

@@ -21,6 +21,9 @@ from typing import IO
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_GET_CHILD_SUBREAPER = 37
+_TREE_TRIES = 5
+"""After so many changes within one look the whole process table is read."""
 
 
 class Guard:
@@ -194,15 +197,52 @@ def groups_in_use(groups: frozenset[int]) -> frozenset[int]:
 
 
 def _process_table() -> dict[int, tuple[str, int, int]]:
-    """State, parent and group of every process by its id."""
-    found = {}
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            stat = Path("/proc", name, "stat").read_text()
-        except OSError:
-            continue
-        state, parent, group = stat[stat.rindex(")") + 2 :].split()[:3]
-        found[int(name)] = (state, int(parent), int(group))
-    return found
+    """State, parent and group by process id: of all processes below this one where it is a subreaper, else of all.
+
+    Nothing that a child has started leaves a subreaper's tree, and to read the whole of /proc takes long.
+    """
+    below = _tree() if _is_subreaper() else None
+    pids = (int(name) for name in os.listdir("/proc") if name.isdigit()) if below is None else below
+    found = {pid: _stat(pid) for pid in pids}
+    return {pid: stat for pid, stat in found.items() if stat is not None}
+
+
+def _is_subreaper() -> bool:
+    answer = ctypes.c_int(0)
+    ctypes.CDLL(None).prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(answer), *[ctypes.c_ulong(0)] * 3)
+    return bool(answer.value)
+
+
+def _tree() -> set[int] | None:
+    """The ids of all processes below this one, None where the kernel does not tell children."""
+    for _ in range(_TREE_TRIES):
+        mine = _children(os.getpid())
+        if mine is None:
+            return None
+        found, ahead = set(mine), list(mine)
+        while ahead:
+            below = (_children(ahead.pop()) or set()) - found
+            found |= below
+            ahead += below
+        if _children(os.getpid()) == mine:  # else one has died meanwhile, and left its children to us
+            return found
+    return None
+
+
+def _children(pid: int) -> set[int] | None:
+    """Children of a process, None where it is gone (or the kernel does not tell)."""
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+        texts = [Path("/proc", str(pid), "task", task, "children").read_text() for task in tasks]
+    except OSError:
+        return None
+    return {int(child) for text in texts for child in text.split()}
+
+
+def _stat(pid: int) -> tuple[str, int, int] | None:
+    try:
+        stat = Path("/proc", str(pid), "stat").read_text()
+    except OSError:
+        return None
+    state, parent, group = stat[stat.rindex(")") + 2 :].split()[:3]
+    return state, int(parent), int(group)

@@ -4,8 +4,10 @@
 
 - ``{"import": FILE, …}``: import the modules that are named in FILE, from the standard library, site-packages and
   holdfast alone, never the user's own. Answered by ``{"ready": number of modules}`` or ``{"failed": reason}``.
-- ``{"argv": […], "env": {…}, "parent": PID}`` with four descriptors (standard output, standard error, the guard, and a
-  pipe): fork a worker. Answered by ``{"pid": PID}``; the worker begins when a byte arrives on the pipe.
+- ``{"fork": 1}`` with two descriptors (the guard and a channel): fork a worker. Answered by ``{"pid": PID}``. It then
+  waits on the channel for ``{"argv": […], "env": {…}, "parent": PID}`` with its standard output and standard error, and
+  ends where the channel is closed instead. So a fork, which takes long in a large process, is over before it is
+  needed.
 
 It stays single-threaded and touches no GPU: a module whose import starts a thread, opens a GPU or asks for what differs
 between workers (RANK and the like) is left to the workers, and the spawner begins again without it. So what a worker
@@ -76,24 +78,16 @@ class Spawner:
         if _AGAIN in os.environ:
             self._answer(self._warm_up(json.loads(os.environ.pop(_AGAIN))))
         while True:
-            data, descriptors = self._receive()
+            data, descriptors = _receive(self._socket)
             if not data:
                 return None
             request = json.loads(data)
             if "import" in request:
                 self._answer(self._warm_up(request))
                 continue
-            arguments = self._fork(request, descriptors)
+            arguments = self._fork(descriptors)
             if arguments is not None:
                 return arguments
-
-    def _receive(self) -> tuple[bytes, list[int]]:
-        received = array.array("i")
-        data, ancillary, _, _ = self._socket.recvmsg(_MAX_MESSAGE, socket.CMSG_LEN(4 * received.itemsize))
-        for level, kind, payload in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
-        return data, list(received)
 
     def _answer(self, answer: dict[str, object]) -> None:
         self._socket.sendall(json.dumps(answer).encode())
@@ -162,8 +156,8 @@ class Spawner:
 
     # --- workers
 
-    def _fork(self, request: dict[str, Any], descriptors: list[int]) -> list[str] | None:
-        stdout, stderr, guard, go = descriptors
+    def _fork(self, descriptors: list[int]) -> list[str] | None:
+        guard, channel = descriptors
         told, tell = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -177,7 +171,7 @@ class Spawner:
                     os.write(descriptor, line.encode())
             for descriptor in (told, tell, guard, self._socket.detach()):
                 os.close(descriptor)
-            return self._become(request, stdout, stderr, go)
+            return self._become(channel)
         for descriptor in (tell, *descriptors):
             os.close(descriptor)
         os.waitpid(middle, 0)  # from here on the worker is the agent's child
@@ -186,16 +180,20 @@ class Spawner:
         self._answer({"pid": int(pid or 0)})
         return None
 
-    def _become(self, request: dict[str, Any], stdout: int, stderr: int, go: int) -> list[str]:
-        """A worker before its script: as a fresh interpreter that the agent has spawned."""
-        if os.read(go, 1) != b"g":
+    def _become(self, channel: int) -> list[str]:
+        """A worker before its script: waits for its turn, and is then as a fresh interpreter that the agent spawned."""
+        with socket.socket(fileno=channel) as turn:
+            data, descriptors = _receive(turn)
+        if not data:
             os._exit(1)
+        request = json.loads(data)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, *[ctypes.c_ulong(value) for value in (signal.SIGKILL, 0, 0, 0)])
         if os.getppid() != request["parent"]:  # the agent died before the line above took effect
             os._exit(1)
+        stdout, stderr = descriptors
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
-        for descriptor in (stdout, stderr, go):
+        for descriptor in descriptors:
             os.close(descriptor)
         _schedule(self._policy)
         environment: dict[str, str] = request["env"]
@@ -207,6 +205,19 @@ class Spawner:
         importlib.invalidate_caches()
         _draw_entropy()
         return list(request["argv"])
+
+
+def _receive(source: socket.socket) -> tuple[bytes, list[int]]:
+    """One message and the descriptors that came with it; no bytes where the other end is closed."""
+    received = array.array("i")
+    try:
+        data, ancillary, _, _ = source.recvmsg(_MAX_MESSAGE, socket.CMSG_LEN(4 * received.itemsize))
+    except ConnectionResetError:
+        return b"", []
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            received.frombytes(payload[: len(payload) - len(payload) % received.itemsize])
+    return data, list(received)
 
 
 def _schedule(policy: int) -> None:

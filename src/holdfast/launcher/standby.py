@@ -2,8 +2,9 @@
 
 The first generation is spawned as ever; its local rank 0 runs under `holdfast.launcher.interpreter`, which writes down
 what the script imports. When the first step has been finished, the spawner is started with that list, and the workers
-of later generations are forked from it. Whatever goes wrong with it costs time, never the job: `fork` then answers
-None, and workers are spawned as ever.
+of later generations are forked from it: beforehand (`hold`), because a fork of so large a process takes a tenth of a
+second on some machines. Whatever goes wrong with it costs time, never the job: `fork` then answers None, and workers
+are spawned as ever.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import signal
 import socket
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,14 @@ class StandbyChanged:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A forked worker that waits for its turn."""
+
+    child: Child
+    channel: socket.socket
+
+
 class Standby:
     """See the module's head. Used by the agent's main thread only."""
 
@@ -77,6 +87,9 @@ class Standby:
         self._child: Child | None = None
         self._socket: socket.socket | None = None
         self._used = False
+        self._held: deque[_Held] = deque()
+        self._asked: deque[socket.socket] = deque()
+        """Channels of workers that the spawner is still to fork, in the order of its answers."""
         self.ready = False
         self._lost = ""
 
@@ -84,6 +97,12 @@ class Standby:
     def pid(self) -> int:
         """Process id of the spawner, 0 where there is none."""
         return self._child.pid if self._child is not None else 0
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """The spawner and the workers that wait: children of the agent whose end is waited for here."""
+        spawner = {self.pid} if self._child is not None else set()
+        return frozenset(spawner | {held.child.pid for held in self._held})
 
     @property
     def descriptor(self) -> int | None:
@@ -134,6 +153,23 @@ class Standby:
         lost, self._lost = self._lost, ""
         if lost:
             return StandbyChanged(ready=False, pid=self.pid, text=lost)
+        pid = self.pid
+        while (answer := self._heard()) is not None:
+            if "ready" in answer:
+                self.ready = True
+                left_out = answer["left_out"]
+                text = f"without {', '.join(left_out)}, whose import concerns one worker alone" if left_out else ""
+                return StandbyChanged(ready=True, pid=pid, num_modules=answer["ready"], text=text)
+            failed = answer.get("failed", "it answered out of turn")
+            if "pid" in answer and self._asked:
+                failed = self._take(answer["pid"])
+            if failed:
+                self.close()
+                return StandbyChanged(ready=False, pid=pid, text=failed)
+        return None
+
+    def _heard(self) -> dict[str, Any] | None:  # Any: JSON
+        """The spawner's next answer, None where there is none yet."""
         if self._socket is None:
             return None
         try:
@@ -142,15 +178,18 @@ class Standby:
             return None
         except OSError:
             data = b""
-        pid = self.pid
         answer: dict[str, Any] = json.loads(data) if data else {"failed": f"it ended ({self._last_words()})"}
-        if "ready" not in answer:
-            self.close()
-            return StandbyChanged(ready=False, pid=pid, text=answer.get("failed", "it answered out of turn"))
-        self.ready = True
-        left_out = answer["left_out"]
-        text = f"without {', '.join(left_out)}, whose import concerns one worker alone" if left_out else ""
-        return StandbyChanged(ready=True, pid=pid, num_modules=answer["ready"], text=text)
+        return answer
+
+    def hold(self, num_workers: int) -> None:
+        """Have so many workers wait. Returns at once; `changed` takes the spawner's answers."""
+        if not self.ready:
+            return
+        try:
+            while len(self._held) + len(self._asked) < num_workers:
+                self._ask()
+        except OSError as error:
+            self._give_up(error)
 
     def fork(
         self,
@@ -162,29 +201,67 @@ class Standby:
     ) -> Child | None:
         """A worker that runs the script; None where the spawner did not give one (`changed` tells why)."""
         assert self._socket is not None, "the spawner is not ready"
-        go, let_go = os.pipe2(os.O_CLOEXEC)
-        descriptors = [stdout.fileno() if stdout else 1, stderr.fileno() if stderr else 2, self._guard.descriptor, go]
+        descriptors = [stdout.fileno() if stdout else 1, stderr.fileno() if stderr else 2]
         script = arguments[1:] if arguments[0] == "-u" else arguments
         request = {"argv": list(script), "env": dict(variables), "parent": os.getpid()}
         try:
-            self._socket.settimeout(ANSWER_S)
-            socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
-            data = self._socket.recv(_MAX_MESSAGE)
-            child = Child(int(json.loads(data)["pid"]), self._guard)
-            self._socket.setblocking(False)
-            os.write(let_go, b"g")  # without it the worker ends by itself, so none is ever lost sight of
+            held = self._next()
+            with held.channel:
+                socket.send_fds(held.channel, [json.dumps(request).encode()], descriptors)
         except (OSError, ValueError, KeyError) as error:
-            self._lost = f"it gave no worker: {error or type(error).__name__} ({self._last_words()})"
-            self.close()
+            self._give_up(error)
             return None
-        finally:
-            os.close(go)
-            os.close(let_go)
-        return child
+        return held.child
+
+    def _next(self) -> _Held:
+        """A worker that waits, forked now where none does."""
+        while self._held:
+            held = self._held.popleft()
+            if held.child.exit_code() is None:
+                return held
+            held.channel.close()
+            held.child.reap()
+        assert self._socket is not None, "the spawner is not ready"
+        if not self._asked:
+            self._ask()
+        self._socket.settimeout(ANSWER_S)
+        failed = self._take(json.loads(self._socket.recv(_MAX_MESSAGE))["pid"])
+        self._socket.setblocking(False)
+        if failed:
+            raise OSError(failed)
+        return self._held.popleft()
+
+    def _ask(self) -> None:
+        assert self._socket is not None, "the spawner is not ready"
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._asked.append(ours)
+        with theirs:
+            socket.send_fds(self._socket, [b'{"fork": 1}'], [self._guard.descriptor, theirs.fileno()])
+
+    def _take(self, pid: int) -> str:
+        """The spawner has forked what it was asked for first; "", or why that cannot be used."""
+        channel = self._asked.popleft()
+        try:
+            self._held.append(_Held(Child(pid, self._guard), channel))
+        except OSError as error:
+            channel.close()
+            return f"it gave no worker: {error}"
+        return ""
+
+    def _give_up(self, error: Exception) -> None:
+        self._lost = f"it gave no worker: {error or type(error).__name__} ({self._last_words()})"
+        self.close()
 
     def close(self) -> None:
-        """End the spawner; workers that it has forked stay."""
+        """End the spawner and the workers that wait; those that run a script stay."""
         self.ready = False
+        while self._asked:
+            self._asked.popleft().close()
+        while self._held:
+            held = self._held.popleft()
+            held.channel.close()
+            held.child.signal_group(signal.SIGKILL)
+            held.child.end(END_S)
         if self._socket is not None:
             self._socket.close()
             self._socket = None

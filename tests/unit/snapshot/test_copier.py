@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import xxhash
+import zmq
 
 from holdfast.checkpoint.boxes import whole
 from holdfast.checkpoint.image import ImageLayout, Piece, block_checksums, read_header
@@ -16,6 +18,9 @@ from holdfast.checkpoint.version import GenerationId
 from holdfast.faults import RehearsedFault
 from holdfast.snapshot.arena import Slot, SlotState
 from holdfast.snapshot.copier import Copier, CopyPlan, Source, Ticket
+from holdfast.snapshot.images import open_image
+from holdfast.snapshot.keys import JobKeys
+from holdfast.snapshot.messages import ImageLocation
 
 GENERATION = GenerationId(incarnation=1, nonce="0123abcd", generation=2)
 LARGE = 300_000
@@ -147,6 +152,33 @@ def test_clean_slot_holds_every_tensor_bit_for_bit(make: Make, inline: bool) -> 
     assert_same(rig.read(1), rig.state)
     start = rig.layout.objects_offset
     assert bytes(rig.slots[1].image[start : start + 8192]) == b"objects".ljust(8192, b"\0")
+
+
+def test_an_image_in_a_slot_is_verified_once_and_read_without_copies(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make(mixed_state())
+    assert rig.copier.begin(GENERATION.at(9), 1, rig.plan(), b"objects", inline=True).wait(30)
+    place = ImageLocation(
+        node_rank=0,
+        daemon="",
+        path=str(rig.slots[1].path),
+        offset=4096,
+        size_bytes=rig.layout.size_bytes,
+        local=True,
+    )
+    with zmq.Context() as context:
+        image = open_image(context, place, GENERATION.at(9), JobKeys(None, encrypt_all=False), {})
+    checked: list[int] = []
+    plain = xxhash.xxh3_64_intdigest
+    monkeypatch.setattr(xxhash, "xxh3_64_intdigest", lambda data: checked.append(len(data)) or plain(data))
+    length = rig.layout.size_bytes - rig.layout.data_start
+    for _ in range(2):
+        found = image.range(rig.layout.data_start, length)
+        assert bytes(found) == bytes(rig.slots[1].image[rig.layout.data_start : rig.layout.size_bytes])
+        del found
+    assert sum(checked) == length
+    image.close()
 
 
 def test_update_waits_for_the_copy_and_the_slot_keeps_the_boundary(make: Make) -> None:
