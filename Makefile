@@ -69,6 +69,10 @@ test-dcp: $(STAMP) ## DCP's own tests with our writer and reader; from GitHub, o
 bench-recovery: $(STAMP) ## seconds from a killed worker to the next step, against torchrun
 	$(BIN)/python benchmarks/recovery.py $(BENCH_ARGS)
 
+.PHONY: bench-goodput
+bench-goodput: $(STAMP) ## steps that count while nodes fail, against torchrun; an hour, needs root (namespaces)
+	$(BIN)/python benchmarks/goodput.py $(BENCH_ARGS)
+
 .PHONY: test-torch-launcher
 test-torch-launcher: $(STAMP) ## torch's own launcher tests with holdfast run; from GitHub, or FROM=checkout of pytorch
 	@$(PIP) expecttest

@@ -92,7 +92,7 @@ def read_text(path: Path | None, limit_bytes: int) -> tuple[Tensor, Tensor]:
         raw = path.read_bytes()[:limit_bytes]
     else:
         library = Path(sysconfig.get_path("stdlib"))
-        raw = b""
+        raw = bytearray()  # bytes would be copied whole for each file
         for source in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
             if "site-packages" not in source.parts and len(raw) < limit_bytes:
                 raw += source.read_bytes()

@@ -10,6 +10,7 @@ import copy
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -24,6 +25,50 @@ import holdfast
 
 STEPS = 14
 HANG_AT = 8
+
+
+LONG_S = 150.0
+"""Longer than the silence after which stacks are taken, and than the two looks that follow."""
+
+
+def work(seconds: float) -> None:
+    """Use the CPU, without a sign of life."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        torch.ones(200, 200) @ torch.ones(200, 200)
+
+
+def listen(seconds: float) -> None:
+    """Read a slow stream: no CPU, a little I/O."""
+    program = f"import time\nfor _ in range({round(seconds)}): print('.', flush=True), time.sleep(1)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while process.stdout.read(1):
+            pass
+
+
+def take_long(how: str, rank: int, step: int, model: nn.Module, session: holdfast.Session) -> None:
+    """Healthy, and slow."""
+    match how:
+        case "slow steps" if step >= HANG_AT:
+            work(25)
+        case "compile" if step == 0:
+            work(LONG_S)
+        case "compile in a child" if step == 0:
+            subprocess.run([sys.executable, "-c", f"import time; time.sleep({LONG_S})"], check=True)
+        case "evaluation" if step == HANG_AT and rank == 0:
+            end = time.monotonic() + 180
+            while time.monotonic() < end:
+                with torch.no_grad():
+                    model.module(torch.ones(3, 4))
+                time.sleep(0.5)
+        case "scoring" if step == HANG_AT and rank == 0:
+            work(LONG_S)
+        case "stream" if step == HANG_AT and rank == 0:
+            listen(LONG_S)
+        case "long section" if step == HANG_AT:
+            with session.section("upload"):
+                time.sleep(LONG_S)
 
 
 def misbehave(how: str, rank: int, session: holdfast.Session) -> None:
@@ -65,6 +110,8 @@ def main() -> None:
         assert signal.getsignal(mine).__name__ == "<lambda>"
         assert signal.getsignal(signal.SIGUSR1).__name__ == "<lambda>"
         for step in session.steps(until=STEPS):
+            if first:
+                take_long(how, rank, step, model, session)
             if step == HANG_AT and first:
                 misbehave(how, rank, session)
             optimizer.zero_grad()

@@ -76,3 +76,14 @@ def test_a_rank_that_saves_for_minutes_while_others_wait_is_not_restarted(tmp_pa
         hangs = run(job, "writes", timeout_s=400)
         assert "hung" not in [event["change"] for event in hangs], hangs
         assert restarts(job) == ["0", "0"]
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize(
+    "how", ["slow steps", "compile", "compile in a child", "evaluation", "scoring", "stream", "long section"]
+)
+def test_a_long_healthy_run_is_not_restarted(tmp_path: Path, how: str) -> None:
+    with job_in(tmp_path) as job:
+        hangs = run(job, how, timeout_s=500)
+        assert "hung" not in [event["change"] for event in hangs], hangs
+        assert restarts(job) == ["0", "0"]

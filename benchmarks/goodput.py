@@ -1,0 +1,432 @@
+"""What share of its time a job of four failing nodes spends on steps that count: holdfast against torchrun.
+
+    python benchmarks/goodput.py                  # MTBF 15, 30, 60, 120 s, about 300 s of training each: an hour
+    python benchmarks/goodput.py --mtbf 60 --seconds 150
+    python benchmarks/goodput.py --quick          # short runs, to see that it works; bars are not judged
+
+Needs root: the nodes have namespaces of their own (`tests/support/nodes.py`), so that one can lose its power. The
+script is the same for all subjects: four ranks, one on each node, DDP on gloo. Faults come from a seeded schedule, the
+same for all subjects: SIGKILL of a worker (75 %), power-off of a node (15 %), SIGSTOP of a worker (10 %), with
+exponential gaps. A supervisor puts a new machine in the place of one without power after BOOT_S, and starts agents
+again that have ended.
+
+    holdfast     holdfast run, versions in memory every step, checkpoints in storage every PERSIST_S
+    torchrun     torchrun --max-restarts, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (without it a restarted worker may read
+                 the dead attempt's addresses); dcp.async_save at the Young/Daly interval sqrt(2 * cost * MTBF), its
+                 cost being measured in the same run; collectives end after GLOO_TIMEOUT_S: it notices no hang itself
+    reference    torchrun without faults and without checkpoints, for the length of a step
+
+Goodput is what N steps take at the reference's pace over what they took. Bars: at least 0.9 with holdfast at an MTBF of
+60 s (where that was measured), and above torchrun's at every point. The exit code is 1 where one is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+from measure import Bar, Estimate, as_json, machine, table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))  # the nodes are those of the tests
+
+from support.nodes import PORT, Cluster, Node, why_impossible  # noqa: E402
+
+BIN = Path(sys.executable).parent
+NODES = 4
+WIDTH, LAYERS = 384, 4
+STEP_S = 0.15
+BOOT_S = 1.0
+GLOO_TIMEOUT_S = 20
+PERSIST_S = 20
+KINDS = (("kill", 0.75), ("power", 0.15), ("stop", 0.10))
+PHASES = ("stopped", "agreed", "started", "opened", "restored", "first_step")
+
+
+# --- the training script
+
+
+def worker(mode: str, folder: Path, steps: int, mtbf_s: float) -> None:
+    """Train; write a line for each finished step."""
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=GLOO_TIMEOUT_S))
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with (folder / f"rank-{dist.get_rank()}.log").open("a", buffering=1) as log:
+
+        def body(step: int) -> None:
+            time.sleep(STEP_S)
+            optimizer.zero_grad()
+            model(torch.ones(8, WIDTH)).square().mean().backward()
+            optimizer.step()
+            log.write(f"{step} {time.time():.4f}\n")
+
+        if mode == "holdfast":
+            import holdfast
+
+            with holdfast.Session(
+                model=model,
+                optimizer=optimizer,
+                snapshot_every=1,
+                checkpoint_dir=folder / "checkpoints",
+                persist_every=timedelta(seconds=PERSIST_S),
+            ) as session:
+                for step in session.steps(until=steps):
+                    body(step)
+        elif mode == "torchrun":
+            _with_dcp(folder, model, optimizer, body, steps, mtbf_s)
+        else:
+            for step in range(steps):
+                body(step)
+    dist.destroy_process_group()
+
+
+def _with_dcp(folder: Path, model: object, optimizer: object, body: object, steps: int, mtbf_s: float) -> None:
+    """`dcp.async_save` at the Young/Daly interval; what it costs is measured at the first save of each start."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    cpu = dist.new_group(backend="gloo", timeout=timedelta(seconds=GLOO_TIMEOUT_S))
+    begin, newest = 0, folder / "newest"
+    if newest.exists():
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=folder / f"step-{newest.read_text()}")
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        begin = int(newest.read_text())
+    known = folder / "cost"
+    cost_s = float(known.read_text()) if known.exists() else 0.1
+    saved_at, running = time.monotonic(), None
+    for step in range(begin, steps):
+        body(step)
+        due = time.monotonic() - saved_at >= math.sqrt(2 * cost_s * mtbf_s) and (running is None or running[0].done())
+        told = [due and dist.get_rank() == 0]
+        dist.broadcast_object_list(told, group=cpu)
+        if running is not None and running[0].done() and dist.get_rank() == 0:
+            _publish(folder, running[1])
+        if not told[0]:
+            continue
+        if running is not None:
+            running[0].result()
+        begun = time.monotonic()
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        target = folder / f"step-{step + 1}"
+        state = {"model": model_state, "optimizer": optimizer_state}
+        running = (dcp.async_save(state, checkpoint_id=target, process_group=cpu), step + 1)
+        saved_at = time.monotonic()
+        costs = [saved_at - begun]
+        dist.broadcast_object_list(costs, group=cpu)
+        cost_s = costs[0]
+        if dist.get_rank() == 0:
+            _replace(known, f"{cost_s:.4f}")
+    if running is not None:
+        running[0].result()
+
+
+def _publish(folder: Path, step: int) -> None:
+    _replace(folder / "newest", str(step))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+# --- faults
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What breaks where, so many seconds after the first step."""
+
+    at_s: float
+    kind: str
+    node: int
+
+
+def schedule(mtbf_s: float, seed: int) -> Iterator[Fault]:
+    """Faults without end."""
+    chance = random.Random(f"{seed} {mtbf_s}")
+    at_s = 0.0
+    while True:
+        at_s += chance.expovariate(1 / mtbf_s)
+        [kind] = chance.choices([kind for kind, _ in KINDS], [weight for _, weight in KINDS])
+        yield Fault(at_s, kind, chance.randrange(NODES))
+
+
+# --- the driver
+
+
+@dataclass
+class Run:
+    """What one run of one subject gave."""
+
+    steps: int = 0
+    """Steps that were finished in the end."""
+    seconds: float = 0.0
+    faults: dict[str, int] = field(default_factory=lambda: {kind: 0 for kind, _ in KINDS})
+    steps_lost: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+    """Median seconds of each phase over all recoveries."""
+    recoveries: int = 0
+    step_s: float = 0.0
+    """Median length of a step."""
+    finished: bool = False
+    interval_s: float = 0.0
+    """Between checkpoints of torchrun."""
+
+
+class Job:
+    """One subject on its own cluster."""
+
+    def __init__(self, subject: str, folder: Path, cluster: Cluster, steps: int, mtbf_s: float) -> None:
+        self._subject, self._folder, self._cluster = subject, folder, cluster
+        self._steps, self._mtbf_s = steps, mtbf_s
+        self._agents: dict[int, subprocess.Popen[bytes]] = {}
+        self._boots: dict[int, float] = {}
+        self._restarts: dict[int, float] = {}
+
+    def start(self) -> None:
+        """Agents on all nodes."""
+        for number in range(NODES):
+            self._start(number)
+
+    def _start(self, number: int) -> None:
+        node = self._cluster.nodes[number]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": "/tmp"}
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        log = self._folder / f"agent-{node.name}.txt"
+        self._agents[number] = node.start(self._command(), log=log, environment=environment)
+
+    def _command(self) -> list[str]:
+        script = [__file__, "worker", self._subject, str(self._folder), str(self._steps), str(self._mtbf_s)]
+        flags = ["--nnodes", str(NODES), "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "goodput"]
+        flags += ["--max-restarts", "1000000", "--rdzv-conf", "last_call_timeout=1,join_timeout=600"]
+        if self._subject != "holdfast":
+            return [str(BIN / "torchrun"), *flags, "--rdzv-endpoint", f"n0:{PORT}", *script]
+        endpoints = ",".join(f"n{number}:{PORT}" for number in range(NODES))
+        own = ["--hold-job", "goodput", "--hold-run-dir", str(self._folder / "run"), "--hold-linger", "1s"]
+        return [str(BIN / "holdfast"), "run", *flags, "--rdzv-endpoint", endpoints, *own, *script]
+
+    def strike(self, fault: Fault, found: Run) -> None:
+        """Carry out a fault; one that finds nothing to strike does not count."""
+        node = self._cluster.nodes[fault.node]
+        if not node.is_on:
+            return
+        if fault.kind == "power":
+            self._cluster.power_off(node)
+            self._agents.pop(fault.node, None)
+            self._boots[fault.node] = time.monotonic() + BOOT_S
+        else:
+            pids = _workers(node)
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
+            if not pids:
+                return
+        found.faults[fault.kind] += 1
+
+    def supervise(self) -> None:
+        """New machines in the place of lost ones; agents that have ended are started again."""
+        now = time.monotonic()
+        for number in [number for number, at in self._boots.items() if now >= at]:
+            del self._boots[number]
+            self._cluster.replace(self._cluster.nodes[number])
+            self._start(number)
+        for number, process in list(self._agents.items()):
+            if process.poll() is None or self.finished or now < self._restarts.setdefault(number, now + BOOT_S):
+                continue
+            del self._restarts[number]
+            self._start(number)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every rank has finished its last step."""
+        return all(steps and steps[-1][0] == self._steps - 1 for steps in self.steps())
+
+    def steps(self) -> list[list[tuple[int, float]]]:
+        """Number and time of the steps of each rank."""
+        return [_read(self._folder / f"rank-{rank}.log") for rank in range(NODES)]
+
+
+def _workers(node: Node) -> list[int]:
+    """The training processes of a node, as we see them."""
+    found = {pid: command.split() for pid, command in node.processes().items()}
+    return [pid for pid, words in found.items() if "worker" in words and "run" not in words and _trains(words)]
+
+
+def _trains(words: list[str]) -> bool:
+    """The launchers carry the script's arguments too."""
+    return not any(Path(word).name in ("torchrun", "holdfast", "env", "nsenter") for word in words[:3])
+
+
+def _read(path: Path) -> list[tuple[int, float]]:
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [(int(number), float(at)) for number, at in (line.split() for line in lines)]
+
+
+def measure(subject: str, mtbf_s: float, steps: int, *, seed: int, limit_s: float) -> Run:
+    """One run of one subject; `mtbf_s`: infinite for the reference."""
+    found = Run()
+    with tempfile.TemporaryDirectory(prefix="holdfast-goodput-") as name, Cluster(NODES, Path(name)) as cluster:
+        folder = Path(name)
+        job = Job(subject, folder, cluster, steps, mtbf_s)
+        job.start()
+        began = _wait_for_first_step(job)
+        faults = schedule(mtbf_s, seed) if math.isfinite(mtbf_s) else iter(())
+        upcoming = next(faults, None)
+        while not job.finished and time.time() - began < limit_s:
+            if upcoming is not None and time.time() - began >= upcoming.at_s:
+                job.strike(upcoming, found)
+                upcoming = next(faults, None)
+            job.supervise()
+            time.sleep(0.05)
+        _fill(found, job.steps(), began, job.finished)
+        _fill_recoveries(found, folder)
+        if os.environ.get("GOODPUT_KEEP"):
+            subprocess.run(["cp", "-r", str(folder), os.environ["GOODPUT_KEEP"]], check=False)
+    return found
+
+
+def _wait_for_first_step(job: Job) -> float:
+    """When all ranks have finished their first step; only then do faults begin, and time counts."""
+    deadline = time.monotonic() + 120
+    while not all(job.steps()):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the job makes no step")
+        time.sleep(0.05)
+    return max(steps[0][1] for steps in job.steps())
+
+
+def _fill(found: Run, ranks: list[list[tuple[int, float]]], began: float, finished: bool) -> None:
+    ends = [max(at for _, at in steps) for steps in ranks]
+    found.finished = finished
+    found.steps = min(steps[-1][0] for steps in ranks)
+    found.seconds = (max(ends) if finished else time.time()) - began
+    gaps = [b - a for steps in ranks for (i, a), (j, b) in itertools.pairwise(steps) if j == i + 1]
+    found.step_s = statistics.median(gaps)
+    found.steps_lost = max(sum(max(0, i + 1 - j) for (i, _), (j, _) in itertools.pairwise(steps)) for steps in ranks)
+
+
+def _fill_recoveries(found: Run, folder: Path) -> None:
+    cost = folder / "cost"
+    found.interval_s = float(cost.read_text()) if cost.exists() else 0.0
+    path = folder / "run" / "events.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    recoveries = [event["phases"] for event in events if event["kind"] == "recovery"]
+    found.recoveries = len(recoveries)
+    for phase in PHASES:
+        seconds = [phases[phase] for phases in recoveries if phase in phases]
+        if seconds:
+            found.phases[phase] = statistics.median(seconds)
+
+
+def main() -> int:
+    """Measure and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a short run with two faults; the bars are not judged")
+    parser.add_argument("--mtbf", type=float, nargs="+", default=[15.0, 30.0, 60.0, 120.0], metavar="SECONDS")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, help="of training at the reference's pace (default 300)"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the schedule (default 1)")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
+    options = parser.parse_args()
+    if (reason := why_impossible()) is not None:
+        print(reason, file=sys.stderr)
+        return 2
+    mtbfs, seconds = ([4.0], 4.0) if options.quick else (options.mtbf, options.seconds)
+    reference = measure("reference", math.inf, 15 if options.quick else 60, seed=0, limit_s=120)
+    steps = round(seconds / reference.step_s)
+    runs: dict[str, Run] = {}
+    for mtbf_s in mtbfs:
+        for subject in ("holdfast", "torchrun"):
+            key = f"{subject} {mtbf_s:g}"
+            limit_s = 30.0 if options.quick else 3 * seconds
+            runs[key] = measure(subject, mtbf_s, steps, seed=options.seed, limit_s=limit_s)
+            print(key, goodput(runs[key], reference), runs[key], file=sys.stderr)
+    return report(runs, reference, quick=options.quick, path=options.json)
+
+
+def goodput(run: Run, reference: Run) -> float:
+    """What the steps take at the reference's pace over what they took."""
+    return run.steps * reference.step_s / run.seconds
+
+
+def report(runs: dict[str, Run], reference: Run, *, quick: bool, path: str | None) -> int:
+    """Print; 1 where a bar is missed."""
+    bars = _bars(runs, reference)
+    if path == "-":
+        print(as_json(_results(runs, reference), bars))
+        return 0 if quick else int(not all(bar.met for bar in bars))
+    print(machine())
+    print(f"a step takes {reference.step_s * 1000:.0f} ms without faults and checkpoints")
+    rows = [
+        [key, f"{goodput(run, reference):.3f}", str(run.steps), f"{run.seconds:.0f}",
+         " ".join(f"{count} {kind}" for kind, count in run.faults.items()), str(run.steps_lost),
+         f"{run.step_s * 1000:.0f}", "yes" if run.finished else "no"]
+        for key, run in runs.items()
+    ]  # fmt: skip
+    header = ["subject, MTBF (s)", "goodput", "steps", "s", "faults", "steps done again", "ms per step", "finished"]
+    print(table(header, rows))
+    phases = [[key, str(run.recoveries), *(_seconds(run, phase) for phase in PHASES)] for key, run in runs.items()]
+    print(table(["median s since a failure was noticed", "recoveries", *PHASES], phases))
+    for bar in bars:
+        print(bar)
+    if path is not None:
+        Path(path).write_text(as_json(_results(runs, reference), bars))
+    return 0 if quick else int(not all(bar.met for bar in bars))
+
+
+def _seconds(run: Run, phase: str) -> str:
+    return f"{run.phases[phase]:.2f}" if phase in run.phases else "-"
+
+
+def _results(runs: dict[str, Run], reference: Run) -> dict[str, object]:
+    found: dict[str, object] = {key: {**run.__dict__, "goodput": goodput(run, reference)} for key, run in runs.items()}
+    return {**found, "reference": reference.__dict__}
+
+
+def _bars(runs: dict[str, Run], reference: Run) -> list[Bar]:
+    """Bars are upper limits: what is lost, not what is left."""
+    bars = []
+    for key, run in runs.items():
+        subject, mtbf = key.split()
+        if subject != "holdfast":
+            continue
+        lost = 1 - goodput(run, reference)
+        rival = 1 - goodput(runs[f"torchrun {mtbf}"], reference)
+        bars.append(Bar(f"MTBF {mtbf} s: share of time lost, torchrun's", Estimate(lost, lost, lost, 1), rival))
+        if mtbf == "60":
+            bars.append(Bar("MTBF 60 s: share of time lost", Estimate(lost, lost, lost, 1), 0.1))
+    return bars
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        worker(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5]))
+    else:
+        raise SystemExit(main())
