@@ -56,6 +56,7 @@ from holdfast.snapshot.messages import (
     Notice,
     Progress,
     Refused,
+    RequestRegroup,
     RequestStop,
     RestoreChosen,
     SessionPhase,
@@ -186,6 +187,9 @@ class Agent:
         self._write(events.DaemonChanged(change="failed", text=reason))
         self._link.let_go()
         self._link = None
+        if self._generation is not None:
+            self._sessions.begin(self._generation)
+            self._session_changed()
 
     def _make_standby(self) -> Standby | None:
         launch = self._launch
@@ -454,7 +458,8 @@ class Agent:
                         RequestStop(reason="a signal asked the job to stop", grace_s=self._launch.hold.grace_s)
                     )
             case member.AskRegroup(generation):
-                self._tell(lambda machine: machine.regrouped(generation, time.monotonic()))
+                if self._link is not None:
+                    self._link.request(RequestRegroup(generation=generation))
             case member.LostLeader():
                 say("the leader is silent: workers end, asking on")
                 self._write(events.Membership(change="leader_lost", text="no plan within the limit"))

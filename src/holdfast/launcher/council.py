@@ -14,6 +14,7 @@ from typing import Any
 import zmq
 
 from holdfast.checkpoint.version import GenerationId, new_nonce
+from holdfast.environment import job_token
 from holdfast.errors import PeerError
 from holdfast.launcher import events, leader_orders, member
 from holdfast.launcher.arguments import Launch
@@ -29,6 +30,7 @@ from holdfast.launcher.recoveries import RecoveryBook
 from holdfast.launcher.stores import new_store
 from holdfast.launcher.timeline import describe_failure
 from holdfast.launcher.wire import Plan, Report, Standing
+from holdfast.snapshot.keys import JobKeys
 
 _SERVE_AGAIN_S = 1.0
 
@@ -79,7 +81,7 @@ class Council:
         alone = launch.meeting.max_nodes == 1
         store = launch.hold.claim_store
         self._desk = ClaimDesk(ClaimStore(store), say) if store and not alone else None
-        self._channel = None if alone else Channel(context, address)
+        self._channel = None if alone else Channel(context, address, JobKeys(job_token()))
         self._ports = () if alone else self._own_ports()
         endpoint = 0 if alone else self._serve()
         terms = Terms(
@@ -105,7 +107,7 @@ class Council:
     @property
     def sockets(self) -> list[Any]:
         """What to poll for reading, before `hear`."""
-        found: list[Any] = [self._channel.socket] if self._channel is not None else []
+        found: list[Any] = self._channel.sockets if self._channel is not None else []
         return [*found, self._desk.descriptor] if self._desk is not None else found
 
     def close(self) -> None:

@@ -11,8 +11,9 @@ Rules
    `join_timeout_s` for others.
 4. The first generation forms when all `max_nodes` are there, or `last_call_s` after `min_nodes` were. Later ones form
    at once from the nodes that are known: no last call.
-5. Nodes beyond `max_nodes` wait and step in. A node that joins while there is room makes the world larger: at an agreed
-   step where all ranks are in a Session, and at most every `grow_s`.
+5. Nodes beyond `max_nodes` wait and step in. A node that joins while there is room makes the world larger, at most
+   every `grow_s`: at an agreed step where all ranks are in a Session, at once where no rank has left one yet. What was
+   agreed is carried out though the node has gone meanwhile: workers wait for it.
 6. Only failures of workers are put to the restart budget.
 7. Asked to stop while every rank is in a Session, the job gets `grace_s` to end by itself (its workers agree on a
    step); otherwise its workers get the signal at once.
@@ -559,6 +560,8 @@ class Leader:
             self._note("running", f"restart {self._restarts}")
         elif self._stop_deadline is not None and now >= self._stop_deadline:
             self._end(Verdict(kind="stopped", reason=f"stopped: the grace of {self._limits.grace_s:g} s was over"))
+        elif self._regroup_since is not None:
+            self._regroup(current, now)
         elif self._may_grow(now) and all(report.state is WorkerState.RUNNING for report in current):
             self._grow(current, now)
 
@@ -566,7 +569,7 @@ class Leader:
         assert self._run is not None
         if self._stop_deadline is not None:
             return False
-        if self._regroup_since is None and self._grown is not None and now - self._grown < self._limits.grow_s:
+        if self._grown is not None and now - self._grown < self._limits.grow_s:
             return False
         waiting = [
             node
@@ -577,17 +580,21 @@ class Leader:
 
     def _grow(self, current: list[Report], now: float) -> None:
         """End the generation for a larger one: at an agreed step, where there is a Session to agree on one."""
-        assert self._run is not None
-        if self._session and self._regroup_since is None:
+        if any(report.session.closed for report in current):
+            return  # the script is about to end
+        self._grown = now
+        if self._session:
             self._regroup_since = now
             self._note("asked_to_grow", "a node joined: the world grows at an agreed step")
-            return
-        agreed = any(report.regrouped == self._run.generation for report in current)
-        since = self._regroup_since
-        if self._session and not agreed and since is not None and now - since <= self._limits.grace_s:
-            return
-        self._grown = now
-        self._begin_stop(now, cause="a node joined")
+        else:
+            self._begin_stop(now, cause="a node joined")
+
+    def _regroup(self, current: list[Report], now: float) -> None:
+        """End the generation once all workers wait at the agreed step. Where they have come to the end of the script
+        before it, they never do; where a node has lost its daemon for good, there is nothing to wait for."""
+        waits = all(report.session.waiting == report.node.num_workers for report in current)
+        if waits or any(report.session.opened < report.node.num_workers for report in current):
+            self._begin_stop(now, cause="the nodes change")
 
     def _worker_failed(self, failure: Failure, now: float) -> None:
         if self._stop_deadline is not None:

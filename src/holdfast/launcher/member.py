@@ -203,11 +203,6 @@ class Member:
         self._update(proof=nonce)
         return self._advance(now)
 
-    def regrouped(self, generation: GenerationId, now: float) -> list[Instruction]:
-        """All ranks have stopped at the agreed step, and its version is complete."""
-        self._update(regrouped=generation)
-        return self._advance(now)
-
     def rejected(self, rejected: Rejected, now: float) -> list[Instruction]:
         """The leader turned this node away; it does not do that to a node with a place."""
         if self._plan is None or self._place(self._plan) is None:

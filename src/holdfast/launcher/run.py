@@ -123,7 +123,10 @@ def share_token(path: Path | None, encrypt: str, *, num_nodes: int) -> None:
     JobKeys(token)
     set_job_token(token, encrypt_all=encrypt == "all")
     if not token and num_nodes > 1:
-        say("no job token: whoever reaches this node's ports can read its snapshots (set --hold-job-token-file)")
+        say(
+            "no job token: whoever reaches this node's ports can read its snapshots and steer the job "
+            "(set --hold-job-token-file)"
+        )
 
 
 def exit_code(ending: Ending, hold: HoldOptions) -> int:

@@ -8,7 +8,7 @@ from holdfast.checkpoint.version import GenerationId
 from holdfast.launcher.wire import SessionState
 from holdfast.snapshot.messages import RestoreChosen, SessionPhase
 
-_COUNTED = ("opened", "restored", "first_step", "closed")
+_COUNTED = ("opened", "restored", "first_step", "waiting", "closed")
 _TIMED = ("opened", "restored", "first_step")
 
 

@@ -14,7 +14,7 @@ import msgspec
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import PeerError
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever agents of two releases would misread each other."""
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -74,6 +74,8 @@ class SessionState(msgspec.Struct, frozen=True, kw_only=True):
     """Number of local ranks; the counts below likewise."""
     restored: int = 0
     first_step: int = 0
+    waiting: int = 0
+    """At the agreed step at which the membership changes: it is safe to end them."""
     closed: int = 0
     opened_s: float = 0.0
     restored_s: float = 0.0
@@ -181,8 +183,6 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     """Restarts after failures that the member knows of: a new leader goes on counting."""
     proof: str = ""
     """Nonce that the member has read from the claim store."""
-    regrouped: GenerationId | None = None
-    """Generation whose ranks have all stopped at the agreed step at which its membership shall change."""
     daemon: DaemonInfo = DaemonInfo()
     generation: GenerationId | None = None
     """Generation that this node last started workers for, None before the first."""

@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from typing import NoReturn
 
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.saving import Ranks
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 _OPEN_TIMEOUT = timedelta(minutes=30)
 _GRANT_TIMEOUT = timedelta(minutes=2)
 _PERSIST_TIMEOUT = timedelta(hours=2)
+_END_TIMEOUT = timedelta(minutes=30)
 _SLOTS_TIMEOUT_S = 600.0
 _SETTLE_AFTER_STEPS = 20
 """So many steps after the start, then at twice as many each time, the ranks ask each other whether memory is there."""
@@ -51,6 +53,7 @@ _HOLDERS_AFTER_STEPS = 20
 """Slots are asked for after so many steps even where it is not clear yet which ranks share which new tensors."""
 _KEPT_METRICS = 64
 _POLL_S = 0.01
+_SAY_AGAIN_S = 1.0
 _FINAL_POLL = timedelta(milliseconds=20)
 
 _SEVERITY = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -160,6 +163,8 @@ class LiveMode(Mode):
             self._settle_where_due(previous, step)
         if self._storage is not None:
             self._store(self._storage, previous, step, metrics)
+        if agreed is not None and agreed.kind == "regroup":
+            self._await_end(step)
         return (agreed is not None and agreed.kind == "stop") or self._stopping
 
     def save(self, tag: str | None, metrics: Mapping[str, float]) -> SaveHandle:
@@ -352,6 +357,39 @@ class LiveMode(Mode):
             self._client.committed(ticket.version, ticket.slot, self._wait_s, self._step_s, metrics)
         else:
             self._client.missed(ticket.version)
+
+    def _await_end(self, step: int) -> NoReturn:
+        """The membership changes at `step`: save it, say that this rank waits, and wait to be ended.
+
+        Raises:
+            FenceError: the generation is over, though nobody has ended this process.
+            PeerTimeout: nobody ends it.
+        """
+        deadline = time.monotonic() + _END_TIMEOUT.total_seconds()
+        safe, said = not self._becomes_a_version(step), float("-inf")
+        while time.monotonic() < deadline:
+            if not safe:
+                self._copy_final(step)  # again where another rank missed it
+            safe = self._client.is_settled(step) or safe
+            self._client.beat()
+            if safe and time.monotonic() - said > _SAY_AGAIN_S:  # a daemon that dies may not have passed it on
+                said = time.monotonic()
+                self._client.reached(Phase.WAITING, step)
+            time.sleep(_POLL_S / 5)
+        raise PeerTimeout(f"step {step} was agreed for a change of nodes, which did not come within {_END_TIMEOUT}")
+
+    def _becomes_a_version(self, step: int) -> bool:
+        """Whether `step` is kept in memory. Otherwise all ranks write it to storage here, where there is one."""
+        if not self._settled and self._context.options.checkpoint_dir is not None:
+            self._settle(wait=True)
+        if self._storage is None:
+            return self._wait_for_slots()
+        if self._storage.saved_step != step:
+            try:
+                self._storage.save(step)
+            except StorageError as error:
+                log.warning("step %d could not be saved, training resumes from an older one: %s", step, error)
+        return False
 
     # --- where there is no memory tier
 

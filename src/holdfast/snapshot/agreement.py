@@ -1,4 +1,4 @@
-"""Agreed steps: all workers save, or stop, at the end of the same step (pure).
+"""Agreed steps: all workers save, stop, or wait for another membership, at the end of the same step (pure).
 
 Rules
 -----
@@ -10,6 +10,10 @@ Rules
 4. A worker that reaches T unconfirmed waits there. One that has reached T without having acknowledged may have passed
    it already (it publishes a step before it looks at the page): the leader then picks a later T, further ahead each
    time. Those that wait at the former T see the later one and go on.
+5. A confirmed regroup is the last agreed step of its generation: workers save at T and wait there for their end. They
+   say that they wait once the version is *settled*: complete, and where a node leaves protected besides (persisted,
+   where there is no parity), for what that node holds goes with it. Nobody is ended before all wait.
+6. Of open requests a stop goes first, then a regroup, then saves; what goes first answers the others too.
 
 States of the leader's half
 ---------------------------
@@ -33,6 +37,7 @@ import msgspec
 
 from holdfast.snapshot.reports import Agreed, RankState, Request
 
+_ORDER = {"stop": 0, "regroup": 1, "save": 2}
 _LEAST_LEAD = 2
 """The newest worker may be inside the step after the one that it has published: only the boundary after that one is
 sure to see the proposal, and must come before T or be T itself."""
@@ -48,7 +53,7 @@ class Decision(enum.Enum):
     WAIT = "wait"
     """Stay, read the page again until the answer is another one."""
     PERFORM = "perform"
-    """This is the agreed step: save or stop here."""
+    """This is the agreed step: save, stop, or wait for the end here."""
 
 
 def at_boundary(step: int, agreed: Agreed | None, acknowledged: int) -> Decision:
@@ -103,12 +108,15 @@ class Agreement:
 
     def advance(self, now: Situation) -> None:
         """Look at the situation again; `current` may change."""
-        if self._answer_with_final(now):
+        if self._answer_with_final(now) or self._is_last():
             return
         if self.current is not None and not self.current.confirmed:
             self._drive_proposal(self.current, now)
         elif self.current is None or self._finished(self.current, now):
             self._propose(now)
+
+    def _is_last(self) -> bool:
+        return self.current is not None and self.current.confirmed and self.current.kind == "regroup"
 
     def _finished(self, current: Agreed, now: Situation) -> bool:
         there = all(rank.step >= current.step for rank in now.ranks)
@@ -119,7 +127,7 @@ class Agreement:
         behind = [rank for rank in now.ranks if rank.acknowledged < current.number]
         if not behind:
             self._lead_factor = 1
-            more = [request for request in now.requests.values() if current.kind in ("stop", request.kind)]
+            more = [request for request in now.requests.values() if _ORDER[current.kind] <= _ORDER[request.kind]]
             self.current = msgspec.structs.replace(_merge(current, more), confirmed=True)
         elif any(rank.step >= current.step for rank in behind):
             self._lead_factor *= 2
@@ -129,8 +137,10 @@ class Agreement:
     def _propose(self, now: Situation) -> None:
         answered = self.current.requests if self.current is not None and self._kept_its_word(self.current, now) else ()
         waiting = [request for identity, request in now.requests.items() if identity not in answered]
-        stops = [request for request in waiting if request.kind == "stop"]
-        if not waiting or not (stops or now.room_to_save):
+        if not waiting:
+            return
+        kind = _first(waiting)
+        if kind == "save" and not now.room_to_save:
             return
         newest = _newest(now)
         step = newest + max(_LEAST_LEAD, now.lead)
@@ -140,7 +150,6 @@ class Agreement:
         if step < newest + _LEAST_LEAD:
             return  # the loop is about to end: its last step answers
         number = self.current.number + 1 if self.current is not None else 1
-        kind = "stop" if stops else "save"
         proposal = Agreed(number=number, step=step, confirmed=False, kind=kind, persist=False)
         self.current = _merge(proposal, waiting)
 
@@ -165,10 +174,17 @@ class Agreement:
         if not now.requests:
             return True
         number = current.number + 1 if current is not None else 1
-        kind = "stop" if any(request.kind == "stop" for request in now.requests.values()) else "save"
-        answer = Agreed(number=number, step=final, confirmed=True, kind=kind, persist=False)
+        kind = _first(now.requests.values())
+        answer = Agreed(
+            number=number, step=final, confirmed=True, kind="stop" if kind == "stop" else "save", persist=False
+        )
         self.current = _merge(answer, now.requests.values())
         return True
+
+
+def _first(requests: Iterable[Request]) -> str:
+    """Kind of the request that goes first."""
+    return min((request.kind for request in requests), key=_ORDER.__getitem__)
 
 
 def _newest(now: Situation) -> int:

@@ -102,7 +102,7 @@ class AgreedAt:
     """The step that has just ended is an agreed one."""
 
     kind: str
-    """save or stop."""
+    """save, stop or regroup."""
     step: int
     tag: str | None = None
     persist: bool = True
@@ -430,6 +430,15 @@ class SnapshotClient:
                     if time.monotonic() > deadline:
                         raise PeerTimeout(f"step {step} was proposed and neither confirmed nor given up")
                     time.sleep(0.0005)
+
+    def is_settled(self, step: int) -> bool:
+        """Whether the version of `step`, at which all ranks wait for another membership, outlives the generation.
+
+        Raises:
+            FenceError: the generation has ended.
+        """
+        self._check_fence()
+        return self._page.settled >= step
 
     def _read_agreed(self) -> Agreed | None:
         sequence = self._page.agreed_sequence

@@ -8,7 +8,8 @@ behind is never taken for news.
 Writers: the node's daemon writes the node part, each worker its own rank part. Readers: everybody, agents too
 (progress, hang detection, rehearsed faults). The page stays where it is when a daemon dies: a successor maps it.
 
-    word 0..15        node: magic, epoch, generation, incarnation, pool, running, agreed sequence and agreed step
+    word 0..15        node: magic, epoch, generation, incarnation, pool, running, agreed sequence and agreed step,
+                      settled step
     word 16..47       node: grant table, one word per slot of the pool in use
     word 48 + 16*r    rank part of local rank r
 """
@@ -36,7 +37,8 @@ NO_LIMIT: Final = (1 << 63) - 1
 _MAGIC: Final = 0x3130_7466_646C_6F68  # "holdft01"
 _EPOCH, _GENERATION, _INCARNATION, _POOL, _RUNNING, _AGREED_SEQUENCE = 1, 2, 3, 4, 5, 6
 _AGREED_NUMBER, _AGREED_STEP, _AGREED_FLAGS = 7, 8, 9
-_STOP, _CONFIRMED, _PERSIST = 1, 2, 4
+_SETTLED = 10
+_STOP, _CONFIRMED, _PERSIST, _REGROUP = 1, 2, 4, 8
 _GRANTS = 16
 _RANKS, _RANK_WORDS = 48, 16
 _NUM_WORDS: Final = _RANKS + _RANK_WORDS * MAX_LOCAL_RANKS
@@ -51,6 +53,8 @@ class Phase(enum.IntEnum):
     RESTORED = 2
     FIRST_STEP = 3
     CLOSED = 4
+    WAITING = 5
+    """At the agreed step at which the membership changes, for its end."""
 
 
 def stack_file(arena: Path, local_rank: int) -> Path:
@@ -294,6 +298,7 @@ class ControlPage:
         self._words[_RUNNING] = 0
         self.clear_grants()
         self.publish_agreed(None)
+        self._words[_SETTLED] = 0
 
     @property
     def running(self) -> bool:
@@ -356,7 +361,8 @@ class ControlPage:
         """Write the agreed step that the leader named last."""
         flags = 0
         if agreed is not None:
-            flags = _STOP * (agreed.kind == "stop") | _CONFIRMED * agreed.confirmed | _PERSIST * agreed.persist
+            flags = _STOP * (agreed.kind == "stop") | _REGROUP * (agreed.kind == "regroup")
+            flags |= _CONFIRMED * agreed.confirmed | _PERSIST * agreed.persist
         self._words[_AGREED_SEQUENCE] |= 1
         self._words[_AGREED_NUMBER] = agreed.number if agreed else 0
         self._words[_AGREED_STEP] = agreed.step if agreed else 0
@@ -377,7 +383,7 @@ class ControlPage:
             before = self.agreed_sequence
             number, step, flags = self._words[_AGREED_NUMBER : _AGREED_FLAGS + 1].tolist()
             if before % 2 == 0 and before == self.agreed_sequence:
-                kind = "stop" if flags & _STOP else "save"
+                kind = "stop" if flags & _STOP else "regroup" if flags & _REGROUP else "save"
                 confirmed, persist = bool(flags & _CONFIRMED), bool(flags & _PERSIST)
                 return (
                     Agreed(number=number, step=step, confirmed=confirmed, kind=kind, persist=persist)
@@ -385,3 +391,12 @@ class ControlPage:
                     else None
                 )
         return None
+
+    @property
+    def settled(self) -> int:
+        """The agreed step of a regroup, once its version outlives the generation; 0 before."""
+        return int(self._words[_SETTLED])
+
+    @settled.setter
+    def settled(self, step: int) -> None:
+        self._words[_SETTLED] = step

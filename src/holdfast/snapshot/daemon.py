@@ -58,6 +58,7 @@ from holdfast.snapshot.messages import (
     PersistPart,
     RanksOpened,
     Refused,
+    RequestRegroup,
     RequestStop,
     RestoreFailed,
     Shutdown,
@@ -239,7 +240,7 @@ class Daemon:
 
     def _dispatch(self, peer: Peer, message: AnyMessage) -> None:
         match message:
-            case Hello() | StartGeneration() | EndGeneration() | Shutdown() | RequestStop():
+            case Hello() | StartGeneration() | EndGeneration() | Shutdown() | RequestStop() | RequestRegroup():
                 self._from_agent(peer, message)
             case LeaderRestore() | LeaderOrders() | AskNode() | PersistOrder() | PersistEnded() | Refused() | Bye():
                 self._from_leader(message)
@@ -282,14 +283,21 @@ class Daemon:
                     self.node.end_generation()
                 self.transport.send(peer, Ack())
             case RequestStop():
-                self._requests += 1
                 persist = message.persist and self.ending.persist_wanted(message.grace_s)
-                identity = f"agent-{self.arena.state.agent_pid}-{self.arena.control.daemon_epoch}-{self._requests}"
-                self.node.request(Request(id=identity, kind="stop", persist=persist))
+                self.node.request(Request(id=self._request_id(), kind="stop", persist=persist))
+                self.transport.send(peer, Ack())
+            case RequestRegroup():
+                if self.node.start is not None and self.node.start.generation == message.generation:
+                    request = Request(id=self._request_id(), kind="regroup", persist=False, leaves=message.leaves)
+                    self.node.request(request)
                 self.transport.send(peer, Ack())
             case Shutdown():
                 self._agent = peer
                 self.ending.shutdown(persist=message.persist)
+
+    def _request_id(self) -> str:
+        self._requests += 1
+        return f"agent-{self.arena.state.agent_pid}-{self.arena.control.daemon_epoch}-{self._requests}"
 
     def _welcome(self) -> Welcome:
         state = self.arena.state

@@ -20,6 +20,8 @@ Rules
 7. The first version of a generation that goes on from memory comes at once, whatever the interval: until it is there,
    what other nodes keep for the lost ones is all that there is.
 8. With redundancy, complete versions are protected one after the other (`holdfast.snapshot.protection`).
+9. The step of a confirmed regroup is settled when its version is complete. Where a node leaves, what it holds goes with
+   it: then the version must be protected besides, or persisted where nothing protects it, and be done with its persist.
 
 States
 ------
@@ -347,7 +349,12 @@ class LeaderLedger:
         """Persist the complete step where somebody wants it (known now, or since the last look)."""
         known = self._offered.get(step)
         agreed = self.agreement.current
-        agreed_here = agreed is not None and agreed.confirmed and agreed.persist and agreed.step == step
+        agreed_here = (
+            agreed is not None
+            and agreed.confirmed
+            and agreed.step == step
+            and (agreed.persist or self._leaves_unprotected(step))
+        )
         finals = [rank.final for rank in self._ranks if rank.final is not None]
         final = any(one.step == step and one.persist for one in finals)
         mandatory = agreed_here or final
@@ -472,11 +479,33 @@ class LeaderLedger:
             agreed=self.agreement.current,
             protect=self.protection.current.step if self.protection.current is not None else None,
             protected=self.protection.protected,
+            settled=self._settled(),
         )
         for node_rank in self.config.nodes:
             if self._sent.get(node_rank) != orders:
                 self._sent[node_rank] = orders
                 out.append(SendOrders(node_rank=node_rank, orders=orders))
+
+    # --- a regroup
+
+    def _settled(self) -> int | None:
+        """The step of a confirmed regroup whose version outlives the generation, whoever leaves."""
+        agreed = self.agreement.current
+        if agreed is None or not agreed.confirmed or agreed.kind != "regroup" or self._complete != agreed.step:
+            return None
+        version = self.config.generation.at(agreed.step)
+        if self._is_left() and any(pin.version == version for pin in self.persists.pins):
+            return None
+        unsafe = self._is_left() and self.protection.protected != version and not self._leaves_unprotected(agreed.step)
+        return None if unsafe else agreed.step
+
+    def _leaves_unprotected(self, step: int) -> bool:
+        """Whether a node leaves after `step`, whose version will never be protected."""
+        version = self.config.generation.at(step)
+        return self._is_left() and not self.protection.can(version, self._reports.values())
+
+    def _is_left(self) -> bool:
+        return any(request.leaves for state in self._reports.values() for request in state.requests)
 
     # --- views of the reports
 

@@ -70,6 +70,7 @@ from holdfast.snapshot.ledger_events import (
     RestoreDecided,
     SendInventory,
     SendReport,
+    Settled,
     StopPersist,
     StorePins,
     StoreRequests,
@@ -115,6 +116,7 @@ __all__ = [
     "RestoreDecided",
     "SendInventory",
     "SendReport",
+    "Settled",
     "StopPersist",
     "StorePins",
     "StoreRequests",
@@ -155,6 +157,7 @@ class NodeLedger:
         self._stored_pins: dict[Version, Pin] = {}
         self._requests: dict[str, Request] = {}
         self._agreed: Agreed | None = None
+        self._settled: int | None = None
         self._reported: NodeState | None = None
 
     # --- what the shell may ask
@@ -275,6 +278,9 @@ class NodeLedger:
             return
         self.table.fence(self._local_ranks, event.headers)
         self._enter(event.generation, event.node_rank, event.local_ranks)
+        if any(request.kind == "regroup" for request in self._requests.values()):
+            self._requests = {name: one for name, one in self._requests.items() if one.kind != "regroup"}
+            out.append(StoreRequests(requests=tuple(self._requests.values())))
         held = {image.version for image in self.table.images()}
         self._pins = {version: pin for version, pin in self._pins.items() if version in held}
         out += [ClearGrants(generation=event.generation), SendInventory()]
@@ -303,7 +309,7 @@ class NodeLedger:
         self._local_ranks = local_ranks
         self._ranks = {global_rank: RankState(global_rank=global_rank) for global_rank in local_ranks}
         self.table.places = {global_rank: local for local, global_rank in enumerate(local_ranks)}
-        self.parent, self._complete, self._agreed = None, None, None
+        self.parent, self._complete, self._agreed, self._settled = None, None, None, None
         self._protect, self._coded, self._uncodable, self._parity = None, None, None, None
         self._told_protected = False
         self._grants, self._num_slots, self._leader_epoch = (), 0, 0
@@ -342,6 +348,9 @@ class NodeLedger:
             self._agreed = orders.agreed
             out.append(PublishAgreed(agreed=orders.agreed))
         self._answer_requests(out)
+        if orders.settled is not None and orders.settled != self._settled:
+            self._settled = orders.settled
+            out.append(Settled(step=orders.settled))
         if orders.running or orders.protect is not None:
             self._take_protection(orders, out)
             self._let_go_of_the_past()
@@ -370,7 +379,8 @@ class NodeLedger:
         memory = self._num_slots >= 2
         reached = all(rank.step >= agreed.step for rank in self._ranks.values())
         complete = self._complete is not None and self._complete >= agreed.step
-        answered = [identity for identity in agreed.requests if identity in self._requests]
+        open_ = {identity for identity, request in self._requests.items() if request.kind != "regroup"}
+        answered = [identity for identity in agreed.requests if identity in open_]
         if answered and (complete or (reached and not memory)):
             for identity in answered:
                 del self._requests[identity]

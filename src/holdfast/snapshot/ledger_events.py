@@ -175,7 +175,7 @@ class WriterDied(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Requested(msgspec.Struct, frozen=True, kw_only=True):
-    """Feed at RequestSave, RequestEnd and RequestStop. Survives generations."""
+    """Feed at RequestSave, RequestEnd, RequestStop and RequestRegroup. All but the last survive generations."""
 
     request: Request
 
@@ -269,9 +269,15 @@ class ReadRanks(msgspec.Struct, frozen=True):
 
 class PublishAgreed(msgspec.Struct, frozen=True, kw_only=True):
     """Write the agreed step on the page; workers that wait in ``agreed()`` look again. Where it is confirmed and of
-    kind save, send SaveAgreed to the workers."""
+    kind save or regroup, send SaveAgreed to the workers."""
 
     agreed: Agreed
+
+
+class Settled(msgspec.Struct, frozen=True, kw_only=True):
+    """The version of a regroup's step outlives the generation: write it on the page, where workers wait for it."""
+
+    step: int
 
 
 class SendReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -332,6 +338,7 @@ NodeInstruction = (
     | WithdrawGrant
     | ReadRanks
     | PublishAgreed
+    | Settled
     | SendReport
     | StoreRequests
     | StorePins

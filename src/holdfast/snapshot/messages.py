@@ -136,7 +136,8 @@ class RestoreChosen(Message, frozen=True, kw_only=True):
 
 
 class SessionPhase(Message, frozen=True, kw_only=True):
-    """D -> A, pushed: a worker reached a phase, for the recovery timeline: opened, restored, first_step, closed."""
+    """D -> A, pushed: a worker reached a phase: opened, restored, first_step, waiting (at the step of a regroup),
+    closed."""
 
     generation: GenerationId
     global_rank: int
@@ -153,6 +154,14 @@ class RequestStop(Message, frozen=True, kw_only=True):
     persist: bool = True
     grace_s: float = 0.0
     """How long ending may take; a persist that is sure to take longer is left out. 0: as long as it takes."""
+
+
+class RequestRegroup(Message, frozen=True, kw_only=True):
+    """A -> D -> L: the membership changes: all workers wait for their end at an agreed step of this generation."""
+
+    generation: GenerationId
+    leaves: bool = False
+    """A node leaves the job with what it holds."""
 
 
 class Notice(Message, frozen=True, kw_only=True):
@@ -550,6 +559,7 @@ AnyMessage = (
     | ParityMade
     | RestoreChosen
     | SessionPhase
+    | RequestRegroup
     | RequestStop
     | Notice
     | Ack

@@ -603,8 +603,10 @@ class Node:
             case ledger.PublishAgreed(agreed=agreed):
                 self._save(agreed=agreed)
                 self.page.publish_agreed(agreed)
-                if agreed.confirmed and agreed.kind == "save":
+                if agreed.confirmed and agreed.kind in ("save", "regroup"):
                     self.to_workers(SaveAgreed(step=agreed.step, tag=agreed.tag, requests=agreed.requests))
+            case ledger.Settled(step=step):
+                self.page.settled = step
             case ledger.SendReport(state=state):
                 ask = state.ask or (self._report is not None and self._report.ask)
                 self._report = msgspec.structs.replace(state, ask=ask)

@@ -82,6 +82,11 @@ class Protection:
             self.current = complete
         return done
 
+    def can(self, version: Version, reports: Collection[NodeState]) -> bool:
+        """Whether `version` is protected or may still be."""
+        possible = self._coded and not any(state.parity is False for state in reports)
+        return self.protected == version or (possible and not _uncodable(version, reports))
+
     def _hopeless(self, reports: Collection[NodeState], complete: Version | None, num_slots: int) -> bool:
         """Whether the protected version stands in the way of new ones, or nothing will ever take its place."""
         if self.protected is None or self.protected == complete:

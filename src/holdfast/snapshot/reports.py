@@ -25,10 +25,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     """Unique in the job, chosen by the daemon that received it (for example ``n0-17``)."""
     kind: str
-    """save or stop."""
+    """save, stop or regroup. A regroup ends with the generation for which it was asked."""
     persist: bool = True
     tag: str | None = None
     metrics: dict[str, float] = {}
+    leaves: bool = False
+    """Of a regroup: a node leaves the job, and what it holds goes with it."""
 
 
 class Agreed(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +40,7 @@ class Agreed(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     confirmed: bool
     kind: str
-    """save or stop."""
+    """save, stop or regroup."""
     persist: bool = True
     tag: str | None = None
     metrics: dict[str, float] = {}
@@ -146,3 +148,5 @@ class Orders(msgspec.Struct, frozen=True, kw_only=True):
     protected: Version | None = None
     """The newest version whose parity is whole on every node, of this generation or an older one: its slots and its
     parity are kept until a newer one takes its place here. None: nothing is protected."""
+    settled: int | None = None
+    """The confirmed step of a regroup, once its version is safe without the nodes that leave: workers may go."""

@@ -433,7 +433,13 @@ class Simulation:
         )
 
     def _regroup(self, agent: SimAgent, generation: GenerationId) -> None:
-        self._do(agent, agent.membership.tell(lambda m: m.regrouped(generation, self.now), self.now))
+        """The daemons have agreed on a step, and its version is settled: all workers wait."""
+        waiting = SessionState(opened=2, waiting=2)
+        for one in [a for a in self.agents.values() if a.workers and a.workers.plan.generation == generation]:
+            self._later(one, lambda a=one: self._tell_session(a, waiting))
+
+    def _tell_session(self, agent: SimAgent, state: SessionState) -> None:
+        self._do(agent, agent.membership.tell(lambda m: m.session(state, self.now), self.now))
 
     def _start(self, agent: SimAgent, plan: Plan) -> None:
         generation = plan.generation
