@@ -234,6 +234,8 @@ class Agent:
         self._keep_watch(now)
         if self._group is not None and self._group.tick(now):
             self._group_gone(self._group)
+        elif self._group is not None and (survivors := self._group.survivors(now)):
+            self._give_up(self._group, survivors)
         self._do(self._council.ticked(now))
 
     def _wait(self) -> dict[Any, int]:
@@ -345,6 +347,19 @@ class Agent:
             self._tell(lambda machine: machine.gone(generation, time.monotonic()))
         else:
             self._tell(lambda machine: machine.done(generation, time.monotonic()))
+
+    def _give_up(self, group: WorkerGroup, survivors: Mapping[int, int]) -> None:
+        """Go on without them: what SIGKILL does not end waits in the kernel, for a device or a file server."""
+        assert self._generation is not None, "a group without a generation"
+        names = ", ".join(f"rank {group.global_rank(rank)} (pid {pid})" for rank, pid in survivors.items())
+        text = f"SIGKILL does not end {names}: this host waits in its kernel for a device or a file server"
+        say(text)
+        self._write(events.Noticed(severity="error", text=text))
+        group.abandon()
+        self._group = None
+        self._old_groups.append(group)
+        generation = self._generation
+        self._tell(lambda machine: machine.stuck(generation, text, time.monotonic()))
 
     def _reap_orphans(self) -> None:
         own = {self._guard.pid}

@@ -20,7 +20,7 @@ class Limits:
     grow_s: float = 600.0
     """Shortest time between two generations that only make the world larger."""
     stop_timeout_s: float = 60.0
-    """A node whose workers survive SIGKILL for that long (uninterruptible sleep) ends the job."""
+    """Workers of a node that go on reporting, but do not end within that time, end the job."""
     grace_s: float = 30.0
 
     def __post_init__(self) -> None:

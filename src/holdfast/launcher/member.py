@@ -13,7 +13,8 @@ Rules
    node asks on, for `join_timeout_s`. A leader that answers is followed.
 4. A member promises every ballot once, to one leader, and starts only generations of the newest ballot that it
    promised.
-5. A stop request outlives its generation: it is repeated to the leader in every report, and to the snapshot daemon in
+5. Workers that survive SIGKILL are waited for no longer: the node leaves, and the others miss it as a lost one.
+6. A stop request outlives its generation: it is repeated to the leader in every report, and to the snapshot daemon in
    every generation whose ranks are all in a Session.
 """
 
@@ -238,6 +239,14 @@ class Member:
             running = self._report.state is WorkerState.RUNNING
             self._update(alive=False, state=WorkerState.STOPPED if running else self._report.state)
             self._stopping = None
+        return self._advance(now)
+
+    def stuck(self, generation: GenerationId, reason: str, now: float) -> list[Instruction]:
+        """Workers of the generation outlive SIGKILL: this node is of no use any more, and leaves as it is."""
+        if generation == self._report.generation and not self._left:
+            self._left = True
+            self._update(ended=True)
+            self._out.append(Leave(Verdict(kind="failed", reason=reason)))
         return self._advance(now)
 
     def session(self, state: SessionState, now: float) -> list[Instruction]:

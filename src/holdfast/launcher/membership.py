@@ -11,6 +11,7 @@ Rules
 2. A leader sends its plan to all who follow it, and calls at every endpoint and at the agents of the newest generation
    that do not follow: a lost host may be back, or the cable whole again.
 3. A leader that hears a plan of more authority yields: it tells its members where to go, and follows.
+4. An agent that has left the job leads no longer, unless the whole job ends.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ class Membership:
         if self.leader is not None:
             self._leader(self.leader.ticked(now), now)
         self._member(self.member.ticked(now), now)
+        self._lead_no_longer()
         if self.leader is None and self.member.plan is None and not self.member.left:
             self._maybe_lead(now)
         return self._flush()
@@ -193,6 +195,12 @@ class Membership:
         for report in self._election.reports(now):
             if self.leader is not None:
                 self._leader(self.leader.reported(report, now), now)
+
+    def _lead_no_longer(self) -> None:
+        """A leader whose own node has left, though the job has not ended, is missed by the others as a lost one."""
+        if self.leader is not None and self.member.left and self.leader.plan.phase is not Phase.END:
+            self.leader = None
+            self._out.append(Led(False, "this node has left the job"))
 
     def _yield(self, plan: Plan, now: float) -> None:
         assert self.leader is not None, "only a leader yields"

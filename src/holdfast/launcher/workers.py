@@ -28,6 +28,8 @@ LEFTOVER_POLL_S = 0.02
 """How often the process table is read while a worker's own children are given time to end."""
 LEFTOVER_GRACE_S = 1.0
 """What they get between SIGTERM and SIGKILL."""
+SURVIVED_S = 15.0
+"""A worker that is still there so long after SIGKILL is in an uninterruptible sleep: nobody waits for it any longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +135,7 @@ class WorkerGroup(PContext):
         self._asked = False
         self._deadline: float | None = None
         self._killed = False
+        self._killed_at = 0.0
         self._next_look = 0.0
         self._stopper: threading.Thread | None = None
         filters: dict[str, Any] = {}  # keyword arguments that older releases of torch lack
@@ -280,7 +283,7 @@ class WorkerGroup(PContext):
         if not self._children:
             return True
         if self._deadline is not None and now >= self._deadline and not self._killed:
-            self._killed = True
+            self._killed, self._killed_at = True, now
             self.signal_all(signal.SIGKILL)
         if self.running():
             return False
@@ -295,6 +298,17 @@ class WorkerGroup(PContext):
             return False
         self._reap()
         return True
+
+    def survivors(self, now: float) -> dict[int, int]:
+        """Workers that have outlived SIGKILL for too long: process id by local rank."""
+        if not self._killed or now - self._killed_at < SURVIVED_S:
+            return {}
+        return {rank: child.pid for rank, child in self._children.items() if rank not in self._exits}
+
+    def abandon(self) -> None:
+        """Wait for nobody any longer: what has ended is reaped, the rest stays as it is."""
+        self._children = {rank: child for rank, child in self._children.items() if rank in self._exits}
+        self._reap()
 
     def next_wake(self, now: float) -> float | None:
         """Seconds until `tick` has something to do, None where only an exit can move it on."""
