@@ -134,6 +134,8 @@ class Agent:
         self._notice = NoticeFile(launch.hold.notice_file)
         self._health = HealthCheck(launch.hold.health, (run_dir,), self._write)
         self._stops = 0
+        self._leaving = False
+        """This node is asked to leave the job, which goes on."""
         self._verdict: Verdict | None = None
         self._bye: Bye | None = None
         self._bye_deadline = 0.0
@@ -218,7 +220,7 @@ class Agent:
             self._signalled(number)
         if self._notice.arrived(time.monotonic()):
             say(f"{self._notice.path} is there")
-            self._signalled(signal.SIGTERM)
+            self._noticed("notice file")
         if self._group is not None:
             for exit_ in self._group.collect():
                 self._worker_ended(exit_)
@@ -273,6 +275,9 @@ class Agent:
             if self._group is not None:
                 self._group.signal_all(number)
             return
+        if self._launch.meeting.max_nodes > 1 and (self._leaving or number == signal.SIGUSR1):
+            self._noticed(signal_name(number))
+            return
         self._stops += 1
         urgent = self._stops > 1
         self._write(events.StopRequested(signal=signal_name(number), urgent=urgent))
@@ -285,6 +290,18 @@ class Agent:
         say(f"got {signal_name(number)}: the job is stopped {how}")
         request = StopRequest(signal=number, urgent=urgent)
         self._tell(lambda machine: machine.asked_to_stop(request, time.monotonic()))
+
+    def _noticed(self, by: str) -> None:
+        """This host is about to be taken away: only this node leaves. A job of one node stops."""
+        if self._launch.meeting.max_nodes == 1:
+            self._signalled(signal.SIGTERM)
+            return
+        urgent, self._leaving = self._leaving, True
+        self._write(events.StopRequested(signal=by, urgent=urgent, node_only=True))
+        say(f"{by}: this node leaves the job {'at once' if urgent else 'at an agreed step'}")
+        if self._verdict is not None and urgent:
+            self._bye_deadline = 0.0
+        self._tell(lambda machine: machine.asked_to_drain(time.monotonic(), urgent=urgent))
 
     def _worker_ended(self, exit_: WorkerExit) -> None:
         assert self._group is not None, "an exit without a group"
@@ -373,7 +390,7 @@ class Agent:
                 case DaemonDied():
                     self._daemon_died(link, message)
                 case Progress():
-                    self._progressed(message.version.step)
+                    self._progressed(message)
                 case RestoreChosen():
                     if self._sessions.chosen(message):
                         self._session_changed()
@@ -393,8 +410,10 @@ class Agent:
         if self._starting is not None:
             self._try_start()
 
-    def _progressed(self, step: int) -> None:
-        self._tell(lambda machine: machine.progressed(step, time.monotonic()))
+    def _progressed(self, message: Progress) -> None:
+        step, safe = message.version.step, message.protected
+        protected = safe is not None and safe.generation == self._generation
+        self._tell(lambda machine: machine.progressed(step, time.monotonic(), protected=protected))
 
     def _session_changed(self) -> None:
         state = self._sessions.state
@@ -472,9 +491,9 @@ class Agent:
                     self._link.request(
                         RequestStop(reason="a signal asked the job to stop", grace_s=self._launch.hold.grace_s)
                     )
-            case member.AskRegroup(generation):
+            case member.AskRegroup(generation, leaves):
                 if self._link is not None:
-                    self._link.request(RequestRegroup(generation=generation))
+                    self._link.request(RequestRegroup(generation=generation, leaves=leaves))
             case member.LostLeader():
                 say("the leader is silent: workers end, asking on")
                 self._write(events.Membership(change="leader_lost", text="no plan within the limit"))
@@ -580,7 +599,7 @@ class Agent:
         self._verdict = verdict
         if self._link is not None:
             self._bye_deadline = time.monotonic() + BYE_S
-            self._link.shut_down(persist=verdict.kind != "done")
+            self._link.shut_down(persist=verdict.kind not in ("done", "drained"))
 
     def _write(self, event: events.AnyEvent) -> None:
         self._log.write(event, time.time())

@@ -177,7 +177,7 @@ class Council:
                     self._note(instruction)
                 case Led():
                     self._led(instruction)
-                case leader_orders.TurnAway() | leader_orders.Finished():
+                case leader_orders.TurnAway() | leader_orders.Finished() | leader_orders.Resign():
                     pass  # seen to by Membership
                 case _:
                     left.append(instruction)
@@ -293,7 +293,9 @@ class Council:
                 self.recoveries.stopped()
             case "node_lost":
                 say(f"lost node {note.text}")
-            case "waiting" | "claim_lost" | "asked_to_grow":
+            case "node_left":
+                say(f"{note.text} has left the job")
+            case "waiting" | "claim_lost" | "asked_to_grow" | "asked_to_drain":
                 say(note.text)
 
 

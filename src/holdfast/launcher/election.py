@@ -7,7 +7,8 @@ Rules
 -----
 1. Agents that know a generation come before those that never had a place. Among them the newer generation decides, then
    the lower node rank. The lowest survivor leads at once; others a heartbeat later, if they hear of no better one.
-2. New agents lead only where they serve an endpoint: the first one at once, a later one after the last call.
+2. Who is asked to leave the job does not lead any more.
+3. New agents lead only where they serve an endpoint: the first one at once, a later one after the last call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from holdfast.launcher.limits import Limits
-from holdfast.launcher.wire import Report, Standing
+from holdfast.launcher.wire import Drain, Report, Standing
 
 _RECENT_BEATS = 2.5
 """A seeker that was not heard for so many heartbeats is no candidate any more."""
@@ -60,7 +61,9 @@ class Election:
             endpoint: number of the rendezvous endpoint that it serves, -1 for none.
             now: time.monotonic().
         """
-        if any(_key(peer.report) > _key(own) for peer in self._recent(now)):
+        if own.drain is not Drain.NONE:
+            return False
+        if any(_key(peer.report) > _key(own) for peer in self._recent(now) if peer.report.drain is Drain.NONE):
             return False
         if own.standing is not None:
             alive = [member for member in own.standing.members if member != lost]

@@ -18,8 +18,8 @@ Kinds, and the fields that each one adds (fields that have their default are lef
     generation_started  members (hosts by node rank), world_size, restart_count, store, pids (of this node),
                         forked (how many of them the standby gave)
     worker_failed       global_rank, local_rank, pid, exit_code (negative: signal), signal (name), message, step
-    membership          text, change (node_joined, node_lost, forming, running, stopping, stopped, asked_to_stop,
-                        leader_lost)
+    membership          text, change (node_joined, node_lost, node_left, forming, running, stopping, stopped,
+                        asked_to_stop, asked_to_grow, asked_to_drain, leader_lost)
     recovery            cause, tier (memory, peers, storage, none, ""), step, steps_lost, restart_count, and `phases`:
                         seconds since the failure was detected at which the job had: stopped (no old worker left
                         anywhere), agreed (new generation named), started (all workers spawned), opened (all Sessions
@@ -31,9 +31,10 @@ Kinds, and the fields that each one adds (fields that have their default are lef
     health              check (as in `holdfast doctor`), status (ok: well again, warn, fail), text
     hang                change (dump, suspected, resumed, hung), global_rank (that stopped first), step, text
     straggler           global_rank, slow (false: it has caught up), text
-    stop_requested      signal (name), urgent
+    stop_requested      signal (name, or "notice file"), urgent, node_only (only this node leaves)
     fault               fault (the entry of the schedule that this agent is about to carry out), step
-    run_ended           outcome (done, failed, stopped), exit_code, reason, persisted (version in storage), path
+    run_ended           outcome (done, failed, stopped, drained: this node only), exit_code, reason, persisted (version
+                        in storage), path
 
 Agents of several nodes that share the run directory append to the same file.
 """
@@ -163,10 +164,11 @@ class StragglerEvent(Event, frozen=True, kw_only=True, tag="straggler", omit_def
 
 
 class StopRequested(Event, frozen=True, kw_only=True, tag="stop_requested", omit_defaults=True):
-    """A signal asked this agent to end the job."""
+    """A signal asked this agent to end the job, or to leave it."""
 
     signal: str
     urgent: bool = False
+    node_only: bool = False
 
 
 class FaultFired(Event, frozen=True, kw_only=True, tag="fault", omit_defaults=True):

@@ -17,7 +17,11 @@ Rules
 6. Only failures of workers are put to the restart budget.
 7. Asked to stop while every rank is in a Session, the job gets `grace_s` to end by itself (its workers agree on a
    step); otherwise its workers get the signal at once.
-8. A leader that cannot go on, because too few members of the newest generation are with it, may found a new incarnation
+8. A node that is asked to leave is replaced: its generation ends at an agreed step, once its version is safe without
+   that node; where ranks have not entered a Session, or the node is in a hurry, at once. It has a vote in the next one
+   and no place, and is released when a version of that one is protected. Where the others are too few the job stops.
+   A leader that leaves first names another one.
+9. A leader that cannot go on, because too few members of the newest generation are with it, may found a new incarnation
    together with enough agents that never had a place (`founders_needed`), after a last call.
 
 Why two successors of one generation never both make progress stands in `holdfast.launcher.quorum`.
@@ -29,6 +33,7 @@ made) -> RUN -> STOP -> GATHER, and END from anywhere. `handle` takes an event a
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass, field
 
 import msgspec
@@ -43,6 +48,7 @@ from holdfast.launcher.leader_orders import (
     Instruction,
     Note,
     ReadClaims,
+    Resign,
     TurnAway,
 )
 from holdfast.launcher.limits import Limits
@@ -50,6 +56,7 @@ from holdfast.launcher.quorum import founders_needed, lone_upper, may_follow
 from holdfast.launcher.ranks import node_ranks, places
 from holdfast.launcher.roster import Node, Roster, newest_incarnation, remembered_run
 from holdfast.launcher.wire import (
+    Drain,
     Failure,
     NodeInfo,
     Phase,
@@ -57,6 +64,7 @@ from holdfast.launcher.wire import (
     Plan,
     Report,
     Standing,
+    StopRequest,
     Verdict,
     WorkerState,
 )
@@ -148,6 +156,11 @@ class Leader:
         self._fenced_until = now
         self._may_found = True
         self._regroup_since: float | None = None
+        self._leaves = False
+        """A node leaves at the agreed step of the regroup."""
+        self._leaving: set[str] = set()
+        """Nodes that get no place any more, beside those that say so themselves."""
+        self._seen_session = False
         self._grown: float | None = None
         self._waiting_noted = ""
         self._begun = now
@@ -242,6 +255,10 @@ class Leader:
 
     def _heard(self, report: Report, now: float) -> None:
         info = report.node
+        if report.ended and self._phase != Phase.END and (self._run is None or info.node_id not in self._run.ids):
+            if self._roster.nodes.pop(info.node_id, None) is not None:
+                self._note("node_left", f"{info.host} (agent {info.pid})")
+            return
         reason = self._roster.heard(report, now)
         if reason is None:
             self._unsent = True
@@ -302,6 +319,7 @@ class Leader:
             before = self._phase
             self._learn(now)
             self._heed_stop_requests(now)
+            self._dismiss_strangers()
             match self._phase:
                 case Phase.GATHER:
                     self._advance_gather(now)
@@ -323,14 +341,23 @@ class Leader:
         if self._claims and not self._read_claims(now):
             return
         ready = [node for node in self._roster.nodes.values() if self._is_ready(node)]
-        size = self._limits.legal(len(ready))
+        candidates = [node for node in ready if not self._is_leaving(node)]
+        if candidates and self._leader_id in self._leaving_ids():
+            self._resign(candidates)
+            return
+        size = self._limits.legal(len(candidates))
         if size == 0:
             self._enough_since = None
         elif not self._still_waiting(ready, now):
             self._enough_since = now if self._enough_since is None else self._enough_since
-            self._choose(ready, size, now)
+            self._choose(ready, candidates, size, now)
         if self._phase == Phase.GATHER and now - self._gather_since > self._limits.join_timeout_s:
-            self._end(self._too_few(ready))
+            self._end(self._too_few(candidates))
+
+    def _resign(self, candidates: list[Node]) -> None:
+        ranks = self._previous_ranks()
+        heir = min(candidates, key=lambda node: (ranks.get(node.report.node.node_id, len(ranks)), node.joined))
+        self._out.append(Resign(heir.report.node.address))
 
     def _read_claims(self, now: float) -> bool:
         """Whether the newest claim is known; asks for it at first, and while this side waits."""
@@ -359,27 +386,27 @@ class Leader:
         unseen = known - set(self._roster.nodes) - self._missing
         return self._run is None and bool(unseen) and now - self._begun <= 2 * self._limits.heartbeat_s
 
-    def _choose(self, ready: list[Node], size: int, now: float) -> None:
+    def _choose(self, ready: list[Node], candidates: list[Node], size: int, now: float) -> None:
+        """`ready` have a vote, `candidates` among them may get a place."""
         present = {node.report.node.node_id for node in ready}
         if self._standing is not None and self._ours():
             if may_follow(self._standing, present, self._limits, store=self._claims):
-                self._follow_on(self._standing, ready, size, now)
+                self._follow_on(self._standing, present, candidates, size, now)
                 return
             self._note_waiting(self._standing, present)
         assert self._enough_since is not None, "there are enough"
-        newcomers = sum(node.report.standing is None for node in ready)
-        remembered = max([node.report.daemon.nodes for node in ready])
+        newcomers = sum(node.report.standing is None for node in candidates)
+        remembered = max([node.report.daemon.nodes for node in candidates])
         if self._standing is not None:
             remembered = max(remembered, len(self._standing.members))
         needed = founders_needed(self._limits, endpoint=self._endpoint, remembered=remembered, store=self._claims)
-        at_once = self._standing is None and len(ready) >= self._limits.legal(self._limits.max_nodes)
+        at_once = self._standing is None and len(candidates) >= self._limits.legal(self._limits.max_nodes)
         called = at_once or now - self._enough_since >= self._limits.last_call_s
         if newcomers >= needed and called and self._may_found:
-            self._form(self._chosen(ready, size), None, now)
+            self._form(self._chosen(candidates, size), None, now)
 
-    def _follow_on(self, standing: Standing, ready: list[Node], size: int, now: float) -> None:
+    def _follow_on(self, standing: Standing, present: set[str], candidates: list[Node], size: int, now: float) -> None:
         """This side may go on, if it wins the claim where there is a store: larger sides try first."""
-        present = {node.report.node.node_id for node in ready}
         if lone_upper(standing, present, self._limits) and not self._claims:
             self._stride = 2
             if self._ballot == standing.generation.generation + 1:
@@ -393,7 +420,7 @@ class Leader:
         smaller = self._claims and 2 * votes <= len(standing.members)
         if smaller and now - self._gather_since <= self._limits.dead_after_s:
             return
-        self._form(self._chosen(ready, size), standing, now)
+        self._form(self._chosen(candidates, size), standing, now)
 
     def _chosen(self, ready: list[Node], size: int) -> list[Node]:
         """Members of the generation before, then this node, then in order of joining."""
@@ -542,6 +569,9 @@ class Leader:
         self._session = len(current) == len(members) and all(
             r.session.opened == r.node.num_workers and r.session.closed == 0 for r in current
         )
+        self._seen_session = self._seen_session or self._session
+        if self._drain(current, now):
+            return
         if len(current) == len(members):
             self._all_current(current, now)
 
@@ -575,6 +605,7 @@ class Leader:
             node
             for node_id, node in self._roster.nodes.items()
             if node_id not in self._run.ids and not node.report.alive and node.report.proof == self._proof
+            if node.report.drain is Drain.NONE
         ]
         return self._limits.legal(len(self._run.places) + len(waiting)) > len(self._run.places)
 
@@ -595,6 +626,62 @@ class Leader:
         waits = all(report.session.waiting == report.node.num_workers for report in current)
         if waits or any(report.session.opened < report.node.num_workers for report in current):
             self._begin_stop(now, cause="the nodes change")
+
+    # --- nodes that leave
+
+    def _drain(self, current: list[Report], now: float) -> bool:
+        """Let the generation end for nodes that are asked to leave; whether it ends now."""
+        assert self._run is not None
+        ours = self._run.ids | {self._leader_id}
+        asked = [
+            n.report for name, n in self._roster.nodes.items() if name in ours and n.report.drain is not Drain.NONE
+        ]
+        if not asked or self._stop_deadline is not None:
+            return False
+        entered = self._session or self._seen_session or any(report.session.closed for report in current)
+        if not entered or any(report.drain is not Drain.ASKED for report in asked):
+            self._begin_stop(now, cause=_leaves(asked))
+            return True
+        if self._session and not self._leaves:
+            self._regroup_since, self._leaves = now, True
+            self._note("asked_to_drain", f"{_leaves(asked)} at an agreed step")
+        return False
+
+    def _dismiss_strangers(self) -> None:
+        """Nodes that are asked to leave and have no place, nor had one, leave at once."""
+        known = set(self._standing.members) if self._standing is not None else set()
+        known |= set(self._run.ids) if self._run is not None else set()
+        for node_id, node in self._roster.nodes.items():
+            if node.report.drain is Drain.ASKED and node_id not in known:
+                self._leaving.add(node_id)
+
+    def _is_leaving(self, node: Node) -> bool:
+        return node.report.drain in (Drain.READY, Drain.GOING) or node.report.node.node_id in self._leaving
+
+    def _leaving_ids(self) -> tuple[str, ...]:
+        return tuple(sorted(name for name, node in self._roster.nodes.items() if self._is_leaving(node)))
+
+    def _released(self) -> tuple[str, ...]:
+        """Those that leave, once the generation that runs no longer needs what they hold."""
+        run = self._run
+        if run is None or self._phase != Phase.RUN:
+            return ()
+        safe = any(node.report.protected and node.report.generation == run.generation for node in self._members())
+        held = set(run.follows.members) if run.follows is not None and not safe else set()
+        return tuple(
+            node_id
+            for node_id in self._leaving_ids()
+            if node_id not in run.ids and node_id != self._leader_id
+            if node_id not in held or self._roster.nodes[node_id].report.drain is Drain.GOING
+        )
+
+    def _too_few_would_stay(self) -> bool:
+        """Whether nodes of the generation are asked to leave, and the others cannot go on without them."""
+        if self._phase != Phase.RUN or self._run is None:
+            return False
+        asked = [node_id for node_id, node in self._roster.nodes.items() if node.report.drain is not Drain.NONE]
+        stay = len(self._roster.nodes) - len(asked)
+        return bool(self._run.ids.intersection(asked)) and self._limits.legal(stay) == 0
 
     def _worker_failed(self, failure: Failure, now: float) -> None:
         if self._stop_deadline is not None:
@@ -618,10 +705,17 @@ class Leader:
         run.stop_since = now
         run.stop_sequence = 0
         self._ballot, self._ballot_since = self._ballot + self._stride, now
-        self._regroup_since = None
+        self._leaving |= {n.report.node.node_id for n in self._roster.nodes.values() if self._leaves_with(n.report)}
+        self._regroup_since, self._leaves = None, False
         self._phase = Phase.STOP
         self._session = False
         self._note("stopping", cause, failure)
+
+    def _leaves_with(self, report: Report) -> bool:
+        """Whether the node leaves with the end of this generation: it was prepared for it, or there is no reason to
+        stay. A generation that ends for another reason is followed by one from which the node leaves."""
+        waits = report.session.waiting == report.node.num_workers
+        return report.drain is not Drain.NONE and ((self._leaves and waits) or not self._seen_session)
 
     def _advance_stop(self, now: float) -> None:
         run = self._run
@@ -651,6 +745,8 @@ class Leader:
 
     def _heed_stop_requests(self, now: float) -> None:
         requests = [node.report.stop for node in self._roster.nodes.values() if node.report.stop is not None]
+        if self._too_few_would_stay():
+            requests.append(StopRequest(signal=signal.SIGTERM))
         if not requests:
             return
         urgent = any(request.urgent for request in requests)
@@ -710,6 +806,10 @@ class Leader:
             store=run.store if run is not None else "",
             session=self._session,
             regroup=self._regroup_since is not None,
+            leaves=self._leaves,
+            leaving=self._leaving_ids(),
+            released=self._released(),
+            stopping=self._stop_deadline is not None,
             proof=self._proof,
             verdict=self._verdict,
             dump=self._dump,
@@ -738,6 +838,11 @@ class Leader:
     def _note(self, kind: str, text: str, failure: Failure | None = None) -> None:
         number = self._run.generation.generation if self._run is not None else 0
         self._out.append(Note(kind, text, number, failure))
+
+
+def _leaves(reports: list[Report]) -> str:
+    hosts = ", ".join(report.node.host for report in reports)
+    return f"{hosts} {'leaves' if len(reports) == 1 else 'leave'} the job"
 
 
 def _differ(old: Plan, new: Plan) -> bool:

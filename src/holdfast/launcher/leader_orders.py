@@ -50,11 +50,18 @@ class Note:
     """Something for the event log: what happened, in which generation."""
 
     kind: str
-    """node_joined, node_lost, forming, running, stopping, stopped, asked_to_stop, asked_to_grow, waiting or
-    claim_lost."""
+    """node_joined, node_lost, node_left, forming, running, stopping, stopped, asked_to_stop, asked_to_grow,
+    asked_to_drain, waiting or claim_lost."""
     text: str
     generation: int = 0
     failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Resign:
+    """This node leaves the job: the agent at this address leads from now on. The leader is of no use after it."""
+
+    address: str
 
 
 @dataclass(frozen=True)
@@ -62,4 +69,4 @@ class Finished:
     """Every member has carried out the end, or is gone: the leader may leave."""
 
 
-Instruction = Broadcast | TurnAway | HostStore | ReadClaims | Claim | Note | Finished
+Instruction = Broadcast | TurnAway | HostStore | ReadClaims | Claim | Note | Resign | Finished

@@ -14,7 +14,9 @@ Rules
 4. A member promises every ballot once, to one leader, and starts only generations of the newest ballot that it
    promised.
 5. Workers that survive SIGKILL are waited for no longer: the node leaves, and the others miss it as a lost one.
-6. A stop request outlives its generation: it is repeated to the leader in every report, and to the snapshot daemon in
+6. Asked to leave (a notice that this host will be taken away), a node goes on until the leader has a generation end for
+   it, and stays without workers until it is released. When its grace is over it is in a hurry, and soon after it goes.
+7. A stop request outlives its generation: it is repeated to the leader in every report, and to the snapshot daemon in
    every generation whose ranks are all in a Session.
 """
 
@@ -28,6 +30,7 @@ from holdfast.checkpoint.version import GenerationId
 from holdfast.launcher.limits import Limits
 from holdfast.launcher.wire import (
     DaemonInfo,
+    Drain,
     Failure,
     NodeInfo,
     Phase,
@@ -42,6 +45,8 @@ from holdfast.launcher.wire import (
     Verdict,
     WorkerState,
 )
+
+_DRAINED = Verdict(kind="drained", reason="this host is to be taken away, as asked; the job goes on without it")
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class AskRegroup:
     """Ask the snapshot daemon for an agreed step at which all workers wait for their end."""
 
     generation: GenerationId
+    leaves: bool = False
+    """A node leaves the job with what it holds."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,9 @@ class Member:
         self._stopping: tuple[GenerationId, bool] | None = None
         """Generation whose end was ordered, and whether at once."""
         self._asked: GenerationId | None = None
-        self._regroup_asked: GenerationId | None = None
+        self._regroup_asked: tuple[GenerationId, bool] | None = None
+        self._drain_until = float("inf")
+        """When a node that is asked to leave is in a hurry, and then when it goes at last."""
         self._lost_leader = ""
         self._left = False
         self._lonely_verdict: Verdict | None = None
@@ -185,6 +194,9 @@ class Member:
         if known:
             self._update(standing=max(known, key=lambda standing: standing.order))
         self._update(leader_id=plan.leader_id, seen=plan.sequence, failures=max(plan.failures, self._report.failures))
+        if self._report.node.node_id in plan.leaving and self._report.drain is Drain.ASKED:
+            waited = self._report.session.waiting == self._report.node.num_workers
+            self._update(drain=Drain.READY if waited else Drain.GOING)
         if plan.proof and plan.proof != self._report.proof:
             self._out.append(ReadProof(plan.proof))
 
@@ -254,9 +266,9 @@ class Member:
         self._update(session=state)
         return self._advance(now)
 
-    def progressed(self, step: int, now: float) -> list[Instruction]:
-        """The version of `step` is complete."""
-        self._update(progress=max(step, self._report.progress))
+    def progressed(self, step: int, now: float, *, protected: bool = False) -> list[Instruction]:
+        """The version of `step` is complete; `protected`: it, or an older one of the generation, is protected."""
+        self._update(progress=max(step, self._report.progress), protected=protected)
         return self._advance(now)
 
     def pulses(self, pulses: tuple[Pulse, ...]) -> None:
@@ -269,6 +281,30 @@ class Member:
         if self._plan is None:
             self._leave(Verdict(kind="stopped", reason="stopped by a signal", signal=request.signal, grace_s=0.0))
         return self._advance(now)
+
+    def asked_to_drain(self, now: float, *, urgent: bool = False) -> list[Instruction]:
+        """This host is about to be taken away: only this node leaves, at once where `urgent`."""
+        if self._report.drain is Drain.NONE:
+            self._drain_until = now + self._limits.grace_s
+            self._update(drain=Drain.ASKED)
+        if urgent:
+            self._hurry(now)
+        if self._plan is None and self._report.generation is None:
+            self._leave(_DRAINED)
+        return self._advance(now)
+
+    def _hurry(self, now: float) -> None:
+        if self._report.drain is not Drain.GOING:
+            self._drain_until = now + 3 * self._limits.dead_after_s
+            self._update(drain=Drain.GOING)
+
+    def _drains(self, plan: Plan | None, now: float) -> bool:
+        """Whether this node goes now: it is released, or nobody has let it go in time."""
+        late, hurries = now >= self._drain_until, self._report.drain is Drain.GOING
+        if late and not hurries:
+            self._hurry(now)
+        released = plan is not None and self._report.node.node_id in plan.released and not self._report.alive
+        return released or (late and hurries)
 
     def ticked(self, now: float) -> list[Instruction]:
         """Time has passed: at least every heartbeat."""
@@ -313,12 +349,7 @@ class Member:
     def _advance(self, now: float) -> list[Instruction]:
         plan = self._plan
         if not self._left:
-            if self._lonely_verdict is not None:
-                self._leave(self._lonely_verdict)
-            elif plan is None:
-                self._stop("the leader is silent")
-            else:
-                self._follow(plan)
+            self._act(plan, now)
         if self._dirty or now >= self._next_beat:
             self._dirty = False
             self._next_beat = now + self._limits.heartbeat_s
@@ -326,6 +357,16 @@ class Member:
             self._out.append(SendReport(self._report))
         out, self._out = self._out, []
         return out
+
+    def _act(self, plan: Plan | None, now: float) -> None:
+        if self._lonely_verdict is not None:
+            self._leave(self._lonely_verdict)
+        elif self._report.drain is not Drain.NONE and not _is_over(plan) and self._drains(plan, now):
+            self._leave(_DRAINED)
+        elif plan is None:
+            self._stop("the leader is silent")
+        else:
+            self._follow(plan)
 
     def _place(self, plan: Plan) -> Place | None:
         return next((place for place in plan.places if place.node_id == self._report.node.node_id), None)
@@ -369,6 +410,7 @@ class Member:
             started_s=0.0,
             pulses=(),
             standing=_standing(plan),
+            protected=False,
         )
         self._out.append(StartWorkers(plan, place))
 
@@ -383,14 +425,16 @@ class Member:
         self._out.append(StopWorkers(generation, reason, signal, grace_s))
 
     def _ask_stop(self, plan: Plan) -> None:
-        if plan.session and self._report.stop is not None and self._asked != plan.generation:
+        wanted = self._report.stop is not None or (plan.stopping and self._report.drain is not Drain.NONE)
+        if plan.session and wanted and self._asked != plan.generation:
             assert plan.generation is not None, "a run without a generation"
             self._asked = plan.generation
             self._out.append(AskStop(plan.generation))
-        if plan.regroup and self._regroup_asked != plan.generation:
-            assert plan.generation is not None, "a run without a generation"
-            self._regroup_asked = plan.generation
-            self._out.append(AskRegroup(plan.generation))
+        if plan.regroup and plan.generation is not None:
+            asked = (plan.generation, plan.leaves)
+            if self._regroup_asked not in (asked, (plan.generation, True)):
+                self._regroup_asked = asked
+                self._out.append(AskRegroup(*asked))
 
     def _leave(self, verdict: Verdict) -> None:
         if self._left:
@@ -406,6 +450,10 @@ class Member:
     def _update(self, **changes: object) -> None:
         self._report = msgspec.structs.replace(self._report, **changes)
         self._dirty = True
+
+
+def _is_over(plan: Plan | None) -> bool:
+    return plan is not None and plan.phase is Phase.END
 
 
 def _standing(plan: Plan) -> Standing | None:

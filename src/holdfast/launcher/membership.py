@@ -10,8 +10,9 @@ Rules
    and to those that it heard lately. An agent that has a leader answers with its address.
 2. A leader sends its plan to all who follow it, and calls at every endpoint and at the agents of the newest generation
    that do not follow: a lost host may be back, or the cable whole again.
-3. A leader that hears a plan of more authority yields: it tells its members where to go, and follows.
-4. An agent that has left the job leads no longer, unless the whole job ends.
+3. A leader whose node leaves names another agent, which leads from then on.
+4. A leader that hears a plan of more authority yields: it tells its members where to go, and follows.
+5. An agent that has left the job leads no longer, unless the whole job ends.
 """
 
 from __future__ import annotations
@@ -169,9 +170,12 @@ class Membership:
 
     def _heard_redirect(self, redirect: Redirect, now: float) -> None:
         plan = self.plan
-        if self.leader is not None or redirect.address == self._node.address:
+        if self.leader is not None:
             return
-        if plan is not None and plan.leader_id == redirect.sender and plan.address != redirect.address:
+        if redirect.address == self._node.address:
+            if plan is not None and plan.leader_id == redirect.sender:
+                self._take_over(now)
+        elif plan is not None and plan.leader_id == redirect.sender and plan.address != redirect.address:
             self._hints.add(redirect.address, now + _HINT_BEATS * self._limits.heartbeat_s)
             self._member(self.member.led_away(now), now)
         elif plan is None:
@@ -189,7 +193,17 @@ class Membership:
             own, since=self.member.seeking_since, lost=lost, endpoint=self.endpoint, now=now
         ):
             return
-        self.leader = self._terms.make_leader(self.endpoint, now, frozenset({lost}) if lost else frozenset())
+        self._lead(frozenset({lost}) if lost else frozenset(), now)
+
+    def _take_over(self, now: float) -> None:
+        """The leader leaves, and has named this agent. Leading is no power: whoever else thinks so can do it too."""
+        self._member(self.member.led_away(now), now)
+        if self.leader is None and not self.member.left:
+            self._lead(frozenset(), now)
+
+    def _lead(self, missing: frozenset[str], now: float) -> None:
+        own = self.member.report
+        self.leader = self._terms.make_leader(self.endpoint, now, missing)
         self._out.append(Led(True, takes_over=own.standing is not None))
         self._leader(self.leader.reported(own, now), now)
         for report in self._election.reports(now):
@@ -201,6 +215,15 @@ class Membership:
         if self.leader is not None and self.member.left and self.leader.plan.phase is not Phase.END:
             self.leader = None
             self._out.append(Led(False, "this node has left the job"))
+
+    def _resign(self, address: str, now: float) -> None:
+        assert self.leader is not None, "only a leader resigns"
+        followers = self.leader.addresses
+        self.leader = None
+        self._out.append(Led(False, f"this node leaves the job, {address} leads"))
+        self._send(Redirect(sender=self._node.node_id, address=address), followers)
+        self._hints.add(address, now + _HINT_BEATS * self._limits.heartbeat_s)
+        self._member(self.member.led_away(now), now)
 
     def _yield(self, plan: Plan, now: float) -> None:
         assert self.leader is not None, "only a leader yields"
@@ -240,6 +263,9 @@ class Membership:
                         self._send(Rejected(reason=reason), [address])
                 case leader_orders.Finished():
                     self.leader = None
+                case leader_orders.Resign(address):
+                    self._resign(address, now)
+                    return
                 case _:
                     self._out.append(instruction)
 

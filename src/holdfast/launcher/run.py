@@ -134,7 +134,7 @@ def exit_code(ending: Ending, hold: HoldOptions) -> int:
     match ending.verdict.kind:
         case "done":
             return 0
-        case "stopped":
+        case "stopped" | "drained":
             return hold.requeue_code or 1
         case _:
             return 1
@@ -261,6 +261,9 @@ def _explain(ending: Ending, launch: Launch, run_dir: Path) -> None:
     if bye is not None and bye.error:
         say(f"the newest snapshot could not be written: {bye.error}")
     if verdict.kind == "done":
+        return
+    if verdict.kind == "drained":
+        say(f"this node has left the job: {verdict.reason}")
         return
     what = f"{describe_failure(verdict.failure)}; " if verdict.failure is not None else ""
     say(

@@ -111,6 +111,17 @@ class StopRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Asked twice: no grace."""
 
 
+class Drain(enum.StrEnum):
+    """How far a node has come that is asked to leave the job, which goes on without it."""
+
+    NONE = ""
+    ASKED = "asked"
+    READY = "ready"
+    """Its workers have ended at an agreed step; it stays until the others no longer need what it holds."""
+    GOING = "going"
+    """It goes as soon as it may: its grace is over, it was asked twice, or there is nothing to stay for."""
+
+
 class WorkerState(enum.StrEnum):
     """The workers of one node in the generation that it last started."""
 
@@ -197,7 +208,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     """Step of the newest complete version that this node heard of, -1 where there is none."""
     started_s: float = 0.0
     """time.time() at which the workers of the generation had been spawned."""
+    protected: bool = False
+    """A version of the generation is protected."""
     stop: StopRequest | None = None
+    drain: Drain = Drain.NONE
     ended: bool = False
     """This node has carried out the end of the job."""
     pulses: tuple[Pulse, ...] = ()
@@ -223,7 +237,8 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     """How the job ends."""
 
-    kind: Literal["done", "failed", "stopped"]
+    kind: Literal["done", "failed", "stopped", "drained"]
+    """drained: of one node only, the job goes on."""
     reason: str
     """One line."""
     failure: Failure | None = None
@@ -267,6 +282,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     """A generation that is about to start: those who have a vote and no place in it must know of it before."""
     regroup: bool = False
     """The membership shall change at an agreed step."""
+    leaves: bool = False
+    """Then a node leaves the job with what it holds."""
+    leaving: tuple[str, ...] = ()
+    """Node ids: they get no place any more."""
+    released: tuple[str, ...] = ()
+    """Those of them that may go."""
+    stopping: bool = False
+    """The job shall end at an agreed step."""
     generation: GenerationId | None = None
     restart_count: int = 0
     fresh: bool = True

@@ -55,6 +55,8 @@ class Chaos:
     """Per second of the whole network: it falls apart, or becomes whole again."""
     cuts: float = 0.0
     """Per second of the whole network: one direction between two nodes is cut, or all such cuts heal."""
+    drains: float = 0.0
+    """Nodes that are asked to leave; they come back as other ones."""
     restart_after_s: tuple[float, float] = (0.1, 6.0)
 
 
@@ -136,6 +138,13 @@ class Simulation:
         """An agent that leaves with a job that was stopped is started again."""
         self.stubborn = False
         """Workers end only where they are given no grace."""
+        self.agreed_after_s = 0.1
+        """From the first request to the agreed step."""
+        self.asked_to_regroup: list[tuple[float, GenerationId, bool]] = []
+        self.protects = True
+        """The first version of a generation is protected at once."""
+        self.stuck: set[int] = set()
+        """Nodes whose workers do not even end by SIGKILL."""
         self.session = False
         """Workers open a Session at once, and stop at agreed steps."""
         self.now = 0.0
@@ -265,7 +274,7 @@ class Simulation:
     def _exit(self, agent: SimAgent) -> None:
         del self.agents[agent.node]
         self.ended.append(agent)
-        if self.supervised and agent.left is not None and agent.left.kind == "stopped":
+        if self.supervised and agent.left is not None and agent.left.kind in ("stopped", "drained"):
             self._at(self.random.uniform(*self.chaos.restart_after_s), lambda: self.boot(agent.node))
 
     # --- faults
@@ -281,6 +290,8 @@ class Simulation:
             agent.paused_until = agent.heard = self.now + self.random.uniform(0.5, 6.0)
         elif agent.workers is not None and draw < chaos.crashes + chaos.pauses + chaos.worker_failures:
             self.fail_worker(agent)
+        elif self.random.random() / TICK_S < chaos.drains if chaos.drains else False:
+            self.ask_drain(agent.node)
 
     def _network_mischief(self) -> None:
         if not self._chaotic:
@@ -342,6 +353,10 @@ class Simulation:
         request = StopRequest(signal=15, urgent=urgent)
         self._do(agent, agent.membership.tell(lambda m: m.asked_to_stop(request, self.now), self.now))
 
+    def ask_drain(self, node: int, *, urgent: bool = False) -> None:
+        agent = self.agents[node]
+        self._do(agent, agent.membership.tell(lambda m: m.asked_to_drain(self.now, urgent=urgent), self.now))
+
     # --- network
 
     def connected(self, a: int, b: int) -> bool:
@@ -389,10 +404,13 @@ class Simulation:
                 case member.StartWorkers(plan, _):
                     self._start(agent, plan)
                 case member.StopWorkers(_, _, _, grace_s):
-                    if agent.stop_at is None and not (self.stubborn and grace_s != 0.0):
+                    if agent.node in self.stuck:
+                        self._at(5.0, lambda: self._give_up(agent))
+                    elif agent.stop_at is None and not (self.stubborn and grace_s != 0.0):
                         agent.stop_at = self.now + self.random.uniform(0, 1.0)
-                case member.AskRegroup(generation):
-                    self._later(agent, lambda: self._regroup(agent, generation))
+                case member.AskRegroup(generation, leaves):
+                    self.asked_to_regroup.append((self.now, generation, leaves))
+                    self._at(self.agreed_after_s, lambda g=generation: self._regroup(g))
                 case member.Leave(verdict):
                     agent.left = verdict
                 case _:
@@ -432,7 +450,7 @@ class Simulation:
             ),
         )
 
-    def _regroup(self, agent: SimAgent, generation: GenerationId) -> None:
+    def _regroup(self, generation: GenerationId) -> None:
         """The daemons have agreed on a step, and its version is settled: all workers wait."""
         waiting = SessionState(opened=2, waiting=2)
         for one in [a for a in self.agents.values() if a.workers and a.workers.plan.generation == generation]:
@@ -440,6 +458,13 @@ class Simulation:
 
     def _tell_session(self, agent: SimAgent, state: SessionState) -> None:
         self._do(agent, agent.membership.tell(lambda m: m.session(state, self.now), self.now))
+
+    def _give_up(self, agent: SimAgent) -> None:
+        """As the shell does where workers outlive SIGKILL."""
+        if self._alive(agent) and agent.workers is not None:
+            generation = agent.workers.plan.generation
+            assert generation is not None
+            self._do(agent, agent.membership.tell(lambda m: m.stuck(generation, "SIGKILL", self.now), self.now))
 
     def _start(self, agent: SimAgent, plan: Plan) -> None:
         generation = plan.generation
@@ -461,6 +486,8 @@ class Simulation:
         if self.session:
             state = SessionState(opened=2)
             self._do(agent, agent.membership.tell(lambda m: m.session(state, self.now), self.now))
+            if self.protects:
+                self._do(agent, agent.membership.tell(lambda m: m.progressed(1, self.now, protected=True), self.now))
         self._check()
 
     # --- invariants

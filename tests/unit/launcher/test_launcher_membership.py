@@ -12,7 +12,7 @@ from holdfast.launcher.leader import Leader
 from holdfast.launcher.limits import Limits
 from holdfast.launcher.member import Member
 from holdfast.launcher.membership import Membership
-from holdfast.launcher.wire import NodeInfo, Phase, Plan, Rejected, Report
+from holdfast.launcher.wire import NodeInfo, Phase, Plan, Rejected, Report, SessionState
 
 SETTLE_S = 60.0
 LOST_S = 5.0
@@ -104,6 +104,161 @@ def test_growth_waits_for_its_interval_and_for_an_agreed_step() -> None:
         assert first or simulation.now - grown >= 20
         grown = simulation.now
     assert [note.kind for _, _, note in simulation.notes].count("asked_to_grow") == 2
+
+
+def kinds(simulation: Simulation) -> list[str]:
+    """How agents have left."""
+    return [agent.left.kind for agent in simulation.ended if agent.left]
+
+
+def test_growth_ends_nobody_before_all_wait_at_the_agreed_step() -> None:
+    simulation = running(3, smallest=2, largest=4, grow_s=0.0)
+    simulation.session, simulation.agreed_after_s = True, 50.0  # steps may be long
+    simulation.fail_worker(simulation.agents[0])  # the generation after it has Sessions
+    simulation.run(5)
+    (before,) = simulation.whole_generations()
+    simulation.boot(3)
+    simulation.run(45)
+    assert simulation.whole_generations() == [before]
+    simulation.run(10)
+    assert simulation.world() == [4]
+    assert {leaves for _, _, leaves in simulation.asked_to_regroup} == {False}
+
+
+def test_what_was_agreed_is_carried_out_though_the_newcomer_has_gone() -> None:
+    """Workers wait at the agreed step: nobody but the leader lets them go on."""
+    simulation = running(3, smallest=2, largest=4, grow_s=0.0)
+    simulation.session, simulation.agreed_after_s = True, 5.0
+    simulation.fail_worker(simulation.agents[0])
+    simulation.run(5)
+    simulation.boot(3)
+    simulation.run_until(lambda: simulation.asked_to_regroup, 3)
+    simulation.lose(3)
+    (before,) = simulation.whole_generations()
+    simulation.run(10)
+    (after,) = simulation.whole_generations()
+    assert after.generation > before.generation
+    assert simulation.world() == [3]
+
+
+def test_a_script_that_is_about_to_end_is_not_restarted_to_grow() -> None:
+    simulation = running(3, smallest=2, largest=4, grow_s=0.0)
+    for agent in list(simulation.agents.values()):
+        simulation._tell_session(agent, SessionState(opened=2, closed=1))
+    (before,) = simulation.whole_generations()
+    simulation.boot(3)
+    simulation.run(10)
+    assert simulation.whole_generations() == [before]
+
+
+def test_a_stop_while_the_world_is_about_to_grow_ends_the_job_at_the_agreed_step() -> None:
+    simulation = running(3, smallest=2, largest=4, grow_s=0.0, supervised=False)
+    simulation.session, simulation.agreed_after_s = True, 5.0
+    simulation.fail_worker(simulation.agents[0])
+    simulation.run(5)
+    simulation.boot(3)
+    simulation.run_until(lambda: simulation.asked_to_regroup, 3)
+    simulation.ask_stop(1)
+    simulation.run(4)
+    assert kinds(simulation) == []
+    simulation.run(6)
+    assert kinds(simulation) == ["stopped"] * 4
+
+
+def with_sessions(simulation: Simulation) -> Simulation:
+    """Restarted, now with Sessions."""
+    simulation.session = True
+    simulation.fail_worker(next(iter(simulation.agents.values())))
+    simulation.run(5)
+    assert len(simulation.whole_generations()) == 1
+    return simulation
+
+
+@pytest.mark.parametrize("rank", range(3))
+@pytest.mark.parametrize("session", [False, True])
+def test_a_node_that_is_asked_to_leave_leaves_and_the_others_go_on(rank: int, session: bool) -> None:
+    """The leader's too: it hands over while no workers run, so nobody loses it."""
+    simulation = running(3, smallest=2, supervised=False)
+    if session:
+        with_sessions(simulation)
+    node = by_rank(simulation)[rank]
+    simulation.ask_drain(node)
+    goes_on(simulation, 2, 4)
+    assert bool(simulation.asked_to_regroup) == session
+    assert all(leaves for _, _, leaves in simulation.asked_to_regroup)
+    (generation,) = simulation.whole_generations()
+    simulation.run(3 if session else 1)
+    assert kinds(simulation) == ["drained"]
+    simulation.run(20)
+    assert simulation.whole_generations() == [generation]
+    assert "leader_lost" not in [note.kind for _, _, note in simulation.notes]
+
+
+def test_a_spare_takes_the_place_of_a_node_that_leaves() -> None:
+    simulation = with_sessions(running(4, smallest=3, largest=3, supervised=False))
+    node = by_rank(simulation)[1]
+    simulation.ask_drain(node)
+    simulation.run_until(lambda: simulation.world() == [3] and node not in by_rank(simulation), 5)
+    simulation.run(3)
+    assert kinds(simulation) == ["drained"]
+
+
+def test_a_spare_that_is_asked_to_leave_goes_and_nobody_is_restarted() -> None:
+    simulation = with_sessions(running(4, smallest=3, largest=3, supervised=False))
+    (spare,) = set(range(4)) - set(by_rank(simulation))
+    before = simulation.whole_generations()
+    simulation.ask_drain(spare)
+    simulation.run(3)
+    assert kinds(simulation) == ["drained"]
+    assert simulation.whole_generations() == before
+
+
+def test_a_node_stays_until_the_next_generation_has_protected_a_version_or_its_grace_ends() -> None:
+    simulation = with_sessions(running(3, smallest=2, supervised=False))
+    simulation.protects = False
+    node = by_rank(simulation)[2]
+    simulation.ask_drain(node)
+    goes_on(simulation, 2, 4)
+    simulation.run(20)
+    assert kinds(simulation) == []
+    simulation.run(10)
+    assert kinds(simulation) == ["drained"]
+    assert simulation.world() == [2]
+
+
+def test_who_is_asked_twice_leaves_at_once() -> None:
+    simulation = with_sessions(running(3, smallest=2, supervised=False))
+    simulation.agreed_after_s = 100.0
+    node = by_rank(simulation)[2]
+    simulation.ask_drain(node)
+    simulation.run(5)
+    assert simulation.world() == [3]
+    simulation.ask_drain(node, urgent=True)
+    goes_on(simulation, 2, 4)
+    simulation.run(2)
+    assert kinds(simulation) == ["drained"]
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_notices_for_more_nodes_than_the_job_can_miss_stop_it(nodes: int) -> None:
+    simulation = with_sessions(running(3, smallest=3 if nodes == 1 else 1, supervised=False))
+    for node in range(nodes):
+        simulation.ask_drain(node)
+        simulation.run(0.05)
+    simulation.run(60)
+    assert set(kinds(simulation)) == {"stopped"}
+    assert len(kinds(simulation)) == 3
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_a_node_whose_workers_outlive_sigkill_leaves_with_an_error_and_the_others_go_on(rank: int) -> None:
+    simulation = running(3, smallest=2, supervised=False)
+    node = by_rank(simulation)[rank]
+    simulation.stuck = {node}
+    simulation.fail_worker(simulation.agents[by_rank(simulation)[1]])
+    goes_on(simulation, 2, 12)
+    assert kinds(simulation) == ["failed"]
+    assert node not in by_rank(simulation)
 
 
 def test_the_world_shrinks_to_a_multiple() -> None:
@@ -507,9 +662,13 @@ def any_schedule(seed: int, nodes: int | None = None) -> Simulation:
         cuts=0.1 * (seed % 4 == 3) if may_split else 0.0,
     )
     static = seed % 5 == 0 and limits.min_nodes == nodes
-    return Simulation(
+    simulation = Simulation(
         seed, nodes=nodes, endpoints=1 + seed % 2, limits=limits, chaos=chaos, claims=claims, node_ranks_given=static
     )
+    if seed % 6 >= 4:
+        chaos.drains = 0.3 / nodes
+        simulation.session = seed % 6 == 5
+    return simulation
 
 
 def check(seed: int, nodes: int | None = None) -> Simulation:
