@@ -175,7 +175,7 @@ _FLAGS = (
     _Flag("heartbeat", parse_duration, "TIME", "interval of heartbeats between nodes (default 0.5s)"),
     _Flag("dead_after", parse_duration, "TIME", "silence after which a node counts as lost (default 2s)"),
     _Flag("hang_timeout", _parse_timeout, "TIME", "silence of all ranks after which a job hangs (default 10m)"),
-    _Flag("notice_file", Path, "FILE", "asks the job to stop as soon as it is there, as a signal does"),
+    _Flag("notice_file", Path, "FILE", "asks this node to leave the job as soon as it is there"),
     _Flag(
         "health",
         _parse_health,
