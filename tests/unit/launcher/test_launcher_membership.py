@@ -764,6 +764,7 @@ def _forget(machine: Leader, now: float) -> None:
 
 
 _everybody = Membership._everybody
+_regroup = Leader._regroup
 
 MUTANTS: dict[str, tuple[object, str, object]] = {
     "workers start beside old ones": (Member, "_follow", _start_over_the_living),
@@ -802,6 +803,25 @@ MUTANTS: dict[str, tuple[object, str, object]] = {
         lambda limits, *, endpoint, remembered, store: limits.min_nodes,
     ),
     "a claimed incarnation is not fenced": (leader, "_FENCE_S", 0.0),
+    "a generation ends before its workers wait at the agreed step": (
+        Leader,
+        "_regroup",
+        lambda machine, current, now: machine._begin_stop(now, cause="at once"),
+    ),
+    "workers wait for a newcomer that has gone": (
+        Leader,
+        "_regroup",
+        lambda machine, current, now: machine._may_grow(now) and _regroup(machine, current, now),
+    ),
+    "a node that leaves gets a place again": (Leader, "_is_leaving", lambda machine, node: False),
+    "a leader that leaves names no other": (Leader, "_resign", lambda machine, candidates: None),
+    "a node that leaves is never released": (Leader, "_released", lambda machine: ()),
+    "a node leaves before a version is protected without it": (
+        Leader,
+        "_released",
+        lambda machine: tuple(name for name in machine._leaving_ids() if name not in machine._run.ids),
+    ),
+    "notices for all drain one after the other": (Leader, "_too_few_would_stay", lambda machine: False),
 }
 
 
@@ -816,6 +836,11 @@ def test_the_simulation_catches_the_mutant(name: str, monkeypatch: pytest.Monkey
 def _check_many() -> None:
     test_a_fresh_agent_at_the_first_endpoint_does_not_overtake_a_generation_that_it_cannot_hear()
     test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_before_that_starts()
+    test_growth_ends_nobody_before_all_wait_at_the_agreed_step()
+    test_what_was_agreed_is_carried_out_though_the_newcomer_has_gone()
+    test_a_node_that_is_asked_to_leave_leaves_and_the_others_go_on(0, session=True)
+    test_a_node_stays_until_the_next_generation_has_protected_a_version_or_its_grace_ends()
+    test_notices_for_more_nodes_than_the_job_can_miss_stop_it(1)
     for seed in range(150):
         check(seed)
         check_split(seed)
