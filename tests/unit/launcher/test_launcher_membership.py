@@ -819,7 +819,7 @@ MUTANTS: dict[str, tuple[object, str, object]] = {
     "a node leaves before a version is protected without it": (
         Leader,
         "_released",
-        lambda machine: tuple(name for name in machine._leaving_ids() if name not in machine._run.ids),
+        lambda machine: tuple(n for n in machine._leaving_ids() if machine._run and n not in machine._run.ids),
     ),
     "notices for all drain one after the other": (Leader, "_too_few_would_stay", lambda machine: False),
 }
