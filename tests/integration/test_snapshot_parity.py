@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.checkpoint.commit import list_steps
+from holdfast.checkpoint.boxes import Box
+from holdfast.checkpoint.commit import list_steps, open_checkpoint
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, SlotState, read_header_of
 from holdfast.snapshot.messages import Notice, ParityMade, Progress, RestoreChosen
 from support.snapshot_worker import Plan
 from support.snapshots import Job, Node, wait_for
 
 ROW = 5 << 19
+NEVER_WRITES = """
+import time
+from holdfast.snapshot import persister
+persister.write_image = lambda *arguments: time.sleep(600)
+"""
+"""For a daemon: its storage hangs."""
 
 
 @pytest.fixture
@@ -24,12 +31,13 @@ def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., list[Node]]]:
     made: list[Node] = []
 
     def nodes(names: str, **hello: object) -> list[Node]:
-        made.extend(Node(name) for name in names)
-        for node in made:
+        new = [Node(name) for name in names]
+        made.extend(new)
+        for node in new:
             node.start_daemon()
-        for node in made:
+        for node in new:
             node.hello(**hello)  # type: ignore[arg-type]
-        return list(made)
+        return new
 
     yield nodes
     for node in made:
@@ -120,6 +128,34 @@ def test_nodes_are_lost_one_after_the_other_until_storage_is_all_that_is_left(
     assert chosen.tier == "storage"
     assert re.search(r"too many nodes|is nowhere", chosen.reason)
     assert job.finish()[0].event("restored")["tier"] == "storage"
+
+
+def test_the_share_of_a_node_lost_in_the_middle_of_a_persist_is_written_by_those_that_decode_it(
+    make: Callable[..., list[Node]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = make("ab")
+    (tmp_path / "sitecustomize.py").write_text(NEVER_WRITES)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    nodes += make("c")
+    monkeypatch.undo()
+    job = Job(nodes, 1)
+    storage = tmp_path / "c"
+    job.start(plan(3, checkpoint_dir=str(storage), snapshot_every=50, persist_every_steps=50))
+    step = protected(nodes[0], 0)
+    job.end()
+    assert not any(one.complete for one in list_steps(storage))
+    lose(nodes[2])
+    job.restart(nodes[:2], plan(2, checkpoint_dir=str(storage), snapshot_every=1))
+    assert nodes[0].expect(RestoreChosen).step == step
+    wait_for(lambda: any(one.complete for one in list_steps(storage)), "the checkpoint is written all the same")
+    assert any(isinstance(one, Notice) and "share of rank 2 is decoded" in one.text for one in nodes[0].pushed)
+    protected(nodes[0], step)
+    job.end()
+    with open_checkpoint(storage / f"step-{step:08d}") as catalog:
+        out = bytearray(ROW)
+        for row in range(3):
+            catalog.read("w", Box((row, 0), (1, ROW)), out)
+            assert out == bytes([(step * 7 + row) % 251]) * ROW
 
 
 def test_flipped_bits_are_noticed_and_routed_around(

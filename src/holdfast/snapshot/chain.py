@@ -227,7 +227,7 @@ def tier_of(choice: Choice, inventories: Sequence[Inventory], member: Member, wo
 
 def carried_persists(inventories: Sequence[Inventory], choice: Choice, *, generation: GenerationId) -> tuple[Pin, ...]:
     """Of the pinned versions of older generations those whose persist goes on in `generation`: on the chain, not above
-    the restored step, every image still there."""
+    the restored step, every image still there or to be decoded (`lost_images`)."""
     chain = chain_of(inventories, before=generation)
     pins = {pin.version: pin for inventory in inventories for pin in inventory.pinned}
     return tuple(
@@ -236,8 +236,14 @@ def carried_persists(inventories: Sequence[Inventory], choice: Choice, *, genera
         if version.step <= choice.step
         and chain.refusal(version) is None
         and version.generation != generation
-        and _missing_ranks(version, inventories) == []
+        and isinstance(_remains(version, inventories), Restoration)
     )
+
+
+def lost_images(version: Version, inventories: Sequence[Inventory]) -> tuple[Rebuild, ...]:
+    """The images of a version that no node has any more, and what each is decoded from."""
+    remains = _remains(version, inventories)
+    return remains.rebuilds if isinstance(remains, Restoration) else ()
 
 
 # --- candidates

@@ -23,12 +23,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from holdfast.checkpoint.places import place
+from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.environment import encrypts_all, job_token
 from holdfast.errors import HoldfastError
@@ -47,6 +49,7 @@ from holdfast.snapshot.messages import (
     DaemonMoved,
     EndGeneration,
     Hello,
+    ImageLocation,
     Inventory,
     LeaderOrders,
     LeaderRestore,
@@ -98,6 +101,7 @@ class Daemon:
 
     def __init__(self, arena_dir: Path, socket_dir: Path, address: str, keys: JobKeys) -> None:
         self.socket_dir = socket_dir
+        self._keys = keys
         self.arena = Arena.open(arena_dir)
         self.arena.control.new_epoch()
         self.lanes = Lanes()
@@ -377,10 +381,23 @@ class Daemon:
         if order.version in self._parts and self._parts[order.version].attempt == order.attempt:
             return
         self._stop_persist(order.version)  # an attempt of a former leader
-        part = Part(order.version, order.attempt, place(order.directory), self.node.slots_of(order.version))
+        slots, lost = self.node.slots_of(order.version), tuple(self._opener(order, one) for one in order.lost)
+        part = Part(order.version, order.attempt, place(order.directory), slots, lost)
         self._parts[order.version] = part
-        _log.info("persisting %s into %s (%d images)", order.version, order.directory, len(part.slots))
+        count = len(slots) + len(lost)
+        _log.info("persisting %s into %s (%d images)", order.version, order.directory, count)
         self.lanes.submit("persist", lambda: write_part(part), lambda result: self._part_ended(part, result))
+
+    def _opener(self, order: PersistOrder, location: ImageLocation) -> Callable[[], OpenImage]:
+        """What opens a lost image, in the lane that writes it."""
+        context, keys = self.transport.context, self._keys
+
+        def opened() -> OpenImage:
+            from holdfast.snapshot.lost import open_lost  # late: it needs numpy
+
+            return open_lost(context, location, order.version, keys, images=order.images, bulk=order.bulk)
+
+        return opened
 
     def _part_ended(self, part: Part, result: tuple[bytes, ...] | Exception) -> None:
         if self._parts.get(part.version) is part:

@@ -94,6 +94,8 @@ class LeaderConfig:
     persist_every_steps: int | None = None
     carried: tuple[Pin, ...] = ()
     """Unfinished persists of older generations that go on (`chain.carried_persists`)."""
+    decoded: tuple[Version, ...] = ()
+    """Those of them of which images are lost: they are decoded while they are written."""
     coded: bool = False
     """Some group of the generation has parity."""
     parent: Version | None = None
@@ -301,6 +303,7 @@ class LeaderLedger:
         if not self._all_entered(ranks):
             return
         self._count_skipped(ranks)
+        self.protection.held = any(pin.version in self.config.decoded for pin in self.persists.pins)
         protected = self.protection.advance(self._reports.values(), self.complete, self._num_slots())
         self.counters.protected += len(protected)
         out += protected

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import msgspec
 
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.version import Version
@@ -21,6 +23,7 @@ from holdfast.erasure.groups import Grouping, form_groups
 from holdfast.erasure.redundancy import Redundancy
 from holdfast.errors import HoldfastError, StateError, StorageError, UsageError
 from holdfast.snapshot import chain, leader, survey
+from holdfast.snapshot.coding import Rebuild
 from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.messages import (
     AnyMessage,
@@ -60,7 +63,8 @@ class _Attempt:
     number: int
     begun: float
     waiting: set[int]
-    order: PersistOrder | None = None
+    orders: dict[int, PersistOrder] = field(default_factory=dict)
+    """By node rank; empty until they may be sent."""
     ordered: float = 0.0
     records: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
 
@@ -257,7 +261,7 @@ class Leading:
             version=choice.version,
             step=choice.step,
             path=choice.path,
-            images=self._locations(choice) if choice.tier == "memory" else (),
+            images=self._locations(choice.version, choice.rebuilds) if choice.tier == "memory" else (),
             attempt=self._attempt,
             bulk={node_rank: inventory.bulk for node_rank, inventory in self._inventories.items()},
             steps_lost=choice.steps_lost,
@@ -305,9 +309,8 @@ class Leading:
             self._say("info", note)
         return grouping if any(group.num_parity for group in grouping.groups) else None
 
-    def _locations(self, choice: chain.Choice) -> tuple[ImageLocation, ...]:
+    def _locations(self, version: Version | None, rebuilds: Iterable[Rebuild]) -> tuple[ImageLocation, ...]:
         """Images that lie somewhere, then those that are decoded."""
-        version = choice.version
         return tuple(
             ImageLocation(
                 node_rank=inventory.node_rank,
@@ -332,7 +335,7 @@ class Leading:
                 global_rank=rebuild.global_rank,
                 rebuild=rebuild,
             )
-            for rebuild in choice.rebuilds
+            for rebuild in rebuilds
         )
 
     def _refuse(self, error: Exception) -> None:
@@ -357,6 +360,8 @@ class Leading:
         self._lead(carried=chain.carried_persists(inventories, choice, generation=self.start.generation))
 
     def _lead(self, carried: tuple[Pin, ...]) -> None:
+        inventories = tuple(self._inventories.values())
+        decoded = tuple(pin.version for pin in carried if chain.lost_images(pin.version, inventories))
         assert self.config is not None
         assert self._chosen is not None
         self.ledger = leader.LeaderLedger(
@@ -369,6 +374,7 @@ class Leading:
                 snapshot_every=self.config.snapshot_every,
                 persist_every_steps=self.config.persist_every_steps if self.config.checkpoint_dir else None,
                 carried=carried,
+                decoded=decoded,
                 coded=self._chosen.grouping is not None,
                 parent=self._chosen.restore.version if self._chosen.restore.tier == "memory" else None,
                 protected=self._chosen.protected,
@@ -419,10 +425,10 @@ class Leading:
             self._persist_begun = now
             self._feed(leader.PersistDue())
         for attempt in list(self._attempts.values()):
-            if attempt.order is not None and now - attempt.ordered > _ORDER_AGAIN_S:
+            if attempt.orders and now - attempt.ordered > _ORDER_AGAIN_S:
                 attempt.ordered = now  # order or answer may have been lost with a connection
                 for node_rank in attempt.waiting:
-                    self._send(node_rank, attempt.order)
+                    self._send(node_rank, attempt.orders[node_rank])
             if attempt.waiting and now - attempt.begun > _PART_LIMIT_S:
                 for node_rank in sorted(attempt.waiting):
                     self._part_ended(attempt, node_rank, f"nothing was heard of it for {_PART_LIMIT_S:.0f} s")
@@ -442,19 +448,37 @@ class Leading:
             self._attempts[order.version] = known
         known.waiting |= set(order.nodes)
         directory = str(step_directory(self.config.checkpoint_dir, order.version.step))
-        message = PersistOrder(
-            version=order.version, directory=directory, attempt=order.attempt, tag=order.tag, metrics=order.metrics
-        )
+        messages = self._persist_orders(order, directory)
 
         def cleared(result: object) -> None:
-            known.order, known.ordered = message, time.monotonic()
+            known.orders, known.ordered = messages, time.monotonic()
             for node_rank in order.nodes:
                 if isinstance(result, Exception):
                     self._part_ended(known, node_rank, str(result))
                 else:
-                    self._send(node_rank, message)
+                    self._send(node_rank, messages[node_rank])
 
         self._lanes.submit("storage", lambda: clear_way(place(directory), order.version), cleared)
+
+    def _persist_orders(self, order: leader.OrderPersist, directory: str) -> dict[int, PersistOrder]:
+        """What each node is told. Images of nodes that are gone are dealt out to all, the same at each attempt."""
+        message = PersistOrder(
+            version=order.version, directory=directory, attempt=order.attempt, tag=order.tag, metrics=order.metrics
+        )
+        messages = dict.fromkeys(self._members, message)
+        inventories = tuple(self._inventories.values())
+        own = order.version.generation == self.start.generation
+        lost = () if own else chain.lost_images(order.version, inventories)
+        if lost:
+            ranks = ", ".join(str(one.global_rank) for one in lost)
+            self._say("info", f"{order.version}: the share of rank {ranks} is decoded, and written for it")
+            located = self._locations(order.version, lost)
+            bulk = {node_rank: inventory.bulk for node_rank, inventory in self._inventories.items()}
+            there, decoded = located[: -len(lost)], located[-len(lost) :]
+            for number, node_rank in enumerate(self._members[: len(lost)]):
+                mine = decoded[number :: len(self._members)]
+                messages[node_rank] = msgspec.structs.replace(message, lost=mine, images=there, bulk=bulk)
+        return messages
 
     def _take_part(self, message: PersistPart) -> None:
         attempt = self._attempts.get(message.version)

@@ -526,6 +526,12 @@ class PersistOrder(Message, frozen=True, kw_only=True):
     attempt: int
     tag: str | None = None
     metrics: dict[str, float] = {}
+    lost: tuple[ImageLocation, ...] = ()
+    """Images that no node has any more, for this one to decode and to write."""
+    images: tuple[ImageLocation, ...] = ()
+    """With `lost`: all others, for pieces that are not coded because several nodes hold them."""
+    bulk: dict[int, str] = {}
+    """With `lost`: node rank -> endpoint of its bulk server."""
 
 
 class PersistPart(Message, frozen=True, kw_only=True):

@@ -1,8 +1,9 @@
 """Writing versions from slots to storage: what the daemon's persist lane runs.
 
-A node writes the job-scope part of its images (each byte of the job once); the leader writes index and root when all
-parts are there. Block checksums are verified while the bytes stream, so that what was damaged in memory never becomes
-a checkpoint. Whatever goes wrong, older checkpoints stay as they were.
+A node writes the job-scope part of its images (each byte of the job once), and that of images whose node is gone and
+which it is told to decode; the leader writes index and root when all parts are there. Block checksums are verified
+while the bytes stream, so that what was damaged in memory never becomes a checkpoint. Whatever goes wrong, older
+checkpoints stay as they were.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,11 +28,12 @@ from holdfast.checkpoint.commit import (
     subset_image,
     write_image,
 )
-from holdfast.checkpoint.image import read_header
+from holdfast.checkpoint.image import ImageMeta, read_header
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.root import ROOT_NAME
-from holdfast.checkpoint.source import MemorySource
+from holdfast.checkpoint.source import MemorySource, Source
+from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CheckpointError, CorruptError, FenceError
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, SlotState, read_slot_header
@@ -49,6 +51,8 @@ class Part:
     """The step directory."""
     slots: tuple[Path, ...]
     """Slot files that hold the version clean; pinned until this has ended."""
+    lost: tuple[Callable[[], OpenImage], ...] = ()
+    """Each opens an image that no node has any more."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set by the event loop: the slots may be written again, stop reading."""
 
@@ -83,7 +87,16 @@ def write_part(part: Part) -> tuple[bytes, ...]:
     """
     if existing(part.directory, part.version) is not None:
         return ()  # committed by an attempt whose end nobody heard of
-    return tuple(_write_one(part, slot).encode() for slot in part.slots)
+    lost = [_write_lost(part, opened) for opened in part.lost]  # first: what they are decoded from may go
+    return tuple(record.encode() for record in (*lost, *(_write_one(part, slot) for slot in part.slots)))
+
+
+def _write_lost(part: Part, opened: Callable[[], OpenImage]) -> ImageRecord:
+    image = opened()
+    try:
+        return _write_image(part, image.meta, image.source)
+    finally:
+        image.close()
 
 
 def _write_one(part: Part, slot: Path) -> ImageRecord:
@@ -93,11 +106,15 @@ def _write_one(part: Part, slot: Path) -> ImageRecord:
             meta = read_header(source.read, expected_digest=digest)
             if meta.version != part.version:
                 raise CorruptError(f"{slot} holds an image of {meta.version}, not of {part.version}")
-            subset, chunks = subset_image(meta, source)
-            name = image_file_name(part.version.generation, meta.global_rank, meta.world_size)
-            return write_image(part.directory, name, subset, _until_cancelled(part, chunks))
+            return _write_image(part, meta, source)
         finally:
             source.close()
+
+
+def _write_image(part: Part, meta: ImageMeta, source: Source) -> ImageRecord:
+    subset, chunks = subset_image(meta, source)
+    name = image_file_name(part.version.generation, meta.global_rank, meta.world_size)
+    return write_image(part.directory, name, subset, _until_cancelled(part, chunks))
 
 
 def _until_cancelled(part: Part, chunks: Iterable[memoryview | bytes]) -> Iterator[memoryview | bytes]:

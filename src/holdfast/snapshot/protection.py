@@ -10,7 +10,9 @@ Rules
    leave no slot for a new version.
 4. A version whose parity some node can never make is given up; the next newer one is taken. Where there are fewer than
    three slots, the older protected one goes with it: the two would leave no slot for a new version.
-5. A node that has no room for parity ends it for the generation: versions are then kept as without redundancy.
+5. While a persist decodes images of lost nodes (`held`), no newer version takes the place of the protected one, whose
+   parity these are decoded from. The newer one stays whole beside it; the next has to wait.
+6. A node that has no room for parity ends it for the generation: versions are then kept as without redundancy.
 
 Theory of operation
 -------------------
@@ -48,6 +50,8 @@ class Protection:
         self.protected = protected
         self.current: Version | None = None
         """The one being protected."""
+        self.held = False
+        """The parity of the protected one is being read."""
         self._coded, self._parent = coded, parent
 
     def restore(self, reports: Collection[NodeState], generation: GenerationId) -> None:
@@ -74,6 +78,8 @@ class Protection:
             return []
         done: list[VersionProtected] = []
         if self.current is not None and all(state.coded == self.current for state in reports):
+            if self.held:
+                return []
             self.protected, self.current = self.current, None
             done.append(VersionProtected(version=self.protected))
         elif self.current is not None and _uncodable(self.current, reports):

@@ -271,6 +271,10 @@ class Daemons(Workers):
         carried = chain.carried_persists(inventories, choice, generation=self.generation)
         if carried:
             self.seen["persist carried over"] += 1
+        rebuilds = {pin.version: chain.lost_images(pin.version, inventories) for pin in carried}
+        leading.lost = {version: {one.global_rank for one in lost} for version, lost in rebuilds.items() if lost}
+        if leading.lost:
+            self.seen["lost share written"] += 1
         config = leader.LeaderConfig(
             generation=self.generation,
             epoch=head.epoch,
@@ -280,6 +284,7 @@ class Daemons(Workers):
             snapshot_every=self.plan.snapshot_every,
             persist_every_steps=self.plan.persist_every,
             carried=carried,
+            decoded=tuple(leading.lost),
             coded=self.plan.coded and any(group.num_parity for group in self.groups[self.generation].groups),
             parent=choice.version if choice.tier == "memory" else None,
             protected=choice.protected,
@@ -321,7 +326,7 @@ class Daemons(Workers):
         if leading is None or not leading.commits:
             return
         order = leading.commits.pop(0)
-        ranks = leading.parts.get((order.version, order.attempt), set())
+        ranks = leading.parts.get((order.version, order.attempt), set()) | leading.lost.get(order.version, set())
         missing = set(range(self.worlds[order.version.generation])) - ranks
         if missing:
             raise Violation(f"persist: root of {order.version} without ranks {missing}")

@@ -135,6 +135,8 @@ class Leading:
     ledger: leader.LeaderLedger | None = None
     commits: list[leader.CommitPersist] = field(default_factory=list)
     parts: dict[tuple[Version, int], set[int]] = field(default_factory=dict)
+    lost: dict[Version, set[int]] = field(default_factory=dict)
+    """Ranks whose images are decoded while a carried version is written."""
 
 
 @dataclass(frozen=True)

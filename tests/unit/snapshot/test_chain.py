@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.checkpoint.version import GenerationId
+from holdfast.erasure.groups import Group
 from holdfast.snapshot import chain
 from holdfast.snapshot.chain import ChainQuestion, StoredStep, choose
+from holdfast.snapshot.coding import CodedImage, CodedVersion, HeldParity, Stream
 from holdfast.snapshot.messages import CleanImage, Inventory, Member, Parentage
 from holdfast.snapshot.reports import Pin
 
@@ -194,6 +196,26 @@ def test_persists_at_or_below_the_parent_go_on_and_others_do_not():
     assert [pin.version for pin in carried] == [G1.at(6), G1.at(8)]
     older = ask(here, excluded=(G1.at(8),))
     assert [pin.version for pin in chain.carried_persists((here,), older, generation=G4)] == [G1.at(6)]
+
+
+def test_a_persist_goes_on_where_the_image_of_a_lost_node_can_be_decoded():
+    images = tuple(CodedImage(global_rank=rank, size_bytes=10, ranges=((0, 10),)) for rank in range(3))
+    coded = CodedVersion(
+        version=G1.at(8),
+        world_size=3,
+        group=Group((0, 1, 2), 2, 1),
+        streams=tuple(Stream(rank, (images[rank],)) for rank in range(3)),
+    )
+    pins = (Pin(version=G1.at(8)),)
+    held = [HeldParity(coded=coded, holder=node) for node in range(3)]
+    nodes = [inventory(image(G1.at(8), node, 3), node=node, pinned=pins) for node in range(3)]
+    whole = [msgspec.structs.replace(one, parity=(held[one.node_rank],)) for one in nodes]
+    choice = ask(*whole[:2])
+    assert [pin.version for pin in chain.carried_persists(whole[:2], choice, generation=G4)] == [G1.at(8)]
+    assert [one.global_rank for one in chain.lost_images(G1.at(8), whole[:2])] == [2]
+    assert chain.lost_images(G1.at(8), whole) == ()
+    assert chain.carried_persists(nodes[:2], choice, generation=G4) == ()
+    assert chain.carried_persists(whole[:1], choice, generation=G4) == ()
 
 
 @given(
