@@ -148,7 +148,7 @@ def test_the_share_of_a_node_lost_in_the_middle_of_a_persist_is_written_by_those
     job.restart(nodes[:2], plan(2, checkpoint_dir=str(storage), snapshot_every=1))
     assert nodes[0].expect(RestoreChosen).step == step
     wait_for(lambda: any(one.complete for one in list_steps(storage)), "the checkpoint is written all the same")
-    assert any(isinstance(one, Notice) and "share of rank 2 is decoded" in one.text for one in nodes[0].pushed)
+    nodes[0].expect(Notice, where=lambda one: "share of rank 2 is decoded" in one.text)
     protected(nodes[0], step)
     job.end()
     with open_checkpoint(storage / f"step-{step:08d}") as catalog:

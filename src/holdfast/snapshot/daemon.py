@@ -130,7 +130,7 @@ class Daemon:
         self._agent: Peer | None = None
         self._agent_pidfd: int | None = None
         self._parts: dict[Version, Part] = {}
-        self._written: dict[tuple[Version, int], PersistPart] = {}  # the newest answers, to be given again
+        self._written: dict[tuple[Version, int, tuple[int, ...]], PersistPart] = {}  # the newest, to be given again
         self._stop = False
         self._repeated = 0.0
         self._requests = 0
@@ -373,18 +373,23 @@ class Daemon:
 
     def _persist(self, order: PersistOrder) -> None:
         """Write our part. An order may come again: what is being written goes on, what is written is reported again."""
-        key = (order.version, order.attempt)
+        part = Part(
+            order.version,
+            order.attempt,
+            place(order.directory),
+            self.node.slots_of(order.version),
+            tuple(self._opener(order, one) for one in order.lost),
+            tuple(one.global_rank for one in order.lost),
+        )
         start = self.node.start
-        if key in self._written and start is not None:
-            self.transport.send_node(start.leader, self._written[key])
+        if part.key in self._written and start is not None:
+            self.transport.send_node(start.leader, self._written[part.key])
             return
-        if order.version in self._parts and self._parts[order.version].attempt == order.attempt:
+        if order.version in self._parts and self._parts[order.version].key == part.key:
             return
         self._stop_persist(order.version)  # an attempt of a former leader
-        slots, lost = self.node.slots_of(order.version), tuple(self._opener(order, one) for one in order.lost)
-        part = Part(order.version, order.attempt, place(order.directory), slots, lost)
         self._parts[order.version] = part
-        count = len(slots) + len(lost)
+        count = len(part.slots) + len(part.lost)
         _log.info("persisting %s into %s (%d images)", order.version, order.directory, count)
         self.lanes.submit("persist", lambda: write_part(part), lambda result: self._part_ended(part, result))
 
@@ -414,7 +419,7 @@ class Daemon:
             records=() if isinstance(result, Exception) else result,
             error=str(result) if isinstance(result, Exception) else None,
         )
-        self._written[part.version, part.attempt] = answer
+        self._written[part.key] = answer
         while len(self._written) > _KEPT_PARTS:
             del self._written[next(iter(self._written))]
         self.transport.send_node(start.leader, answer)

@@ -53,8 +53,16 @@ class Part:
     """Slot files that hold the version clean; pinned until this has ended."""
     lost: tuple[Callable[[], OpenImage], ...] = ()
     """Each opens an image that no node has any more."""
+    lost_ranks: tuple[int, ...] = ()
+    """Whose images these are."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set by the event loop: the slots may be written again, stop reading."""
+
+    @property
+    def key(self) -> tuple[Version, int, tuple[int, ...]]:
+        """The same for an order that comes again. A new generation may count its attempts from the same number, and
+        want more written."""
+        return (self.version, self.attempt, self.lost_ranks)
 
 
 @dataclass(frozen=True)
