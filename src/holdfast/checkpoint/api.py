@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,23 +183,9 @@ class _Attempt:
         )
 
 
-class _Bytes:
-    """The bytes of pieces of the caller's tensors; views are kept, because a save asks twice, copies are not."""
-
-    def __init__(self, held: Mapping[str, Held]) -> None:
-        self._held = held
-        self._views: dict[Piece, memoryview] = {}
-
-    def __call__(self, piece: Piece) -> memoryview:
-        known = self._views.get(piece)
-        if known is not None:
-            return known
-        view = self._held[piece.name].view(piece.box)
-        part = contiguous_on_cpu(view)
-        data = tensor_bytes(part)
-        if part.data_ptr() == view.data_ptr() and part.device == view.device:
-            self._views[piece] = data
-        return data
+def _bytes(held: Mapping[str, Held], piece: Piece) -> memoryview:
+    """The bytes of a piece of the caller's tensors; in place where they lie in a row on the CPU."""
+    return tensor_bytes(contiguous_on_cpu(held[piece.name].view(piece.box)))
 
 
 def _prepare(state: Mapping[str, Any], ranks: Ranks, process_group: Any, copy: bool) -> _Prepared:
@@ -207,7 +194,7 @@ def _prepare(state: Mapping[str, Any], ranks: Ranks, process_group: Any, copy: b
     local = {part.shard.name: part for part in held}
     encoded = encode(tree)
     if not copy:
-        return _Prepared(pieces, _Bytes(local), encoded)
+        return _Prepared(pieces, partial(_bytes, local), encoded)
     copies = {piece: local[piece.name].copy(piece.box) for piece in pieces}
     return _Prepared(pieces, lambda piece: tensor_bytes(copies[piece]), encoded)
 

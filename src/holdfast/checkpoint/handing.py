@@ -135,6 +135,7 @@ class Handing:
         *,
         read: Callable[[Unit], memoryview],
         take: Callable[[Unit, memoryview], None],
+        free: Callable[[Unit, memoryview], None],
         check: Callable[[], None],
         timeout: timedelta,
     ) -> None:
@@ -144,6 +145,7 @@ class Handing:
             post: None where this process loads alone.
             read: gives the verified bytes of a unit; called by reading threads, never two at once for one image.
             take: uses them, here; the bytes are good until it returns.
+            free: called with what `read` gave once nobody here or elsewhere needs it any more.
             check: raises when another rank has failed; called now and then while this one waits.
             timeout: how long nothing may come.
         """
@@ -151,6 +153,7 @@ class Handing:
         self._post = post
         self._read = read
         self._take = take
+        self._free = free
         self._check = check
         self._timeout = timeout
         self._asked: dict[Key, set[int]] = {}
@@ -214,6 +217,8 @@ class Handing:
                 turn.held[unit.image, unit.first] = (unit, data, others)
                 for rank in self._asked.pop((unit.image, unit.first), ()):
                     self._give(turn, (unit.image, unit.first), rank)
+            else:
+                self._free(unit, data)
         return bool(done)
 
     def _give(self, turn: _Turn, key: Key, rank: int) -> None:
@@ -223,6 +228,7 @@ class Handing:
         left.discard(rank)
         if not left:
             del turn.held[key]
+            self._free(unit, data)
 
     def _hear(self, turn: _Turn) -> bool:
         if self._post is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -106,7 +107,7 @@ def build_index(records: Sequence[ImageRecord] | Share, *, version: Version, wor
     from holdfast.checkpoint.share import Share  # with numpy, which those that only read an index do without
 
     if not isinstance(records, Share):
-        records = Share.joined([Share.of(record) for record in records]) if records else Share([], [], {})
+        records = Share.joined([Share.of(record) for record in records]) if records else Share([], b"")
     ordered = sorted(records.images, key=lambda record: (record.global_rank, record.name))
     for record in ordered:
         if (record.version, record.world_size) != (version, world_size) or not IMAGE_NAME.fullmatch(record.name):
@@ -117,12 +118,8 @@ def build_index(records: Sequence[ImageRecord] | Share, *, version: Version, wor
     missing = sorted(set(range(world_size)) - {record.global_rank for record in ordered})
     if missing:
         raise MismatchError(f"{version}: no image of rank {missing[0]} was written ({len(missing)} are missing)")
-    tensors = tuple(
-        IndexedTensor(name=of.name, rank=of.rank, dtype=of.dtype, shape=of.shape, tiling=of.tiling())
-        for of in records.placed()
-    )
-    for tensor in tensors:
-        Placement(tensor.shape, tensor.tiling, len(ordered)).check_once(tensor.name)
+    place = {record.name: number for number, record in enumerate(ordered)}
+    tensors = _tensors(records.pieces, tuple(place[record.name] for record in records.images))
     return Index(
         version=version,
         world_size=world_size,
@@ -133,6 +130,20 @@ def build_index(records: Sequence[ImageRecord] | Share, *, version: Version, wor
         tensors=tensors,
         divergence=_divergence(ordered),
     )
+
+
+@lru_cache(2)
+def _tensors(pieces: bytes, order: tuple[int, ...]) -> tuple[IndexedTensor, ...]:
+    """The tensors of a `Share` whose images get these places. Kept: the next save has the same mostly."""
+    from holdfast.checkpoint.share import placed
+
+    tensors = tuple(
+        IndexedTensor(name=of.name, rank=of.rank, dtype=of.dtype, shape=of.shape, tiling=of.tiling())
+        for of in placed(pieces, order)
+    )
+    for tensor in tensors:
+        Placement(tensor.shape, tensor.tiling, len(order)).check_once(tensor.name)
+    return tensors
 
 
 def _divergence(records: Sequence[ImageRecord]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import socket
 from bisect import bisect_left, bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,7 +38,7 @@ from holdfast.checkpoint.meeting import Meeting, Ranks, await_key, store_errors
 from holdfast.checkpoint.objects import decode, join_tensors
 from holdfast.checkpoint.pairing import pair
 from holdfast.checkpoint.sinks import Sink, scatter
-from holdfast.checkpoint.wants import HEADER, Unit, Wants, blocks_wanted, header_units, merged, units
+from holdfast.checkpoint.wants import HEADER, UNIT_BYTES, Unit, Wants, blocks_wanted, header_units, merged, units
 from holdfast.errors import HoldfastError, MismatchError, PeerError
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,8 @@ class _Load:
         self._targets: list[_Target] = []
         self._wanted: dict[int, _OfImage] = {}
         self._locks: dict[int, Lock] = {}
+        self._buffers: deque[memoryview] = deque()
+        """Memory of units that nobody needs any more."""
         self._post = None if ranks.world_size == 1 else Post(ranks.rank, own_address(ranks.store))
 
     def __enter__(self) -> _Load:
@@ -211,6 +213,7 @@ class _Load:
             self._post,
             read=self._read,
             take=self._take,
+            free=self._free,
             check=self._meeting.check,
             timeout=self._timeout,
         )
@@ -274,10 +277,22 @@ class _Load:
             if unit.first == HEADER:
                 return image.header()
             try:
-                return image.blocks(unit.first, unit.end)
+                return image.blocks(unit.first, unit.end, self._buffer())
             except HoldfastError as error:
                 pull = next(iter(self._within(unit, (unit.end - unit.first) * image.meta.block_bytes)))
                 raise type(error)(f"{pull.name}{pull.wanted} cannot be read: {error}") from error
+
+    def _buffer(self) -> memoryview:
+        """For reading threads."""
+        try:
+            return self._buffers.pop()
+        except IndexError:
+            return memoryview(bytearray(UNIT_BYTES))
+
+    def _free(self, unit: Unit, data: memoryview) -> None:
+        """Keep the memory for another unit."""
+        if unit.first != HEADER and isinstance(data.obj, bytearray) and len(data.obj) == UNIT_BYTES:
+            self._buffers.append(memoryview(data.obj))
 
     def _within(self, unit: Unit, length: int) -> Sequence[_Pull]:
         meta = self._catalog.images[unit.image].meta

@@ -8,7 +8,7 @@ every tensor's tiling with a few operations on whole columns, whatever the numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_SHARE_BYTES = 1 << 34
 _INT = numpy.dtype("<i8")
+_KEPT = 4
+"""States whose pieces are not put together again when they are saved again."""
 _FEW = 12
 """Fewer pieces than this are looked at one by one, which is sooner than with columns."""
 
@@ -38,7 +40,7 @@ class _Columns(msgspec.Struct, frozen=True, array_like=True):
     """Pieces of tensors with one number of dimensions; int64, little-endian."""
 
     tensor: bytes
-    """Index into `Share.tensors`."""
+    """Index into `_Pieces.tensors`."""
     image: bytes
     """Index into `Share.images`."""
     offsets: bytes
@@ -87,11 +89,9 @@ class Share(msgspec.Struct, frozen=True, array_like=True):
     """The images of some ranks, and all their pieces."""
 
     images: list[ImageRecord]
-    """Their `pieces` are empty: they stand in the columns."""
-    tensors: list[_Tensor]
-    """Each one once."""
-    columns: dict[int, _Columns]
-    """By number of dimensions."""
+    """Their own `pieces` are empty: those of all stand together."""
+    pieces: bytes
+    """zstd of msgpack. The same from save to save while the state is laid out as before: what is made of it is kept."""
 
     @classmethod
     def of(cls, record: ImageRecord) -> Share:
@@ -101,51 +101,31 @@ class Share(msgspec.Struct, frozen=True, array_like=True):
             CorruptError: its piece table does not parse.
             MismatchError: it holds a tensor as two things.
         """
-        tensors = _Tensors()
-        rows: dict[int, tuple[list[int], list[list[int]], list[list[int]]]] = {}
-        for name, rank, dtype, shape, offsets, lengths in piece_rows(record.pieces):
-            number = tensors.add(_Tensor(name, rank, dtype, tuple(shape)), lambda: record.name)
-            at, starts, sizes = rows.setdefault(len(shape), ([], [], []))
-            at.append(number)
-            starts.append(offsets)
-            sizes.append(lengths)
         try:
-            columns = {
-                dims: _Columns(_packed(at), bytes(8 * len(at)), _packed(starts), _packed(sizes))
-                for dims, (at, starts, sizes) in rows.items()
-            }
-        except OverflowError as error:
-            raise CorruptError(f"{record.name}: its piece table has numbers beyond 64 bits") from error
-        return cls([msgspec.structs.replace(record, pieces=b"")], tensors.listed, columns)
+            return cls([msgspec.structs.replace(record, pieces=b"")], _pieces_of_one(record.pieces))
+        except _Conflict as conflict:
+            raise conflict.named(record.name) from conflict
 
     @classmethod
     def joined(cls, shares: Sequence[Share]) -> Share:
         """One share of all.
 
         Raises:
+            CorruptError: a share's pieces do not parse.
             MismatchError: a tensor has another dtype or shape in one than in another; names it and an image.
         """
         if len(shares) == 1:
             return shares[0]
-        tensors = _Tensors()
-        images: list[ImageRecord] = []
-        parts: dict[int, list[_Columns]] = {}
-        for share in shares:
-            numbers = [
-                tensors.add(tensor, partial(share._image_of, number)) for number, tensor in enumerate(share.tensors)
-            ]
-            renumbered = numpy.array(numbers, _INT)
-            for dims, part in share.columns.items():
-                tensor = renumbered[_numbers(part.tensor)].tobytes()
-                image = (_numbers(part.image) + len(images)).tobytes()
-                parts.setdefault(dims, []).append(_Columns(tensor, image, part.offsets, part.lengths))
-            images += share.images
-        columns = {dims: _one_behind_the_other(of_dims) for dims, of_dims in parts.items()}
-        return cls(images, tensors.listed, columns)
+        images = [image for share in shares for image in share.images]
+        try:
+            pieces = _pieces_of_all(tuple((share.pieces, len(share.images)) for share in shares))
+        except _Conflict as conflict:
+            raise conflict.named(images[conflict.image].name) from conflict
+        return cls(images, pieces)
 
     def encode(self) -> bytes:
         """For another rank."""
-        return zstandard.compress(msgspec.msgpack.encode(self), 1)
+        return msgspec.msgpack.encode(self)
 
     @classmethod
     def decode(cls, data: bytes) -> Share:
@@ -154,59 +134,9 @@ class Share(msgspec.Struct, frozen=True, array_like=True):
             CorruptError: `data` is none.
         """
         try:
-            size = zstandard.frame_content_size(data)
-            if not 0 <= size <= MAX_SHARE_BYTES:
-                raise CorruptError(f"a share of {size} bytes")
-            share = msgspec.msgpack.decode(zstandard.decompress(data, max_output_size=size), type=cls)
-        except (msgspec.MsgspecError, zstandard.ZstdError) as error:
+            return msgspec.msgpack.decode(data, type=cls)
+        except msgspec.MsgspecError as error:
             raise CorruptError(f"what a rank says of its image does not parse: {error}") from error
-        if not all(share._is_sound(dims, part) for dims, part in share.columns.items()):
-            raise CorruptError("the columns of what a rank says of its image contradict each other")
-        return share
-
-    def placed(self) -> Iterator[Placed]:
-        """Every tensor, by name and rank, with `Placed.images` counted in the order of the images' ranks and names."""
-        order = sorted(range(len(self.images)), key=lambda i: (self.images[i].global_rank, self.images[i].name))
-        place = numpy.empty(len(order), _INT)
-        place[order] = numpy.arange(len(order))
-        rows: dict[int, tuple[int, slice]] = {}
-        sorted_columns: dict[int, tuple[Numbers, Numbers, Numbers]] = {}
-        for dims, part in self.columns.items():
-            tensor, image = _numbers(part.tensor), place[_numbers(part.image)]
-            by_tensor = numpy.lexsort((image, tensor))
-            edges = numpy.flatnonzero(numpy.diff(tensor[by_tensor], prepend=-1, append=-1))
-            starts = tensor[by_tensor][edges[:-1]].tolist()
-            for number, (start, end) in zip(starts, pairwise(edges.tolist()), strict=True):
-                rows[number] = dims, slice(start, end)
-            offsets, lengths = (
-                _numbers(column).reshape(len(tensor), dims)[by_tensor] for column in (part.offsets, part.lengths)
-            )
-            sorted_columns[dims] = image[by_tensor], offsets, lengths
-        names = [(tensor.name, -1 if tensor.rank is None else tensor.rank) for tensor in self.tensors]
-        for number in sorted(range(len(names)), key=names.__getitem__):
-            dims, piece_rows = rows[number]
-            tensor_ = self.tensors[number]
-            columns = (column[piece_rows] for column in sorted_columns[dims])
-            yield Placed(tensor_.name, tensor_.rank, tensor_.dtype, tensor_.shape, *columns)
-
-    def _image_of(self, tensor: int) -> str:
-        part = self.columns[len(self.tensors[tensor].shape)]
-        row = int(numpy.flatnonzero(_numbers(part.tensor) == tensor)[0])
-        return self.images[int(_numbers(part.image)[row])].name
-
-    def _is_sound(self, dims: int, part: _Columns) -> bool:
-        count = len(part.tensor) // 8
-        if not (8 * count == len(part.tensor) == len(part.image)):
-            return False
-        if not (8 * count * dims == len(part.offsets) == len(part.lengths)):
-            return False
-        tensor, image = _numbers(part.tensor), _numbers(part.image)
-        used = [self.tensors[number] for number in numpy.unique(tensor).tolist() if 0 <= number < len(self.tensors)]
-        return (
-            all(len(of.shape) == dims for of in used)
-            and bool((tensor >= 0).all() and (tensor < len(self.tensors)).all())
-            and bool((image >= 0).all() and (image < len(self.images)).all())
-        )
 
 
 def join_shares(said: Sequence[bytes]) -> bytes:
@@ -219,6 +149,148 @@ def join_shares(said: Sequence[bytes]) -> bytes:
     return Share.joined([Share.decode(data) for data in said]).encode()
 
 
+def placed(pieces: bytes, order: Sequence[int]) -> Iterator[Placed]:
+    """Every tensor of a share, by name and rank.
+
+    Args:
+        pieces: the share's.
+        order: the place that each of its images gets, by which `Placed.images` names them.
+
+    Raises:
+        CorruptError: `pieces` do not parse.
+    """
+    share = _Pieces.decode(pieces, len(order))
+    place = numpy.array(order, _INT)
+    rows: dict[int, tuple[int, slice]] = {}
+    columns: dict[int, tuple[Numbers, Numbers, Numbers]] = {}
+    for dims, part in share.columns.items():
+        tensor, image = _numbers(part.tensor), place[_numbers(part.image)]
+        by_tensor = numpy.lexsort((image, tensor))
+        edges = numpy.flatnonzero(numpy.diff(tensor[by_tensor], prepend=-1, append=-1))
+        starts = tensor[by_tensor][edges[:-1]].tolist()
+        for number, (start, end) in zip(starts, pairwise(edges.tolist()), strict=True):
+            rows[number] = dims, slice(start, end)
+        offsets, lengths = (_numbers(column).reshape(len(tensor), dims) for column in (part.offsets, part.lengths))
+        columns[dims] = image[by_tensor], offsets[by_tensor], lengths[by_tensor]
+    names = [(tensor.name, -1 if tensor.rank is None else tensor.rank) for tensor in share.tensors]
+    for number in sorted(rows, key=names.__getitem__):
+        of = share.tensors[number]
+        dims, where = rows[number]
+        yield Placed(of.name, of.rank, of.dtype, of.shape, *(column[where] for column in columns[dims]))
+
+
+class _Pieces(msgspec.Struct, frozen=True, array_like=True):
+    """Pieces of some images, by column."""
+
+    tensors: list[_Tensor]
+    """Each one once."""
+    columns: dict[int, _Columns]
+    """By number of dimensions."""
+
+    def encode(self) -> bytes:
+        return zstandard.compress(msgspec.msgpack.encode(self), 1)
+
+    @classmethod
+    def decode(cls, data: bytes, num_images: int) -> _Pieces:
+        """
+        Raises:
+            CorruptError: `data` is none, or speaks of other images.
+        """
+        try:
+            size = zstandard.frame_content_size(data)
+            if not 0 <= size <= MAX_SHARE_BYTES:
+                raise CorruptError(f"a share of {size} bytes")
+            found = msgspec.msgpack.decode(zstandard.decompress(data, max_output_size=size), type=cls)
+        except (msgspec.MsgspecError, zstandard.ZstdError) as error:
+            raise CorruptError(f"what a rank says of its pieces does not parse: {error}") from error
+        if not all(found._is_sound(dims, part, num_images) for dims, part in found.columns.items()):
+            raise CorruptError("the columns of what a rank says of its pieces contradict each other")
+        return found
+
+    def _is_sound(self, dims: int, part: _Columns, num_images: int) -> bool:
+        count = len(part.tensor) // 8
+        if not (8 * count == len(part.tensor) == len(part.image)):
+            return False
+        if not (8 * count * dims == len(part.offsets) == len(part.lengths)):
+            return False
+        tensor, image = _numbers(part.tensor), _numbers(part.image)
+        within = (
+            (tensor >= 0).all()
+            and (tensor < len(self.tensors)).all()
+            and (image >= 0).all()
+            and (image < num_images).all()
+        )
+        return bool(within) and all(len(self.tensors[number].shape) == dims for number in numpy.unique(tensor).tolist())
+
+    def image_of(self, tensor: int) -> int:
+        """One that holds some of a tensor."""
+        part = self.columns[len(self.tensors[tensor].shape)]
+        return int(_numbers(part.image)[numpy.flatnonzero(_numbers(part.tensor) == tensor)[0]])
+
+
+@lru_cache(_KEPT)
+def _pieces_of_one(packed: bytes) -> bytes:
+    """Of an image, by its packed table."""
+    tensors = _Tensors()
+    rows: dict[int, tuple[list[int], list[list[int]], list[list[int]]]] = {}
+    for name, rank, dtype, shape, offsets, lengths in piece_rows(packed):
+        number = tensors.add(_Tensor(name, rank, dtype, tuple(shape)), lambda: 0)
+        at, starts, sizes = rows.setdefault(len(shape), ([], [], []))
+        at.append(number)
+        starts.append(offsets)
+        sizes.append(lengths)
+    try:
+        columns = {
+            dims: _Columns(_packed(at), bytes(8 * len(at)), _packed(starts), _packed(sizes))
+            for dims, (at, starts, sizes) in rows.items()
+        }
+    except OverflowError as error:
+        raise CorruptError("a piece table has numbers beyond 64 bits") from error
+    return _Pieces(tensors.listed, columns).encode()
+
+
+@lru_cache(_KEPT)
+def _pieces_of_all(shares: tuple[tuple[bytes, int], ...]) -> bytes:
+    """Of several shares, given by their pieces and numbers of images."""
+    tensors = _Tensors()
+    parts: dict[int, list[_Columns]] = {}
+    first = 0
+    for data, num_images in shares:
+        share = _Pieces.decode(data, num_images)
+        numbers = [
+            tensors.add(tensor, partial(_holder, share, number, first)) for number, tensor in enumerate(share.tensors)
+        ]
+        renumbered = numpy.array(numbers, _INT)
+        for dims, part in share.columns.items():
+            tensor = renumbered[_numbers(part.tensor)].tobytes()
+            image = (_numbers(part.image) + first).tobytes()
+            parts.setdefault(dims, []).append(_Columns(tensor, image, part.offsets, part.lengths))
+        first += num_images
+    return _Pieces(tensors.listed, {dims: _one_behind_the_other(of) for dims, of in parts.items()}).encode()
+
+
+def _holder(share: _Pieces, tensor: int, first: int) -> int:
+    return first + share.image_of(tensor)
+
+
+class _Conflict(Exception):
+    """A tensor is two things."""
+
+    def __init__(self, tensor: _Tensor, known: _Tensor, image: int) -> None:
+        super().__init__()
+        self.image = image
+        """One that holds `tensor`."""
+        self._tensor, self._known = tensor, known
+
+    def named(self, image: str) -> MismatchError:
+        """The error for users."""
+        tensor, known = self._tensor, self._known
+        return MismatchError(
+            f"{tensor.name} is {tensor.dtype}{list(tensor.shape)} in {image}, "
+            f"{known.dtype}{list(known.shape)} in another image"
+        )
+
+
 class _Tensors:
     """Tensors by number, each once."""
 
@@ -226,20 +298,17 @@ class _Tensors:
         self.listed: list[_Tensor] = []
         self._numbers: dict[tuple[str, int | None], int] = {}
 
-    def add(self, tensor: _Tensor, image: Callable[[], str]) -> int:
-        """Its number; `image` names one that holds it, for the error.
+    def add(self, tensor: _Tensor, image: Callable[[], int]) -> int:
+        """Its number; `image` gives one that holds it.
 
         Raises:
-            MismatchError: it is known with another dtype or shape.
+            _Conflict: it is known with another dtype or shape.
         """
         number = self._numbers.setdefault((tensor.name, tensor.rank), len(self.listed))
         if number == len(self.listed):
             self.listed.append(tensor)
-        elif (known := self.listed[number]) != tensor:
-            raise MismatchError(
-                f"{tensor.name} is {tensor.dtype}{list(tensor.shape)} in {image()}, "
-                f"{known.dtype}{list(known.shape)} in another image"
-            )
+        elif self.listed[number] != tensor:
+            raise _Conflict(tensor, self.listed[number], image())
         return number
 
 

@@ -40,8 +40,17 @@ class FileSource:
             StorageError: the file cannot be opened or read.
             CorruptError: it ends before the range does.
         """
-        buffer = bytearray(length)
-        view = memoryview(buffer)
+        view = memoryview(bytearray(length))
+        self.read_into(offset, view)
+        return view
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """The same into memory that is there already: new memory is slower than the file where that is cached.
+
+        Raises:
+            StorageError, CorruptError: as `read`.
+        """
+        length = len(view)
         done = 0
         try:
             if self._fd is None:
@@ -55,7 +64,6 @@ class FileSource:
             raise StorageError(f"{self._path} cannot be read: {error.strerror}") from error
         if done < length:
             raise CorruptError(f"{self._path} ends {length - done} bytes short of {self._offset + offset + length}")
-        return view
 
     def close(self) -> None:
         """Close the file; a later read opens it again."""

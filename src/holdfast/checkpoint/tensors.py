@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from holdfast.checkpoint.layout import Layout
 
 
+_NUMPY_HAS = frozenset((torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8))
+"""Types that need no detour, which is half of what a small tensor costs."""
+
+
 @cache
 def dtype_name(dtype: torch.dtype) -> str:
     """Its name without ``torch.``.
@@ -55,6 +59,8 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
         raise ValueError(f"the bytes of a {tensor.device} tensor with strides {tensor.stride()} cannot be had in place")
     if tensor.numel() == 0:
         return memoryview(bytearray())
+    if tensor.dtype in _NUMPY_HAS:
+        return memoryview(tensor.detach().numpy()).cast("B")
     array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()  # numpy's type is no Buffer before Python 3.12
     return memoryview(array)
 

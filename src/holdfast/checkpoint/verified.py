@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import xxhash
 
 from holdfast.checkpoint.image import ImageMeta, read_header
-from holdfast.checkpoint.source import MemorySource, Source
+from holdfast.checkpoint.source import FileSource, MemorySource, Source
 from holdfast.errors import CorruptError, HoldfastError
 
 WINDOW_BYTES = 8 << 20
@@ -111,15 +111,24 @@ class OpenImage:
             yield self.range(start, stop - start)
             start = stop
 
-    def blocks(self, first: int, end: int) -> memoryview:
+    def blocks(self, first: int, end: int, into: memoryview | None = None) -> memoryview:
         """Whole blocks ``first <= i < end``, verified, in memory of their own (of a `MemorySource`: a view).
+
+        Args:
+            first: block.
+            end: block.
+            into: memory to use, where it is large enough and the source can.
 
         Raises:
             CorruptError: one does not match its checksum; names image and block.
             StorageError, PeerError: the source cannot give them.
         """
         start, length = self._extent(first, end - 1)
-        data = self.source.read(start, length)
+        if into is not None and len(into) >= length and isinstance(self.source, FileSource):
+            data = into[:length]
+            self.source.read_into(start, data)
+        else:
+            data = self.source.read(start, length)
         size = self.meta.block_bytes
         for block in range(first, end):
             self._check(block, data[(block - first) * size : (block - first + 1) * size])

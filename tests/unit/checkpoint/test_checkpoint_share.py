@@ -14,7 +14,7 @@ from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.image import pack_pieces
 from holdfast.checkpoint.index import ImageRecord, build_index, image_file_name
 from holdfast.checkpoint.pieces import Piece
-from holdfast.checkpoint.share import Share, join_shares
+from holdfast.checkpoint.share import Share, _Pieces, join_shares, placed
 from holdfast.checkpoint.tiles import EvenImages, Grid, Tiles, tiling
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import CorruptError, MismatchError
@@ -63,8 +63,9 @@ def test_columns_give_the_tiling_that_boxes_give(
     world = len(boxes)
     shares = [Share.of(_record(rank, world, [Piece("t", "int8", shape, box)])) for rank, box in enumerate(shuffled)]
     chance.shuffle(shares)
-    [placed] = Share.joined(shares).placed()
-    assert placed.tiling() == tiling(shape, shuffled, range(world))
+    joined = Share.joined(shares)
+    [found] = placed(joined.pieces, [image.global_rank for image in joined.images])
+    assert found.tiling() == tiling(shape, shuffled, range(world))
 
 
 def _job(world: int) -> list[ImageRecord]:
@@ -122,14 +123,21 @@ def test_tensor_that_two_ranks_hold_as_two_things_is_named_with_an_image() -> No
 
 
 def test_what_is_no_share_is_refused() -> None:
-    data = Share.of(_job(2)[0])
+    record = _job(2)[0]
+    share = Share.of(record)
+    data = _Pieces.decode(share.pieces, 1)
+    shortened = {
+        dims: type(part)(part.tensor, part.image, part.offsets, part.lengths[:-8])
+        for dims, part in data.columns.items()
+    }
     broken = [
-        Share(data.images, data.tensors, {dims: type(part)(part.tensor, part.image, part.offsets[:-8], part.lengths)
-                                          for dims, part in data.columns.items()}),
-        Share([], data.tensors, data.columns),
-        Share(data.images, data.tensors[:1], data.columns),
-        Share(data.images, data.tensors, {dims + 1: part for dims, part in data.columns.items()}),
-    ]  # fmt: skip
-    for wrong in [b"", b"\0" * 40, *(share.encode() for share in broken)]:
+        _Pieces(data.tensors, shortened),
+        _Pieces(data.tensors[:1], data.columns),
+        _Pieces(data.tensors, {dims + 1: part for dims, part in data.columns.items()}),
+    ]
+    wrong = [b"", b"\0" * 40, *(pieces.encode() for pieces in broken)]
+    for other in [*(Share(share.images, pieces) for pieces in wrong), Share([], share.pieces)]:
         with pytest.raises(CorruptError):
-            Share.decode(wrong)
+            Share.joined([share, other])
+    with pytest.raises(CorruptError):
+        Share.decode(b"\0" * 40)
