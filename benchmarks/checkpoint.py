@@ -33,6 +33,7 @@ import logging
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -347,6 +348,9 @@ class Rank:
                 values[key].append(float(slowest))
                 self._clear()
         self.measured[name] = values
+        if self._rank == 0:
+            shown = ", ".join(f"{key} {statistics.median(of):.3g} s" for key, of in values.items())
+            print(f"{name}: {shown}", file=sys.stderr, flush=True)
 
     def _works(self, key: str, subject: Callable[[], object]) -> bool:
         failure = ""
