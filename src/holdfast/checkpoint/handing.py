@@ -4,6 +4,7 @@ Every rank handles units in the same order and asks for at most a few at a time;
 all have asked for it, at most a few units too. So memory is bounded on both sides, and nobody waits in a circle: the
 first unfinished unit is always among those that its reader reads and its wanters ask for.
 
+Ranks of one host look at what was read where the reader has it (`holdfast.checkpoint.slab`), to others it is sent.
 Messages go over ZeroMQ, straight between ranks. Each carries a random key that its receiver told through the process
 group's store; what does not is dropped. Bytes were verified by the reader; a digest of the message guards the way.
 """
@@ -17,14 +18,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import xxhash
 import zmq
 
-from holdfast.checkpoint.wants import Unit
-from holdfast.errors import PeerTimeout
+from holdfast.checkpoint.slab import Place, SeenSlab, Slab
+from holdfast.checkpoint.wants import UNIT_BYTES, Unit
+from holdfast.errors import PeerError, PeerTimeout
 
 _READERS = 4
 _AHEAD = 8
@@ -40,13 +42,30 @@ class _Message(msgspec.Struct, frozen=True, array_like=True):
     """The first frame; for ``data`` the bytes are the second."""
 
     key: bytes
-    kind: Literal["ask", "data"]
+    kind: Literal["ask", "data", "look", "seen"]
     rank: int
     """Who sends it."""
     image: int
     first: int
     digest: bytes = b""
     """xxh3_64 of the data."""
+    sees: bool = False
+    """With ``ask``: the sender can look into the receiver's slab."""
+    slot: int = -1
+    """With ``look``: of the sender's slab."""
+    length: int = 0
+    """With ``look``: bytes in it."""
+
+
+class _Endpoint(msgspec.Struct, frozen=True, array_like=True):
+    """What others need to reach a rank."""
+
+    address: str
+    slab: Place
+
+    @property
+    def key(self) -> bytes:
+        return self.slab.key
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -56,22 +75,26 @@ _decoder = msgspec.msgpack.Decoder(_Message)
 class Post:
     """A rank's sockets for one load; for the thread that loads."""
 
-    def __init__(self, rank: int, address: str) -> None:
+    def __init__(self, rank: int, address: str, host: str) -> None:
         """
         Args:
             rank: this one.
             address: at which the other ranks reach this host.
+            host: names it.
         """
         self._rank = rank
+        self._host = host
         self._context = zmq.Context()
         self._key = secrets.token_bytes(16)
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
         port = self._inbox.bind_to_random_port(f"tcp://{address}")
-        self.endpoint = msgspec.msgpack.encode((f"tcp://{address}:{port}", self._key))
+        self.slab = Slab(_AHEAD, host=host, key=self._key)
+        self.endpoint = msgspec.msgpack.encode(_Endpoint(f"tcp://{address}:{port}", self.slab.place))
         """What others need to reach this rank."""
         self._endpoints: Sequence[bytes] = ()
         self._outboxes: dict[int, tuple[zmq.Socket[bytes], bytes]] = {}
+        self._seen: dict[int, SeenSlab | None] = {}
         self.dropped = 0
         """Messages that were none of ours."""
 
@@ -81,8 +104,49 @@ class Post:
 
     def ask(self, rank: int, unit: Unit) -> None:
         """Tell a reader that this rank is ready for a unit."""
+        self._tell(rank, unit, "ask", sees=self._slab_of(rank) is not None)
+
+    def show(self, rank: int, unit: Unit, slot: int, length: int) -> None:
+        """Tell a rank that asked and can look where it finds a unit."""
+        self._tell(rank, unit, "look", slot=slot, length=length)
+
+    def look(self, rank: int, slot: int, length: int) -> memoryview:
+        """What a rank shows.
+
+        Raises:
+            PeerError: there is nothing.
+        """
+        slab = self._slab_of(rank)
+        data = None if slab is None else slab.slot(slot, length)
+        if data is None:
+            raise PeerError(f"rank {rank} shows {length} bytes in slot {slot}, which is not there")
+        return data
+
+    def seen(self, rank: int, unit: Unit) -> None:
+        """Tell a reader that this rank has looked."""
+        self._tell(rank, unit, "seen")
+
+    def _tell(
+        self,
+        rank: int,
+        unit: Unit,
+        kind: Literal["ask", "look", "seen"],
+        *,
+        sees: bool = False,
+        slot: int = -1,
+        length: int = 0,
+    ) -> None:
         outbox, key = self._outbox(rank)
-        outbox.send(_encoder.encode(_Message(key, "ask", self._rank, unit.image, unit.first)))
+        message = _Message(key, kind, self._rank, unit.image, unit.first, sees=sees, slot=slot, length=length)
+        outbox.send(_encoder.encode(message))
+
+    def _slab_of(self, rank: int) -> SeenSlab | None:
+        if rank not in self._seen:
+            self._seen[rank] = SeenSlab.see(self._endpoint_of(rank).slab, self._host)
+        return self._seen[rank]
+
+    def _endpoint_of(self, rank: int) -> _Endpoint:
+        return msgspec.msgpack.decode(self._endpoints[rank], type=_Endpoint)
 
     def give(self, rank: int, unit: Unit, data: memoryview) -> None:
         """Send a unit to a rank that asked for it; the bytes are copied."""
@@ -103,7 +167,7 @@ class Post:
                 continue
             data = frames[1].buffer if len(frames) == 2 else memoryview(b"")
             sound = message.key == self._key and (
-                message.kind == "ask" or xxhash.xxh3_64_digest(data) == message.digest
+                message.kind != "data" or xxhash.xxh3_64_digest(data) == message.digest
             )
             if sound:
                 return message, data
@@ -113,15 +177,19 @@ class Post:
     def close(self) -> None:
         """Close all sockets; what was not taken by then is dropped."""
         self._context.destroy(linger=0)
+        for slab in self._seen.values():
+            if slab is not None:
+                slab.close()
+        self.slab.close()
 
     def _outbox(self, rank: int) -> tuple[zmq.Socket[bytes], bytes]:
         known = self._outboxes.get(rank)
         if known is None:
-            endpoint, key = msgspec.msgpack.decode(self._endpoints[rank], type=tuple[str, bytes])
+            endpoint = self._endpoint_of(rank)
             outbox = self._context.socket(zmq.PUSH)
             outbox.setsockopt(zmq.SNDHWM, 0)
-            outbox.connect(endpoint)
-            known = self._outboxes[rank] = (outbox, key)
+            outbox.connect(endpoint.address)
+            known = self._outboxes[rank] = (outbox, endpoint.key)
         return known
 
 
@@ -133,9 +201,8 @@ class Handing:
         rank: int,
         post: Post | None,
         *,
-        read: Callable[[Unit], memoryview],
+        read: Callable[[Unit, memoryview], memoryview],
         take: Callable[[Unit, memoryview], None],
-        free: Callable[[Unit, memoryview], None],
         check: Callable[[], None],
         timeout: timedelta,
     ) -> None:
@@ -143,9 +210,9 @@ class Handing:
         Args:
             rank: this one.
             post: None where this process loads alone.
-            read: gives the verified bytes of a unit; called by reading threads, never two at once for one image.
+            read: gives the verified bytes of a unit, in the memory that it is given where they fit; called by reading
+                threads, never two at once for one image.
             take: uses them, here; the bytes are good until it returns.
-            free: called with what `read` gave once nobody here or elsewhere needs it any more.
             check: raises when another rank has failed; called now and then while this one waits.
             timeout: how long nothing may come.
         """
@@ -153,11 +220,13 @@ class Handing:
         self._post = post
         self._read = read
         self._take = take
-        self._free = free
         self._check = check
         self._timeout = timeout
-        self._asked: dict[Key, set[int]] = {}
-        """Ranks that asked for a unit before it was read."""
+        self._asked: dict[Key, dict[int, bool]] = {}
+        """Ranks that asked for a unit before it was read, and whether they can look."""
+        self._slots = [memoryview(b"")] * _AHEAD
+        """Memory to read into, made when it is first used."""
+        self._free = list(range(_AHEAD))
         self.bytes_read = 0
         self.bytes_received = 0
 
@@ -193,14 +262,19 @@ class Handing:
                     raise PeerTimeout(f"nothing came from or was taken by rank {', '.join(map(str, ranks[:10]))}")
 
     def _begin(self, turn: _Turn, pool: ThreadPoolExecutor) -> None:
-        while turn.to_read and len(turn.reading) + len(turn.held) < _AHEAD:
-            unit = turn.to_read.popleft()
-            turn.reading[pool.submit(self._read, unit)] = unit
+        while turn.to_read and self._free:
+            unit, slot = turn.to_read.popleft(), self._free.pop()  # the one used last: its memory is warm
+            turn.reading[pool.submit(self._read, unit, self._memory(slot))] = unit, slot
         while turn.to_ask and len(turn.asked) < _AHEAD:
             unit = turn.to_ask.popleft()
             turn.asked[unit.image, unit.first] = unit
             assert self._post is not None
             self._post.ask(unit.reader, unit)
+
+    def _memory(self, slot: int) -> memoryview:
+        if not self._slots[slot]:
+            self._slots[slot] = memoryview(bytearray(UNIT_BYTES)) if self._post is None else self._post.slab.slot(slot)
+        return self._slots[slot]
 
     def _end_reads(self, turn: _Turn) -> bool:
         if not turn.reading:
@@ -208,27 +282,37 @@ class Handing:
         patience = None if self._post is None else 0.0
         done, _ = wait(turn.reading, timeout=patience, return_when=FIRST_COMPLETED)
         for future in done:
-            unit = turn.reading.pop(future)
+            unit, slot = turn.reading.pop(future)
             data = future.result()
             self.bytes_read += len(data)
             self._take(unit, data)
             others = set(unit.wanters) - {self._rank}
-            if others:
-                turn.held[unit.image, unit.first] = (unit, data, others)
-                for rank in self._asked.pop((unit.image, unit.first), ()):
-                    self._give(turn, (unit.image, unit.first), rank)
-            else:
-                self._free(unit, data)
+            if not others:
+                self._free.append(slot)
+                continue
+            key = (unit.image, unit.first)
+            turn.held[key] = _Held(unit, data, slot, others, data.obj is self._slots[slot].obj)
+            for rank, sees in self._asked.pop(key, {}).items():
+                self._give(turn, key, rank, sees=sees)
         return bool(done)
 
-    def _give(self, turn: _Turn, key: Key, rank: int) -> None:
+    def _give(self, turn: _Turn, key: Key, rank: int, *, sees: bool) -> None:
         assert self._post is not None
-        unit, data, left = turn.held[key]
-        self._post.give(rank, unit, data)
-        left.discard(rank)
-        if not left:
+        held = turn.held[key]
+        if sees and held.is_in_slot:
+            self._post.show(rank, held.unit, held.slot, len(held.data))
+        else:
+            self._post.give(rank, held.unit, held.data)
+            self._given(turn, key, rank)
+
+    def _given(self, turn: _Turn, key: Key, rank: int) -> None:
+        held = turn.held.get(key)
+        if held is None:
+            return
+        held.left.discard(rank)
+        if not held.left:
             del turn.held[key]
-            self._free(unit, data)
+            self._free.append(held.slot)
 
     def _hear(self, turn: _Turn) -> bool:
         if self._post is None:
@@ -238,16 +322,40 @@ class Handing:
             return False
         message, data = came
         key = (message.image, message.first)
-        if message.kind == "data":
-            unit = turn.asked.pop(key, None)
-            if unit is not None:
-                self.bytes_received += len(data)
-                self._take(unit, data)
-        elif key in turn.held:
-            self._give(turn, key, message.rank)
-        else:
-            self._asked.setdefault(key, set()).add(message.rank)
+        match message.kind:
+            case "data" | "look":
+                self._receive(turn, message, data)
+            case "seen":
+                self._given(turn, key, message.rank)
+            case "ask" if key in turn.held:
+                self._give(turn, key, message.rank, sees=message.sees)
+            case "ask":
+                self._asked.setdefault(key, {})[message.rank] = message.sees
         return True
+
+    def _receive(self, turn: _Turn, message: _Message, data: memoryview) -> None:
+        assert self._post is not None
+        unit = turn.asked.pop((message.image, message.first), None)
+        if unit is None:
+            return
+        if message.kind == "look":
+            data = self._post.look(unit.reader, message.slot, message.length)
+        self.bytes_received += len(data)
+        self._take(unit, data)
+        if message.kind == "look":
+            self._post.seen(unit.reader, unit)
+
+
+class _Held(NamedTuple):
+    """A unit that was read."""
+
+    unit: Unit
+    data: memoryview
+    slot: int
+    left: set[int]
+    """Ranks that have not had it yet."""
+    is_in_slot: bool
+    """Whether `data` lies in the slot."""
 
 
 class _Turn:
@@ -256,9 +364,9 @@ class _Turn:
     def __init__(self, to_read: deque[Unit], to_ask: deque[Unit]) -> None:
         self.to_read = to_read
         self.to_ask = to_ask
-        self.reading: dict[Future[memoryview], Unit] = {}
-        self.held: dict[Key, tuple[Unit, memoryview, set[int]]] = {}
-        """Read, and the ranks that have not asked for it yet."""
+        self.reading: dict[Future[memoryview], tuple[Unit, int]] = {}
+        """With the slot."""
+        self.held: dict[Key, _Held] = {}
         self.asked: dict[Key, Unit] = {}
 
     @property
@@ -270,7 +378,7 @@ class _Turn:
         return not self.reading
 
     def silent(self) -> set[int]:
-        return set[int]().union(*(left for _, _, left in self.held.values()))
+        return set[int]().union(*(held.left for held in self.held.values()))
 
 
 _ANYWHERE = "192.0.2.1"

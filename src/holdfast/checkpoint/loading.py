@@ -7,8 +7,8 @@
    one of the ranks that want it, which hands it on (`holdfast.checkpoint.handing`).
 4. Bytes go straight into the tensors. Beyond these a rank needs a few units of 4 MiB.
 
-Ranks tell each other through the process group's store (`Meeting`), images' bytes go over sockets of their own; there
-is no collective call. An error of any rank is raised by all, with its number.
+Ranks tell each other through the process group's store (`Meeting`); images' bytes are looked at where they were read, or
+go over sockets of their own to other hosts; there is no collective call. An error of any rank is raised by all, with its number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import socket
 from bisect import bisect_left, bisect_right
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,7 +38,7 @@ from holdfast.checkpoint.meeting import Meeting, Ranks, await_key, store_errors
 from holdfast.checkpoint.objects import decode, join_tensors
 from holdfast.checkpoint.pairing import pair
 from holdfast.checkpoint.sinks import Sink, scatter
-from holdfast.checkpoint.wants import HEADER, UNIT_BYTES, Unit, Wants, blocks_wanted, header_units, merged, units
+from holdfast.checkpoint.wants import HEADER, Unit, Wants, blocks_wanted, header_units, merged, units
 from holdfast.errors import HoldfastError, MismatchError, PeerError
 
 logger = logging.getLogger(__name__)
@@ -143,9 +143,7 @@ class _Load:
         self._targets: list[_Target] = []
         self._wanted: dict[int, _OfImage] = {}
         self._locks: dict[int, Lock] = {}
-        self._buffers: deque[memoryview] = deque()
-        """Memory of units that nobody needs any more."""
-        self._post = None if ranks.world_size == 1 else Post(ranks.rank, own_address(ranks.store))
+        self._post = None if ranks.world_size == 1 else Post(ranks.rank, own_address(ranks.store), _host())
 
     def __enter__(self) -> _Load:
         return self
@@ -213,7 +211,6 @@ class _Load:
             self._post,
             read=self._read,
             take=self._take,
-            free=self._free,
             check=self._meeting.check,
             timeout=self._timeout,
         )
@@ -270,29 +267,17 @@ class _Load:
             )
         ]
 
-    def _read(self, unit: Unit) -> memoryview:
+    def _read(self, unit: Unit, memory: memoryview) -> memoryview:
         """For reading threads."""
         with self._locks[unit.image]:
             image = self._catalog.images[unit.image]
             if unit.first == HEADER:
                 return image.header()
             try:
-                return image.blocks(unit.first, unit.end, self._buffer())
+                return image.blocks(unit.first, unit.end, memory)
             except HoldfastError as error:
                 pull = next(iter(self._within(unit, (unit.end - unit.first) * image.meta.block_bytes)))
                 raise type(error)(f"{pull.name}{pull.wanted} cannot be read: {error}") from error
-
-    def _buffer(self) -> memoryview:
-        """For reading threads."""
-        try:
-            return self._buffers.pop()
-        except IndexError:
-            return memoryview(bytearray(UNIT_BYTES))
-
-    def _free(self, unit: Unit, data: memoryview) -> None:
-        """Keep the memory for another unit."""
-        if unit.first != HEADER and isinstance(data.obj, bytearray) and len(data.obj) == UNIT_BYTES:
-            self._buffers.append(memoryview(data.obj))
 
     def _within(self, unit: Unit, length: int) -> Sequence[_Pull]:
         meta = self._catalog.images[unit.image].meta

@@ -16,9 +16,12 @@ import torch.distributed as dist
 
 import holdfast.checkpoint
 from holdfast.checkpoint import FlatRange, loading
+from holdfast.checkpoint.handing import Post
 from holdfast.checkpoint.meeting import Ranks
 from holdfast.checkpoint.objects import split_tensors
+from holdfast.checkpoint.slab import Place, SeenSlab, Slab
 from holdfast.checkpoint.source import FileSource
+from holdfast.checkpoint.wants import HEADER, Unit
 from holdfast.errors import CorruptError, HoldfastError, MismatchError, PeerTimeout, StateError
 
 _LIMIT = timedelta(seconds=60)
@@ -120,14 +123,34 @@ class _Reads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes = 0
-        read = FileSource.read
+        read_into = FileSource.read_into
 
-        def counted(source: FileSource, offset: int, length: int) -> memoryview:
+        def counted(source: FileSource, offset: int, view: memoryview) -> None:
             with _lock:
-                self.bytes += length
-            return read(source, offset, length)
+                self.bytes += len(view)
+            read_into(source, offset, view)
 
-        monkeypatch.setattr(FileSource, "read", counted)
+        monkeypatch.setattr(FileSource, "read_into", counted)
+
+
+def _refuse(*args: object) -> None:
+    raise AssertionError(args)
+
+
+@pytest.fixture(params=["looked at", "sent"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How units get from the rank that read them to others; the other way is not to be taken."""
+    if request.param == "sent":
+        monkeypatch.setattr(SeenSlab, "see", classmethod(lambda cls, place, host: None))
+        monkeypatch.setattr(Post, "show", _refuse)
+    else:
+        give = Post.give
+
+        def headers_only(post: Post, rank: int, unit: Unit, data: memoryview) -> None:
+            assert unit.first == HEADER
+            give(post, rank, unit, data)
+
+        monkeypatch.setattr(Post, "give", headers_only)
 
 
 @pytest.fixture
@@ -137,7 +160,7 @@ def _no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held, "_in_group", lambda shard, group: shard)
 
 
-@pytest.mark.usefixtures("_no_groups")
+@pytest.mark.usefixtures("_no_groups", "_way")
 @pytest.mark.parametrize("world", [2, 5])
 def test_each_byte_is_read_once_by_ranks_that_all_want_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int
@@ -159,7 +182,7 @@ def test_each_byte_is_read_once_by_ranks_that_all_want_it(
     assert reads.bytes <= image.stat().st_size + header_and_tree
 
 
-@pytest.mark.usefixtures("_no_groups")
+@pytest.mark.usefixtures("_no_groups", "_way")
 def test_flat_ranges_of_a_tensor_saved_whole_are_read_once_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,3 +244,30 @@ def test_a_rank_with_another_state_or_none_is_named_to_all(
 def test_an_absent_checkpoint_is_an_error_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = _together(2, lambda ranks: _load(ranks, {"a": torch.zeros(3)}, tmp_path / "none", monkeypatch))
     assert all(isinstance(error, HoldfastError) and "none" in str(error) for error in errors), errors
+
+
+def test_a_slab_is_seen_by_those_who_know_it_on_its_host(tmp_path: Path) -> None:
+    slab = Slab(2, host="here", key=b"0123456789abcdef")
+    slab.slot(1)[:3] = b"abc"
+    seen = SeenSlab.see(slab.place, "here")
+    assert seen is not None
+    assert seen.slot(1, 3) == b"abc"
+    assert seen.slot(2, 3) is None
+    assert seen.slot(-1, 3) is None
+    assert seen.slot(1, (4 << 20) + 1) is None
+    with pytest.raises(TypeError):
+        seen.slot(1, 3)[0] = 1  # type: ignore[index]
+    place = slab.place
+    with (tmp_path / "other").open("w+b") as other:
+        other.truncate((8 << 20) + 4096)
+        for wrong in (
+            Place(place.host, place.pid, place.fd, 3, place.key),
+            Place(place.host, place.pid, other.fileno(), place.slots, place.key),
+            Place(place.host, place.pid, place.fd, place.slots, b"another"),
+            Place(place.host, 1 << 30, place.fd, place.slots, place.key),
+        ):
+            assert SeenSlab.see(wrong, "here") is None
+    assert SeenSlab.see(place, "there") is None
+    seen.close()
+    slab.close()
+    assert SeenSlab.see(place, "here") is None
