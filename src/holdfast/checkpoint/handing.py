@@ -33,6 +33,7 @@ _AHEAD = 8
 """Units that a reader holds, and that a rank has asked for."""
 _POLL_MS = 1
 _IDLE_POLL_MS = 50
+_READ_POLL_S = 0.01
 
 Key = tuple[int, int]
 """Image and first block of a unit."""
@@ -279,7 +280,8 @@ class Handing:
     def _end_reads(self, turn: _Turn) -> bool:
         if not turn.reading:
             return False
-        patience = None if self._post is None else 0.0
+        # Where nothing is to come from others and nobody was promised anything, reads are all that there is to wait for.
+        patience = None if self._post is None else 0.0 if turn.asked or turn.held else _READ_POLL_S
         done, _ = wait(turn.reading, timeout=patience, return_when=FIRST_COMPLETED)
         for future in done:
             unit, slot = turn.reading.pop(future)
