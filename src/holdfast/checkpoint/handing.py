@@ -280,7 +280,7 @@ class Handing:
     def _end_reads(self, turn: _Turn) -> bool:
         if not turn.reading:
             return False
-        # Where nothing is to come from others and nobody was promised anything, reads are all that there is to wait for.
+        # Where nothing is to come from others and nobody was promised anything, only reads are to be waited for.
         patience = None if self._post is None else 0.0 if turn.asked or turn.held else _READ_POLL_S
         done, _ = wait(turn.reading, timeout=patience, return_when=FIRST_COMPLETED)
         for future in done:

@@ -7,8 +7,9 @@
    one of the ranks that want it, which hands it on (`holdfast.checkpoint.handing`).
 4. Bytes go straight into the tensors. Beyond these a rank needs a few units of 4 MiB.
 
-Ranks tell each other through the process group's store (`Meeting`); images' bytes are looked at where they were read, or
-go over sockets of their own to other hosts; there is no collective call. An error of any rank is raised by all, with its number.
+Ranks tell each other through the process group's store (`Meeting`); images' bytes are looked at where they were read,
+or go over sockets of their own to other hosts; there is no collective call. An error of any rank is raised by all, with
+its number.
 """
 
 from __future__ import annotations
