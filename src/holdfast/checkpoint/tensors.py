@@ -59,9 +59,11 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
         raise ValueError(f"the bytes of a {tensor.device} tensor with strides {tensor.stride()} cannot be had in place")
     if tensor.numel() == 0:
         return memoryview(bytearray())
+    array: Any  # numpy's type is no Buffer before Python 3.12
     if tensor.dtype in _NUMPY_HAS:
-        return memoryview(tensor.detach().numpy()).cast("B")
-    array: Any = tensor.detach().view(-1).view(torch.uint8).numpy()  # numpy's type is no Buffer before Python 3.12
+        array = tensor.detach().numpy()
+        return memoryview(array).cast("B")
+    array = tensor.detach().view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 

@@ -242,7 +242,8 @@ class OptimizerPart:
                 if not isinstance(value, torch.Tensor):
                     if _is_structure(value):
                         raise StateError(
-                            f"{name} is a {type(value).__name__}; state of FSDP1 can be tensors and numbers"
+                            f"{name} is a {type(value).__name__}; over FSDP1's flat parameters an optimizer's state "
+                            "can be tensors and numbers: use fully_shard (FSDP2), where it can be anything"
                         )
                     self._plain_slots.append((fqn, state, key))
                     continue

@@ -9,8 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.checkpoint.flat import FlatRange
+from holdfast.checkpoint.fsdp1 import FlatPart
 from holdfast.errors import HoldfastError, MismatchError, StateError
+from holdfast.runtime.book import EntryBook
 from holdfast.runtime.capture import PerRank, TrainingState
+from holdfast.runtime.holdings import Holders
+from holdfast.runtime.optimizer_state import OptimizerPart
 from support.images import catalog_of, save_image
 
 
@@ -33,6 +38,18 @@ def test_one_parameter_in_two_optimizers_of_a_sequence_is_refused() -> None:
     with pytest.raises(StateError, match="own weight; use a mapping"):
         TrainingState(model=model, optimizer=optimizers)
     TrainingState(model=model, optimizer={"a": optimizers[0], "b": optimizers[1]})
+
+
+@pytest.mark.parametrize("value", [{"rows": torch.zeros(2)}, [torch.zeros(2)], (torch.zeros(2), 1)])
+def test_nested_state_of_an_optimizer_over_flat_parameters_is_refused(value: Any) -> None:
+    flat = nn.Parameter(torch.zeros(6))
+    optimizer = torch.optim.SGD([flat], lr=0.1)
+    optimizer.state[flat] = {"step": 3, "history": value}
+    part = FlatPart(((nn.Linear(2, 3), "weight"),), flat, FlatRange(flat.detach(), (3, 2), 0), 0, 6)
+    optimizers = OptimizerPart("optimizer", (optimizer,), {id(flat): "weight"}, {id(flat): [("weight", part)]})
+    with pytest.raises(StateError, match=r"state\.weight\.history is a (dict|list|tuple); .*\(FSDP2\)") as error:
+        optimizers.read(EntryBook(Holders((0,), 0)))
+    assert one_line(error)
 
 
 @pytest.mark.parametrize("model", [torch.zeros(2), {"a": 3}, ["x"], None, [], {}])
