@@ -54,6 +54,8 @@ STEP_S = 0.15
 BOOT_S = 1.0
 GLOO_TIMEOUT_S = 20
 PERSIST_S = 20
+MEASURED_AT = (3, 8)
+"""Steps after the first start at which torchrun's script saves to learn what that costs."""
 KINDS = (("kill", 0.75), ("power", 0.15), ("stop", 0.10))
 PHASES = ("stopped", "agreed", "started", "opened", "restored", "first_step")
 
@@ -102,50 +104,53 @@ def worker(mode: str, folder: Path, steps: int, mtbf_s: float) -> None:
 
 
 def _with_dcp(folder: Path, model: object, optimizer: object, body: object, steps: int, mtbf_s: float) -> None:
-    """`dcp.async_save` at the Young/Daly interval; what it costs is measured at the first save of each start."""
+    """`dcp.async_save` at the Young/Daly interval; what a save costs is measured at the second one, a few steps in."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     cpu = dist.new_group(backend="gloo", timeout=timedelta(seconds=GLOO_TIMEOUT_S))
-    begin, newest = 0, folder / "newest"
-    if newest.exists():
+    newest, interval = folder / "newest", folder / "interval"
+    told = [newest.read_text() if newest.exists() else "0", interval.read_text() if interval.exists() else "0"]
+    dist.broadcast_object_list(told)
+    begin, every = int(told[0]), int(told[1])
+    if begin:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
-        dcp.load(state, checkpoint_id=folder / f"step-{newest.read_text()}")
+        dcp.load(state, checkpoint_id=folder / f"step-{begin}")
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        begin = int(newest.read_text())
-    known = folder / "cost"
-    cost_s = float(known.read_text()) if known.exists() else 0.1
-    saved_at, running = time.monotonic(), None
+    saves: list[tuple[object, int]] = []
     for step in range(begin, steps):
+        begun = time.monotonic()
         body(step)
-        due = time.monotonic() - saved_at >= math.sqrt(2 * cost_s * mtbf_s) and (running is None or running[0].done())
-        told = [due and dist.get_rank() == 0]
-        dist.broadcast_object_list(told, group=cpu)
-        if running is not None and running[0].done() and dist.get_rank() == 0:
-            _publish(folder, running[1])
-        if not told[0]:
+        step_s = time.monotonic() - begun
+        if saves and saves[-1][0].done():
+            _publish(folder, saves[-1][1])
+        if (step + 1) % every if every else step + 1 - begin not in MEASURED_AT:
             continue
-        if running is not None:
-            running[0].result()
+        if saves:
+            saves[-1][0].result()
+            _publish(folder, saves[-1][1])
         begun = time.monotonic()
         model_state, optimizer_state = get_state_dict(model, optimizer)
-        target = folder / f"step-{step + 1}"
         state = {"model": model_state, "optimizer": optimizer_state}
-        running = (dcp.async_save(state, checkpoint_id=target, process_group=cpu), step + 1)
-        saved_at = time.monotonic()
-        costs = [saved_at - begun]
-        dist.broadcast_object_list(costs, group=cpu)
-        cost_s = costs[0]
-        if dist.get_rank() == 0:
-            _replace(known, f"{cost_s:.4f}")
-    if running is not None:
-        running[0].result()
+        saves.append((dcp.async_save(state, checkpoint_id=folder / f"step-{step + 1}", process_group=cpu), step + 1))
+        if not every and len(saves) == len(MEASURED_AT):
+            told = [max(1, round(math.sqrt(2 * (time.monotonic() - begun) * mtbf_s) / step_s))]
+            dist.broadcast_object_list(told)
+            every = told[0]
+            _write_once(interval, str(every))
 
 
 def _publish(folder: Path, step: int) -> None:
-    _replace(folder / "newest", str(step))
+    """The checkpoint of `step` is whole: restarts begin there. Rank 0 alone says so."""
+    if os.environ["RANK"] == "0":
+        _replace(folder / "newest", str(step))
+
+
+def _write_once(path: Path, text: str) -> None:
+    if os.environ["RANK"] == "0":
+        _replace(path, text)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -194,8 +199,8 @@ class Run:
     step_s: float = 0.0
     """Median length of a step."""
     finished: bool = False
-    interval_s: float = 0.0
-    """Between checkpoints of torchrun."""
+    save_every: int = 0
+    """Steps between checkpoints of torchrun."""
 
 
 class Job:
@@ -331,8 +336,8 @@ def _fill(found: Run, ranks: list[list[tuple[int, float]]], began: float, finish
 
 
 def _fill_recoveries(found: Run, folder: Path) -> None:
-    cost = folder / "cost"
-    found.interval_s = float(cost.read_text()) if cost.exists() else 0.0
+    interval = folder / "interval"
+    found.save_every = int(interval.read_text()) if interval.exists() else 0
     path = folder / "run" / "events.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]

@@ -225,7 +225,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="3 kills of each subject; the bars are not judged")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--kills", type=int, default=3, help="kills of each subject per round")
-    parser.add_argument("--json", type=Path, help="write everything there")
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     runs: dict[str, list[Run]] = {subject: [] for subject in SUBJECTS}
@@ -235,7 +235,7 @@ def main() -> int:
     return report(runs, rounds * options.kills, quick=options.quick, path=options.json)
 
 
-def report(runs: dict[str, list[Run]], kills: int, *, quick: bool, path: Path | None) -> int:
+def report(runs: dict[str, list[Run]], kills: int, *, quick: bool, path: str | None) -> int:
     """Print; 1 where a bar is missed."""
     costs = {subject: [cost for run in found for cost in run.costs_s] for subject, found in runs.items()}
     lost = {subject: [steps for run in found for steps in run.steps_lost] for subject, found in runs.items()}
@@ -245,8 +245,9 @@ def report(runs: dict[str, list[Run]], kills: int, *, quick: bool, path: Path | 
          f"{statistics.mean(lost[subject]):.1f}", f"{len(costs[subject])} of {kills}"]
         for subject in SUBJECTS if subject in estimates
     ]  # fmt: skip
-    print(machine())
-    print(table(["subject", "s until the next step", "range", "steps lost", "recovered"], rows))
+    said = sys.stderr if path == "-" else sys.stdout
+    print(machine(), file=said)
+    print(table(["subject", "s until the next step", "range", "steps lost", "recovered"], rows), file=said)
     phases = {
         subject: {
             phase: statistics.median(run_phases) for phase in PHASES if (run_phases := _phase(runs, subject, phase))
@@ -255,7 +256,7 @@ def report(runs: dict[str, list[Run]], kills: int, *, quick: bool, path: Path | 
     }
     print(table(["s since the failure was noticed", *PHASES],
                 [[subject, *(f"{found[phase]:.3f}" if phase in found else "-" for phase in PHASES)]
-                 for subject, found in phases.items()]))  # fmt: skip
+                 for subject, found in phases.items()]), file=said)  # fmt: skip
     pairs = min(len(costs["holdfast"]), len(costs["torchrun"]))
     bars = []
     if pairs:
@@ -263,10 +264,12 @@ def report(runs: dict[str, list[Run]], kills: int, *, quick: bool, path: Path | 
         bars = [Bar("kill to next step", estimates["holdfast"], 0.5, " s"), Bar("over torchrun", share, 0.25)]
     whole = all(len(values) == kills for values in costs.values())
     for bar in bars:
-        print(bar)
-    print("recovered from every failure" if whole else "NOT recovered from every failure")
-    if path is not None:
-        path.write_text(as_json({"costs_s": costs, "steps_lost": lost, "phases_s": phases}, bars))
+        print(bar, file=said)
+    print("recovered from every failure" if whole else "NOT recovered from every failure", file=said)
+    if path == "-":
+        print(as_json({"costs_s": costs, "steps_lost": lost, "phases_s": phases}, bars))
+    elif path is not None:
+        Path(path).write_text(as_json({"costs_s": costs, "steps_lost": lost, "phases_s": phases}, bars))
     return 0 if quick else int(not (whole and bars and all(bar.met for bar in bars)))
 
 

@@ -285,6 +285,7 @@ def _interpreter() -> Any:  # a module that no worker shall find among its own
 
 
 if __name__ == "__main__":
+    _run = _interpreter()
     _arguments = Spawner(int(sys.argv[1])).serve()
     if _arguments is not None:
-        _interpreter().run_as_main(_arguments)
+        _run.run_as_main(_arguments)
