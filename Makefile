@@ -69,6 +69,10 @@ test-dcp: $(STAMP) ## DCP's own tests with our writer and reader; from GitHub, o
 bench-recovery: $(STAMP) ## seconds from a killed worker to the next step, against torchrun
 	$(BIN)/python benchmarks/recovery.py $(BENCH_ARGS)
 
+.PHONY: soak
+soak: $(STAMP) ## half an hour of random faults on four nodes in namespaces; HOLDFAST_SOAK_S=seconds, needs root
+	$(BIN)/python -m pytest -m campaign -v tests/chaos/test_soak.py
+
 .PHONY: bench-goodput
 bench-goodput: $(STAMP) ## steps that count while nodes fail, against torchrun; an hour, needs root (namespaces)
 	$(BIN)/python benchmarks/goodput.py $(BENCH_ARGS)

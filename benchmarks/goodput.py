@@ -30,6 +30,7 @@ import math
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -45,7 +46,7 @@ from measure import Bar, Estimate, as_json, machine, table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the nodes are those of the tests
 
-from support.nodes import PORT, Cluster, Node, why_impossible  # noqa: E402
+from support.nodes import PORT, Cluster, why_impossible  # noqa: E402
 
 BIN = Path(sys.executable).parent
 NODES = 4
@@ -70,6 +71,7 @@ def worker(mode: str, folder: Path, steps: int, mtbf_s: float) -> None:
     from torch import nn
 
     torch.set_num_threads(1)
+    _replace(folder / f"pid-{socket.gethostname()}", str(os.getpid()))
     dist.init_process_group("gloo", timeout=timedelta(seconds=GLOO_TIMEOUT_S))
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))))
@@ -245,12 +247,12 @@ class Job:
             self._agents.pop(fault.node, None)
             self._boots[fault.node] = time.monotonic() + BOOT_S
         else:
-            pids = _workers(node)
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
-            if not pids:
+            told = self._folder / f"pid-{node.name}"
+            pid = node.seen_as(int(told.read_text())) if told.exists() else 0
+            if not pid:
                 return
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
         found.faults[fault.kind] += 1
 
     def supervise(self) -> None:
@@ -274,17 +276,6 @@ class Job:
     def steps(self) -> list[list[tuple[int, float]]]:
         """Number and time of the steps of each rank."""
         return [_read(self._folder / f"rank-{rank}.log") for rank in range(NODES)]
-
-
-def _workers(node: Node) -> list[int]:
-    """The training processes of a node, as we see them."""
-    found = {pid: command.split() for pid, command in node.processes().items()}
-    return [pid for pid, words in found.items() if "worker" in words and "run" not in words and _trains(words)]
-
-
-def _trains(words: list[str]) -> bool:
-    """The launchers carry the script's arguments too."""
-    return not any(Path(word).name in ("torchrun", "holdfast", "env", "nsenter") for word in words[:3])
 
 
 def _read(path: Path) -> list[tuple[int, float]]:

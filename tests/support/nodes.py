@@ -129,6 +129,15 @@ class Node:
         assert found, f"{self.name} has no process with {needle}: {self.processes()}"
         return found
 
+    def seen_as(self, pid: int) -> int:
+        """Our number of the process that the node itself calls `pid`; 0 where there is none."""
+        for ours in self.processes():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{ours}/status").read_text()
+                if f"\t{pid}\n" in next(line + "\n" for line in status.splitlines() if line.startswith("NSpid:")):
+                    return ours
+        return 0
+
     @property
     def is_on(self) -> bool:
         """Whether its init lives."""
