@@ -275,10 +275,11 @@ class Job:
 
     def steps(self) -> list[list[tuple[int, float]]]:
         """Number and time of the steps of each rank."""
-        return [_read(self._folder / f"rank-{rank}.log") for rank in range(NODES)]
+        return [read_log(self._folder / f"rank-{rank}.log") for rank in range(NODES)]
 
 
-def _read(path: Path) -> list[tuple[int, float]]:
+def read_log(path: Path) -> list[tuple[int, float]]:
+    """Number and time of each step in a rank's log."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [(int(number), float(at)) for number, at in (line.split() for line in lines)]
 

@@ -318,6 +318,14 @@ def test_workers_that_wait_take_their_turns_and_the_rest_end_with_the_standby(wa
     assert not Path("/proc", str(left)).exists()
 
 
+def test_a_spare_node_imports_what_every_script_needs(warm: Warm) -> None:
+    warm.standby.warm_up(warm.variables, ("json", "wave"))
+    assert warm.change().ready
+    code, out, _ = warm.run(script(warm, "import sys\nprint('wave' in sys.modules)\n"))
+    assert (code, out) == (0, "True\n")
+    assert warm.standby.recorded(("-u", "script.py")) == ("-u", "script.py")
+
+
 def test_a_waiting_worker_that_died_is_passed_over(warm: Warm) -> None:
     assert warm.ready("json").ready
     [waiting] = hold(warm, 1)

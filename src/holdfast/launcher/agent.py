@@ -37,7 +37,7 @@ from holdfast.launcher.rehearsal import Rehearsal, StepReader
 from holdfast.launcher.seats import RunRecord, Seat
 from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.signals import SignalPipe
-from holdfast.launcher.standby import Standby, can_stand_by, user_path
+from holdfast.launcher.standby import SPARE_MODULES, Standby, can_stand_by, user_path
 from holdfast.launcher.timeline import signal_name
 from holdfast.launcher.vigil import DumpStacks, Vigil, WorkerHangs
 from holdfast.launcher.watching import NodeWatch
@@ -239,6 +239,7 @@ class Agent:
         elif self._group is not None and (survivors := self._group.survivors(now)):
             self._give_up(self._group, survivors)
         self._do(self._council.ticked(now))
+        self._warm_up_spare()
 
     def _wait(self) -> dict[Any, int]:
         poller = zmq.Poller()
@@ -425,6 +426,11 @@ class Agent:
         if self._standby is not None and self._group is not None and all_stepped:
             self._standby.warm_up(self._group.common_variables())
             self._standby.hold(self._spec.num_workers)
+
+    def _warm_up_spare(self) -> None:
+        """A node that waits until it is needed should not have to import torch then."""
+        if self._standby is not None and self._group is None and self._starting is None and self._council.waits:
+            self._standby.warm_up(self._inherited, SPARE_MODULES)
 
     def _hear_standby(self, standby: Standby) -> None:
         change = standby.changed()

@@ -29,7 +29,7 @@ from holdfast.launcher.orders import node_info
 from holdfast.launcher.recoveries import RecoveryBook
 from holdfast.launcher.stores import new_store
 from holdfast.launcher.timeline import describe_failure
-from holdfast.launcher.wire import Plan, Report, Standing
+from holdfast.launcher.wire import Phase, Plan, Report, Standing
 from holdfast.snapshot.keys import JobKeys
 
 _SERVE_AGAIN_S = 1.0
@@ -98,6 +98,13 @@ class Council:
     def plan(self) -> Plan | None:
         """The newest plan, None while no leader is known."""
         return self.membership.plan
+
+    @property
+    def waits(self) -> bool:
+        """Whether a generation runs without this node, which is a spare then."""
+        plan = self.plan
+        inside = plan is not None and any(place.node_id == self.node.node_id for place in plan.places)
+        return plan is not None and plan.phase is Phase.RUN and not inside
 
     @property
     def leads(self) -> bool:

@@ -46,6 +46,8 @@ VARYING = (
     environment.GENERATION,
 )
 """Variables that are not the same in all workers of all generations."""
+SPARE_MODULES = ("torch", "torch.distributed", "torch.nn.parallel", "torch._dynamo", "holdfast.runtime.live")
+"""What the standby of a spare node imports: every script with a Session needs it."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,18 @@ class Standby:
         script = arguments[1:] if arguments[0] == "-u" else arguments
         return ("-u", str(_HERE / "interpreter.py"), str(self._names), *script)
 
-    def warm_up(self, variables: Mapping[str, str]) -> None:
-        """Start the spawner, once. `variables`: the environment of the workers."""
+    def warm_up(self, variables: Mapping[str, str], modules: Sequence[str] = ()) -> None:
+        """Start the spawner, once.
+
+        Args:
+            variables: the environment of the workers.
+            modules: what it imports where no script has run here; none: what a worker's was seen to import.
+        """
         if self._used:
             return
         self._used = True
+        if modules:
+            self._names.write_text("\n".join(modules))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, open(self._log, "w") as log:
             try:
