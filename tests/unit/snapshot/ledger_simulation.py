@@ -83,6 +83,7 @@ class Simulation(Exchanging):
         self.faults_left = self.plan.faults
         self.requests_left = self.plan.requests
         self.num_requests = 0
+        self.leaving: tuple[GenerationId | None, Node | None] = (None, None)
         self._new_generation()
 
     # --- the run
@@ -170,6 +171,8 @@ class Simulation(Exchanging):
         actions: list[tuple[object, ...]] = []
         if node.rank in self.starting:
             return [("start", node)]
+        if self._all_wait():
+            return [("regroup",)]
         head = self.nodes[self.leader_rank]
         leading = head.leading
         if not node.connected and leading is not None and leading.generation == node.generation:
@@ -270,10 +273,37 @@ class Simulation(Exchanging):
         if node.ledger is None or node.generation != self.generation:
             return
         self.num_requests += 1
-        kind = self.rng.choice(("save", "save", "stop"))
-        request = Request(id=f"n{node.rank}-{self.num_requests}", kind=kind)
+        kind = self.rng.choice(("save", "save", "stop", "regroup"))
+        leaves = kind == "regroup" and self.rng.random() < 0.5
+        request = Request(id=f"n{node.rank}-{self.num_requests}", kind=kind, persist=kind != "regroup", leaves=leaves)
+        if leaves:
+            self.leaving = (self.generation, node)
         self.seen[f"{kind} requested"] += 1
         self._feed(node, ledger.Requested(request=request))
+
+    def _all_wait(self) -> bool:
+        workers = [worker for node in self.nodes for worker in node.workers]
+        there = self.spawned and not self.starting and not any(node.lost for node in self.nodes)
+        return there and bool(workers) and all(worker.alive and worker.stage == "waiting" for worker in workers)
+
+    def _do_regroup(self) -> None:
+        """All wait at the agreed step: the agents change the nodes. One of them may leave, with all that it holds."""
+        if not self._all_wait():
+            return
+        step = self.nodes[0].workers[0].step
+        generation, node = self.leaving
+        if generation == self.generation and node in self.nodes and len(self.nodes) > 1 and self._may_leave():
+            self.power_left += 1
+            self._do_power_off(node)
+            self.seen["left"] += 1
+        self.floor = step
+        self.seen["regrouped"] += 1
+        self._new_generation()
+
+    def _may_leave(self) -> bool:
+        """Nobody has said, where the node's daemon died with the request before it had noted it."""
+        known = {request.leaves for node in self.nodes for request in node.requests}
+        return True in known
 
     def _new_generation(self) -> None:
         """The agents stop all workers (some linger in a copy) and begin anew."""

@@ -103,7 +103,7 @@ class Daemons(Workers):
     def _carry_out(self, node: Node, instruction: ledger.NodeInstruction) -> None:
         match instruction:
             case ledger.ClearGrants():
-                node.grants, node.agreed, node.acks = {}, None, {}
+                node.grants, node.agreed, node.settled, node.acks = {}, None, None, {}
             case ledger.SendInventory():
                 self._send_inventory(node)
             case ledger.PublishGrant():
@@ -117,6 +117,8 @@ class Daemons(Workers):
                 self._feed(node, *(self._reading(worker) for worker in node.workers if worker.alive))
             case ledger.PublishAgreed():
                 node.agreed = instruction.agreed
+            case ledger.Settled():
+                node.settled = instruction.step
             case ledger.SendReport():
                 if node.connected:
                     node.up.append(("report", instruction.state))

@@ -61,11 +61,13 @@ class Workers(Truth):
                 return self._decision(worker) is not agreement.Decision.WAIT
             case "grant":
                 return not worker.intent and not worker.copying
-            case "save" | "stop" | "final":
+            case "save" | "stop" | "regroup" | "final":
                 if worker.step not in worker.taken:
                     return worker.step in node.grants.values() and not worker.intent and not worker.copying
                 if worker.stage == "save":
                     return True
+                if worker.stage == "regroup":
+                    return node.settled is not None and node.settled >= worker.step
                 return node.complete is not None and node.complete >= worker.step
         return False
 
@@ -116,11 +118,13 @@ class Workers(Truth):
                     worker.bells.append(self._final(worker))
                 else:
                     worker.stage = "body"
-            case "save" | "stop" | "final":
+            case "save" | "stop" | "regroup" | "final":
                 if worker.step not in worker.taken:
                     self._want(worker)
                 elif worker.stage == "save":
                     worker.stage = "grant"
+                elif worker.stage == "regroup":
+                    worker.stage = "waiting"
                 else:
                     worker.stage = "done"
 

@@ -86,6 +86,7 @@ class Node:
     # control page
     grants: dict[SlotRef, int] = field(default_factory=dict)
     agreed: Agreed | None = None
+    settled: int | None = None
     acks: dict[int, int] = field(default_factory=dict)
     # node.state
     generation: GenerationId | None = None

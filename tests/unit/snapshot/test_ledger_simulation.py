@@ -25,7 +25,7 @@ from holdfast.snapshot.slots import Row, SlotTable, Writer
 SCHEDULES = int(os.environ.get("HOLDFAST_SCHEDULES", "600"))
 FIRST_SEED = int(os.environ.get("HOLDFAST_FIRST_SEED", "0"))
 CAMPAIGN = 20_000
-TRIES = 600
+TRIES = 900
 """Schedules within which a mutant must be caught."""
 
 
@@ -45,7 +45,8 @@ def test_schedules_hold_all_invariants():
     happened = (
         "worker killed, killed in a copy, daemon killed, leading daemon killed, connection cut, agent killed, zombie, "
         "resize, pool grown, missed, skipped, complete, restored from memory, restored from none, persist persisted, "
-        "persist dropped, persist carried over, save performed, stop performed"
+        "persist dropped, persist carried over, save performed, stop performed, "
+        "regroup performed, regrouped, left"
     )
     assert [one for one in happened.split(", ") if not seen[one]] == []
 
@@ -292,6 +293,25 @@ class NoRecall(leader.LeaderLedger):
 def _passes_unconfirmed(step: int, agreed: Agreed | None, acknowledged: int) -> Decision:
     decision = at_boundary(step, agreed, acknowledged)
     return Decision.GO_ON if decision is Decision.WAIT else decision
+
+
+@mutant("settled too early: once the step is confirmed")
+class SettledTooEarly(leader.LeaderLedger):
+    def _settled(self) -> int | None:
+        agreed = self.agreement.current
+        return agreed.step if agreed is not None and agreed.confirmed and agreed.kind == "regroup" else None
+
+
+@mutant("settled before the memory of a node that leaves can be missed")
+class SettledUnsafe(leader.LeaderLedger):
+    def _is_left(self) -> bool:
+        return False
+
+
+@with_agreement("a confirmed regroup is followed by another proposal")
+class NotTheLast(Agreement):
+    def _is_last(self) -> bool:
+        return False
 
 
 def _from_incomplete(question: chain.ChainQuestion) -> chain.Choice:
