@@ -199,12 +199,12 @@ class Membership:
         """The leader leaves, and has named this agent. Leading is no power: whoever else thinks so can do it too."""
         self._member(self.member.led_away(now), now)
         if self.leader is None and not self.member.left:
-            self._lead(frozenset(), now)
+            self._lead(frozenset(), now, why="the leader's node leaves the job")
 
-    def _lead(self, missing: frozenset[str], now: float) -> None:
+    def _lead(self, missing: frozenset[str], now: float, *, why: str = "the leader's node was lost") -> None:
         own = self.member.report
         self.leader = self._terms.make_leader(self.endpoint, now, missing)
-        self._out.append(Led(True, takes_over=own.standing is not None))
+        self._out.append(Led(True, why, takes_over=own.standing is not None))
         self._leader(self.leader.reported(own, now), now)
         for report in self._election.reports(now):
             if self.leader is not None:
@@ -221,18 +221,18 @@ class Membership:
         followers = self.leader.addresses
         self.leader = None
         self._out.append(Led(False, f"this node leaves the job, {address} leads"))
-        self._send(Redirect(sender=self._node.node_id, address=address), followers)
         self._hints.add(address, now + _HINT_BEATS * self._limits.heartbeat_s)
         self._member(self.member.led_away(now), now)
+        self._send(Redirect(sender=self._node.node_id, address=address), followers)  # last: the newest message counts
 
     def _yield(self, plan: Plan, now: float) -> None:
         assert self.leader is not None, "only a leader yields"
         followers = self.leader.addresses
         self.leader = None
         self._out.append(Led(False, f"another leader goes on at {plan.address}"))
-        self._send(Redirect(sender=self._node.node_id, address=plan.address), followers)
         self._member(self.member.led_away(now), now)
         self._member(self.member.planned(plan, now), now)
+        self._send(Redirect(sender=self._node.node_id, address=plan.address), followers)  # last: the newest one counts
 
     # --- instructions
 

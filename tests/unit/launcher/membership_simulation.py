@@ -143,6 +143,8 @@ class Simulation:
         self.asked_to_regroup: list[tuple[float, GenerationId, bool]] = []
         self.protects = True
         """The first version of a generation is protected at once."""
+        self.lost_leaders = 0
+        """How often an agent found its leader silent."""
         self.stuck: set[int] = set()
         """Nodes whose workers do not even end by SIGKILL."""
         self.session = False
@@ -386,11 +388,11 @@ class Simulation:
     # --- what agents do
 
     def _do(self, agent: SimAgent, instructions: list) -> None:
+        newest: dict[str, AgentMessage] = {}  # of what waits to be sent to an agent, the channel keeps no other
         for instruction in instructions:
             match instruction:
                 case Send(message, addresses):
-                    for address in addresses:
-                        self._send(agent, address, message)
+                    newest |= dict.fromkeys(addresses, message)
                 case leader_orders.HostStore(generation):
                     self._host_store(agent, generation)
                 case leader_orders.Note():
@@ -411,10 +413,14 @@ class Simulation:
                 case member.AskRegroup(generation, leaves):
                     self.asked_to_regroup.append((self.now, generation, leaves))
                     self._at(self.agreed_after_s, lambda g=generation: self._regroup(g))
+                case member.LostLeader():
+                    self.lost_leaders += 1
                 case member.Leave(verdict):
                     agent.left = verdict
                 case _:
                     pass
+        for address, message in newest.items():
+            self._send(agent, address, message)
 
     def _host_store(self, agent: SimAgent, generation: GenerationId) -> None:
         address = f"host:{self._count}"
