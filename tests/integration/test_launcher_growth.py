@@ -19,7 +19,7 @@ BATCH, SAMPLES = 12, 50
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Job]:
-    with job_in(tmp_path) as found:
+    with job_in(tmp_path, HOLDFAST_TOKEN="what agents and daemons share") as found:
         yield found
 
 

@@ -25,7 +25,7 @@ from holdfast.launcher.election import Election
 from holdfast.launcher.leader import Leader
 from holdfast.launcher.limits import Limits
 from holdfast.launcher.member import Member, authority
-from holdfast.launcher.wire import AgentMessage, NodeInfo, Phase, Plan, Redirect, Rejected, Report, Standing
+from holdfast.launcher.wire import AgentMessage, Drain, NodeInfo, Phase, Plan, Redirect, Rejected, Report, Standing
 
 _HINT_BEATS = 10.0
 
@@ -173,7 +173,7 @@ class Membership:
         if self.leader is not None:
             return
         if redirect.address == self._node.address:
-            if plan is not None and plan.leader_id == redirect.sender:
+            if redirect.resigns and plan is not None and plan.leader_id == redirect.sender:
                 self._take_over(now)
         elif plan is not None and plan.leader_id == redirect.sender and plan.address != redirect.address:
             self._hints.add(redirect.address, now + _HINT_BEATS * self._limits.heartbeat_s)
@@ -198,7 +198,7 @@ class Membership:
     def _take_over(self, now: float) -> None:
         """The leader leaves, and has named this agent. Leading is no power: whoever else thinks so can do it too."""
         self._member(self.member.led_away(now), now)
-        if self.leader is None and not self.member.left:
+        if self.leader is None and self.member.report.drain is Drain.NONE and not self.member.left:
             self._lead(frozenset(), now, why="the leader's node leaves the job")
 
     def _lead(self, missing: frozenset[str], now: float, *, why: str = "the leader's node was lost") -> None:
@@ -223,7 +223,9 @@ class Membership:
         self._out.append(Led(False, f"this node leaves the job, {address} leads"))
         self._hints.add(address, now + _HINT_BEATS * self._limits.heartbeat_s)
         self._member(self.member.led_away(now), now)
-        self._send(Redirect(sender=self._node.node_id, address=address), followers)  # last: the newest message counts
+        self._send(
+            Redirect(sender=self._node.node_id, address=address, resigns=True), followers
+        )  # last: the newest message counts
 
     def _yield(self, plan: Plan, now: float) -> None:
         assert self.leader is not None, "only a leader yields"

@@ -306,12 +306,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
 
 
 class Redirect(msgspec.Struct, frozen=True, kw_only=True, tag="redirect"):
-    """Any agent to one that seeks a leader: ask there. A leader that yields sends it to its members."""
+    """Any agent to one that seeks a leader: ask there. A leader that yields or resigns sends it to its members."""
 
     sender: str
     """Node id."""
     address: str
     """host:port of the leader."""
+    resigns: bool = False
+    """The sender leads no longer, because its node leaves: who is at that address leads from now on."""
 
 
 class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):

@@ -12,7 +12,7 @@ from holdfast.launcher.leader import Leader
 from holdfast.launcher.limits import Limits
 from holdfast.launcher.member import Member
 from holdfast.launcher.membership import Membership
-from holdfast.launcher.wire import NodeInfo, Phase, Plan, Rejected, Report, SessionState
+from holdfast.launcher.wire import NodeInfo, Phase, Plan, Redirect, Rejected, Report, SessionState
 
 SETTLE_S = 60.0
 LOST_S = 5.0
@@ -192,6 +192,21 @@ def test_a_node_that_is_asked_to_leave_leaves_and_the_others_go_on(rank: int, se
     simulation.run(20)
     assert simulation.whole_generations() == [generation]
     assert simulation.lost_leaders == 0
+
+
+def test_a_late_word_about_the_former_leader_makes_nobody_lead() -> None:
+    """Its heir had still sent it to those that asked, when it did not lead yet."""
+    simulation = running(3, smallest=2, supervised=False)
+    node = leading_node(simulation)
+    agent = simulation.agents[node]
+    simulation.ask_drain(node)
+    simulation.run_until(lambda: not agent.leads and agent.membership.plan, 4)
+    plan = agent.membership.plan
+    assert plan is not None
+    simulation._do(
+        agent, agent.membership.heard(Redirect(sender=plan.leader_id, address=agent.address), simulation.now)
+    )
+    assert not agent.leads
 
 
 def test_a_spare_takes_the_place_of_a_node_that_leaves() -> None:
