@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from membership_simulation import CALM, Chaos, Simulation
 
-from holdfast.launcher import election, leader, leader_orders, member, membership, quorum
+from holdfast.launcher import election, leader, leader_forming, leader_orders, leader_state, member, membership, quorum
 from holdfast.launcher.budget import RestartBudget
 from holdfast.launcher.election import Election
 from holdfast.launcher.leader import Leader
@@ -747,7 +747,7 @@ def _start_over_the_living(machine: Member, plan: Plan) -> None:
 
 def _publish_once(machine: Leader, now: float) -> None:
     plan = machine._plan()
-    if machine._sent is None or leader._differ(machine._sent, plan):
+    if machine._sent is None or leader_state._differ(machine._sent, plan):
         machine._renew_plan()
         machine._out.append(leader_orders.Broadcast(machine._sent))
 
@@ -790,8 +790,8 @@ MUTANTS: dict[str, tuple[object, str, object]] = {
     "an incarnation repeats": (Leader, "_found_incarnation", _number_repeats),
     "the plan is sent once": (Leader, "_publish", _publish_once),
     "reports are not repeated": (Member, "_advance", _report_once),
-    "any side may go on": (leader, "may_follow", _any_side),
-    "exactly half may go on without the lowest node": (leader, "may_follow", _half_is_enough),
+    "any side may go on": (leader_forming, "may_follow", _any_side),
+    "exactly half may go on without the lowest node": (leader_forming, "may_follow", _half_is_enough),
     "a new leader knows nothing of the generation before": (Leader, "_learn", _forget),
     "nobody takes over from a lost leader": (
         Election,
@@ -808,17 +808,17 @@ MUTANTS: dict[str, tuple[object, str, object]] = {
         Leader,
         "_claim_lost",
         lambda machine, run, now: (
-            setattr(machine, "_phase", leader.FORMING),
+            setattr(machine, "_phase", leader_state.FORMING),
             machine._out.append(leader_orders.HostStore(run.generation)),
         ),
     ),
     "a promise is given twice": (Member, "_is_promised", lambda machine, plan: True),
     "a fresh agent founds an incarnation whatever it remembers": (
-        leader,
+        leader_forming,
         "founders_needed",
         lambda limits, *, endpoint, remembered, store: limits.min_nodes,
     ),
-    "a claimed incarnation is not fenced": (leader, "_FENCE_S", 0.0),
+    "a claimed incarnation is not fenced": (leader, "FENCE_S", 0.0),
     "a generation ends before its workers wait at the agreed step": (
         Leader,
         "_regroup",
@@ -863,5 +863,5 @@ def _check_many() -> None:
 
 
 def test_the_machines_know_no_clock() -> None:
-    for module in (leader, member, membership, election, quorum):
+    for module in (leader, leader_forming, leader_state, member, membership, election, quorum):
         assert not {"time", "threading", "socket", "zmq"} & set(vars(module))
