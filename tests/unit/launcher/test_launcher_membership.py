@@ -196,7 +196,8 @@ def test_a_node_that_is_asked_to_leave_leaves_and_the_others_go_on(rank: int, se
 
 def test_a_late_word_about_the_former_leader_makes_nobody_lead() -> None:
     """Its heir had still sent it to those that asked, when it did not lead yet."""
-    simulation = running(3, smallest=2, supervised=False)
+    simulation = with_sessions(running(3, smallest=2, supervised=False))
+    simulation.protects = False  # it stays for a while
     node = leading_node(simulation)
     agent = simulation.agents[node]
     simulation.ask_drain(node)
