@@ -24,6 +24,30 @@ from holdfast.snapshot import persister
 persister.write_image = lambda *arguments: time.sleep(600)
 """
 """For a daemon: its storage hangs."""
+FLIPS_BITS = """
+from holdfast.snapshot import bulk
+
+class Wire:
+    flips = 2
+    def __init__(self, socket):
+        self._socket = socket
+    def __getattr__(self, name):
+        return getattr(self._socket, name)
+    def send_multipart(self, frames, *flags, **more):
+        if len(frames[-1]) > 1000 and Wire.flips:
+            Wire.flips -= 1
+            damaged = bytearray(frames[-1])
+            damaged[len(damaged) // 2] ^= 16
+            frames = [*frames[:-1], bytes(damaged)]
+        self._socket.send_multipart(frames, *flags, **more)
+
+made = bulk.BulkServer.__init__
+def wired(self, *arguments, **more):
+    made(self, *arguments, **more)
+    self._socket = Wire(self._socket)
+bulk.BulkServer.__init__ = wired
+"""
+"""For a daemon: two messages of its bulk server are damaged on their way."""
 
 
 @pytest.fixture
@@ -69,6 +93,12 @@ def flip(path: Path, offset: int) -> None:
     [byte] = os.pread(descriptor, 1, offset)
     os.pwrite(descriptor, bytes([byte ^ 4]), offset)
     os.close(descriptor)
+
+
+def changed(patch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    """Daemons that are started now run `code` first."""
+    (folder / "sitecustomize.py").write_text(code)
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
 def clean(node: Node, pattern: str) -> list[Path]:
@@ -134,10 +164,9 @@ def test_the_share_of_a_node_lost_in_the_middle_of_a_persist_is_written_by_those
     make: Callable[..., list[Node]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = make("ab")
-    (tmp_path / "sitecustomize.py").write_text(NEVER_WRITES)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
-    nodes += make("c")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        changed(patch, tmp_path, NEVER_WRITES)
+        nodes += make("c")
     job = Job(nodes, 1)
     storage = tmp_path / "c"
     job.start(plan(3, checkpoint_dir=str(storage), snapshot_every=50, persist_every_steps=50))
@@ -185,6 +214,25 @@ def test_flipped_bits_are_noticed_and_routed_around(
     assert any(isinstance(one, Notice) and "does not match its checksum" in one.text for one in nodes[0].pushed)
     err = capfd.readouterr().err
     assert "of the parity of" in err, err
+
+
+def test_bits_flipped_in_messages_are_noticed_counted_and_asked_for_again(
+    make: Callable[..., list[Node]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = make("a")
+    with monkeypatch.context() as patch:
+        changed(patch, tmp_path, FLIPS_BITS)
+        nodes += make("b")
+    job = Job(nodes, 1)
+    job.start(plan(2))
+    assert nodes[0].expect(ParityMade).damaged == 2
+    step = protected(nodes[0], 0)
+    job.end()
+    lose(nodes[1])
+    job.restart(nodes[:1], plan(1, until=1))
+    [worker] = job.finish()  # what it read was what had been saved, half of it decoded
+    assert worker.event("restored")["tier"] == "peers"
+    assert worker.event("restored")["step"] >= step
 
 
 def test_a_version_with_a_damaged_slot_is_given_up_and_a_newer_one_is_protected(

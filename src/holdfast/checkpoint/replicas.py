@@ -47,9 +47,18 @@ class Divergence:
         Args:
             places: of each image, for people.
         """
-        sides = " against ".join(", ".join(places[number] for number in copies) for copies in self.copies)
         verdict = "the majority's copy is used" if self.has_majority else "no copy has a majority"
-        return f"copies of {self.name}{self.box} differ (silent corruption): {sides}; {verdict}"
+        return f"copies of {self.name}{self.box} differ (silent corruption): {self._sides(places)}; {verdict}"
+
+    def describe_drift(self, places: Sequence[str]) -> str:
+        """The same of a tensor that nothing keeps equal."""
+        return (
+            f"copies of {self.name}{self.box} differ, and nothing keeps them equal (no DDP, no DTensor): "
+            f"{self._sides(places)}; each node goes on with its own"
+        )
+
+    def _sides(self, places: Sequence[str]) -> str:
+        return " against ".join(", ".join(places[number] for number in copies) for copies in self.copies)
 
 
 @dataclass(frozen=True)

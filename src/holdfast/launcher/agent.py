@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +131,8 @@ class Agent:
         self._old_groups: deque[WorkerGroup] = deque(maxlen=1)
         self._steps = StepReader(seat.arena) if link is not None else None
         self._sessions = SessionBook()
+        self._counted: Counter[str] = Counter()
+        """Lines of the daemon that are counted, by what they are about."""
         self._notice = NoticeFile(launch.hold.notice_file)
         self._health = HealthCheck(launch.hold.health, (run_dir,), self._write)
         self._stops = 0
@@ -400,7 +402,15 @@ class Agent:
                         self._warm_up()
                         self._session_changed()
                 case Notice():
-                    self._write(events.Noticed(severity=message.severity, text=message.text))
+                    self._counted[message.about] += bool(message.about)
+                    self._write(
+                        events.Noticed(
+                            severity=message.severity,
+                            text=message.text,
+                            about=message.about,
+                            count=self._counted[message.about],
+                        )
+                    )
                     say(message.text)
                 case Bye():
                     self._bye = message

@@ -27,7 +27,7 @@ Kinds, and the fields that each one adds (fields that have their default are lef
                         without a Session only the first three are there. Written by the leader's agent only.
     daemon              change (started, adopted, died, off, failed), pid, text
     standby             change (ready, failed), pid, modules (that it has imported), text
-    notice              severity (info, warning, error), text
+    notice              severity (info, warning, error), text; about and count where it is counted: divergence
     health              check (as in `holdfast doctor`), status (ok: well again, warn, fail), text
     hang                change (dump, suspected, resumed, hung), global_rank (that stopped first), step, text
     straggler           global_rank, slow (false: it has caught up), text
@@ -136,6 +136,10 @@ class Noticed(Event, frozen=True, kw_only=True, tag="notice", omit_defaults=True
 
     severity: str
     text: str
+    about: str = ""
+    """What is counted: divergence (copies that should agree do not)."""
+    count: int = 0
+    """How many about that this agent has seen, this one too."""
 
 
 class HealthEvent(Event, frozen=True, kw_only=True, tag="health", omit_defaults=True):

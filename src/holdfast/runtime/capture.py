@@ -34,6 +34,8 @@ from holdfast.runtime.optimizer_state import Flats, OptimizerPart
 from holdfast.runtime.pieces import OwnedPiece, PieceTable
 from holdfast.runtime.reader import StateReader
 from holdfast.runtime.rng import RngState, cuda_devices, read_rng, write_rng
+from holdfast.runtime.unsynchronised import unsynchronised
+from holdfast.snapshot.divergence import UNSYNCHRONISED
 
 __all__ = ["OwnedPiece", "PerRank", "Stateful", "TensorEntry", "Timing", "TrainingState"]
 
@@ -84,6 +86,8 @@ class TrainingState:
         self._devices: tuple[torch.device, ...] = ()
         self._rng: RngState | None = None
         self._objects_are_fresh = False
+        self._free = b""
+        """`UNSYNCHRONISED`, encoded; empty where there are none."""
         self.buckets = BucketOrders(self._models, ranks)
         """The Session begins it when everything is restored."""
         self._entries = self._read_all()
@@ -175,6 +179,8 @@ class TrainingState:
         }
         if buckets := self.buckets.record():
             records["ddp"] = ObjectRecord(data=encode(buckets), per_rank=True)
+        if self._free:
+            records[UNSYNCHRONISED] = ObjectRecord(data=self._free, per_rank=True)
         for part in self._parts:
             records.update(part.objects())
         for lifted in self._lifted():
@@ -204,6 +210,8 @@ class TrainingState:
         )
         session, rng = reader.object("session"), reader.object("rng")
         buckets = reader.object("ddp") if reader.has_object("ddp") else None
+        if reader.has_object(UNSYNCHRONISED):
+            reader.object(UNSYNCHRONISED)  # for those who compare images
         uneven = bool((session or {}).get("uneven"))
         tensors = self._plan_models(reader, uneven=uneven)
         plans = self._plan_optimizers(reader, uneven=uneven)
@@ -307,6 +315,9 @@ class TrainingState:
         for lifted in self._lifted():
             lifted.read(self._book)
         entries = self._book.finish()
+        if len(self._ranks) > 1:
+            free = unsynchronised([model for _, model in self._models], self._trees, self._book.parameters())
+            self._free = encode(free) if free else b""
         self._devices = cuda_devices({entry.tensor.device for entry in entries})
         return entries
 

@@ -271,10 +271,18 @@ class SnapshotClient:
     def _settle(self, catalog: Catalog, restore: Restore) -> None:
         """Raises CorruptError where copies that should agree do not, and none of them has a majority."""
         assert restore.version is not None
-        found = settle(catalog, [location.node_rank for location in restore.images])
-        if self._environment.global_rank == 0:
-            for text in found.texts:
-                self._tell(Diverged(generation=self._generation, version=restore.version, text=text))
+        environment = self._environment
+
+        def is_own(rank: int) -> bool:
+            same = catalog.world_size == environment.world_size
+            return same and environment.node_of(rank) == environment.node_rank
+
+        found = settle(catalog, [location.node_rank for location in restore.images], is_own)
+        if environment.global_rank == 0:
+            told = [("error", text) for text in found.texts] + [("warning", text) for text in found.drifted]
+            for severity, text in told:
+                diverged = Diverged(generation=self._generation, version=restore.version, text=text, severity=severity)
+                self._tell(diverged)
         if found.undecided:
             raise CorruptError(found.undecided)
 

@@ -169,6 +169,8 @@ class Notice(Message, frozen=True, kw_only=True):
 
     severity: str
     text: str
+    about: str = ""
+    """What is to be counted: divergence."""
 
 
 class Ack(Message, frozen=True, kw_only=True):
@@ -282,6 +284,8 @@ class Diverged(Message, frozen=True, kw_only=True):
     generation: GenerationId
     version: Version
     text: str
+    severity: str = "error"
+    """warning where nothing keeps them equal."""
 
 
 class NeedSlots(Message, frozen=True, kw_only=True):

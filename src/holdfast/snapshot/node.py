@@ -461,7 +461,8 @@ class Node:
             case SlotsMapped() if self._current(message.generation):
                 self._room.mapped(message.global_rank - self._first_rank(), message.pool)
             case Diverged() if self._current(message.generation):
-                self._to_agent(Notice(severity="error", text=f"{message.version}: {message.text}"))
+                text = f"{message.version}: {message.text}"
+                self._to_agent(Notice(severity=message.severity, text=text, about="divergence"))
             case Reached() if self._current(message.generation):
                 self._reached(message)
             case FinalStep(generation=generation, global_rank=rank, step=step, persist=persist):

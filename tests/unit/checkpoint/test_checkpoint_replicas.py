@@ -7,10 +7,10 @@ import pytest
 from checkpoint_images import build_image, catalog_of, read_array
 
 from holdfast.checkpoint.boxes import Box, whole
-from holdfast.checkpoint.objects import ObjectRecord
+from holdfast.checkpoint.objects import ObjectRecord, encode
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.replicas import divergences
-from holdfast.snapshot.divergence import settle
+from holdfast.snapshot.divergence import UNSYNCHRONISED, settle
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -21,9 +21,16 @@ ARRAYS = {
 }
 
 
-def image_of(rank: int, *, changed: dict[str, int] | None = None, own: int = 7, world_size: int = 4) -> bytearray:
+def image_of(
+    rank: int,
+    *,
+    changed: dict[str, int] | None = None,
+    own: int = 7,
+    world_size: int = 4,
+    free: list[str] | None = None,
+) -> bytearray:
     """The image of one replica; `changed`: tensors and the element whose lowest bit is flipped; `own`: elements of a
-    per-rank tensor, which shifts all that follows."""
+    per-rank tensor, which shifts all that follows; `free`: what nothing keeps equal."""
     arrays = {name: array.copy() for name, array in ARRAYS.items()}
     for name, element in (changed or {}).items():
         arrays[name].reshape(-1).view(np.uint32)[element] ^= 1
@@ -33,6 +40,8 @@ def image_of(rank: int, *, changed: dict[str, int] | None = None, own: int = 7, 
         for name in arrays
     ]
     objects = {"rng": ObjectRecord(bytes([rank]) * 40, per_rank=True)}
+    if free is not None:
+        objects[UNSYNCHRONISED] = ObjectRecord(encode(free), per_rank=True)
     return build_image(pieces, arrays, rank=rank, world_size=world_size, objects=objects)
 
 
@@ -104,3 +113,27 @@ def test_shards_that_nobody_shares_are_not_compared() -> None:
     halves = [Piece("w", "float32", (8,), Box((4 * i,), (4,))) for i in range(2)]
     images = [build_image([half], arrays, rank=rank, world_size=2) for rank, half in enumerate(halves)]
     assert divergences(catalog_of(images).images) == []
+
+
+def test_what_nothing_keeps_equal_stays_each_nodes_own_and_is_told_apart() -> None:
+    images = [image_of(0, free=["tiny"]), image_of(1, changed={"tiny": 1}, free=["tiny"])]
+    read = []
+    for node in (0, 1):
+        catalog = catalog_of(images)
+        settled = settle(catalog, [0, 1], is_own=lambda rank, node=node: rank == node)
+        assert (settled.undecided, settled.texts) == ("", ())
+        [text] = settled.drifted
+        assert "copies of tiny" in text
+        assert "rank 0 on node 0 against rank 1 on node 1; each node goes on with its own" in text
+        read.append(read_array(catalog, "tiny", whole((3,)), np.dtype(np.float32)).tobytes())
+    assert read[0] == ARRAYS["tiny"].tobytes() != read[1]
+    catalog = catalog_of(images)
+    settle(catalog, [0, 1])  # another world: all take the copy of the lowest rank
+    assert read_array(catalog, "tiny", whole((3,)), np.dtype(np.float32)).tobytes() == read[0]
+
+
+def test_what_differs_beside_it_is_corruption_all_the_same() -> None:
+    changed = image_of(1, changed={"tiny": 1, "large": 7}, free=["tiny"])
+    settled = settle(catalog_of([image_of(0, free=["tiny"]), changed]), [0, 1])
+    assert len(settled.drifted) == len(settled.texts) == 1
+    assert "copies of large" in settled.undecided
