@@ -12,7 +12,7 @@ import pytest
 
 from support.jobs import Job, job_in, leftovers
 
-pytestmark = pytest.mark.campaign
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(600)]
 SCRIPT = Path(__file__).with_name("divergence_script.py")
 
 
@@ -38,7 +38,7 @@ def run(job: Job, kind: str, nodes: int) -> list[dict[str, Any]]:
         )
         for node in range(nodes)
     ]
-    codes = [process.wait(150) for process in agents]
+    codes = [process.wait(400) for process in agents]
     assert codes == [0] * nodes, "\n".join(job.output(f"agent-{node}.txt") for node in range(nodes))
     assert (out / "killed").exists()
     assert leftovers(job) == []
