@@ -17,6 +17,8 @@ from holdfast.errors import HoldfastError
 
 COMPARED_BYTES = 16 << 20
 """Most bytes that are read to compare; what lies beyond is taken for equal."""
+UNSYNCHRONISED = "unsynchronised"
+"""Object of an image: names of the tensors that its rank holds and that nothing keeps equal on other ranks."""
 
 Region = tuple[str, Box]
 

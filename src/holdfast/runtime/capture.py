@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.flat import FlatRange
 from holdfast.checkpoint.objects import ObjectRecord, encode
+from holdfast.checkpoint.replicas import UNSYNCHRONISED
 from holdfast.errors import StateError
 from holdfast.runtime.book import EntryBook
 from holdfast.runtime.ddp_buckets import BucketOrders
@@ -35,7 +36,6 @@ from holdfast.runtime.pieces import OwnedPiece, PieceTable
 from holdfast.runtime.reader import StateReader
 from holdfast.runtime.rng import RngState, cuda_devices, read_rng, write_rng
 from holdfast.runtime.unsynchronised import unsynchronised
-from holdfast.snapshot.divergence import UNSYNCHRONISED
 
 __all__ = ["OwnedPiece", "PerRank", "Stateful", "TensorEntry", "Timing", "TrainingState"]
 

@@ -14,11 +14,8 @@ from dataclasses import dataclass
 
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.objects import decode
-from holdfast.checkpoint.replicas import Divergence, divergences
+from holdfast.checkpoint.replicas import UNSYNCHRONISED, Divergence, divergences
 from holdfast.errors import HoldfastError
-
-UNSYNCHRONISED = "unsynchronised"
-"""Object of an image: names of the tensors that its rank holds and that nothing keeps equal on other ranks."""
 
 
 @dataclass(frozen=True)

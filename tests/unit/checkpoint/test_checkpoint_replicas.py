@@ -9,8 +9,8 @@ from checkpoint_images import build_image, catalog_of, read_array
 from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.objects import ObjectRecord, encode
 from holdfast.checkpoint.pieces import Piece
-from holdfast.checkpoint.replicas import divergences
-from holdfast.snapshot.divergence import UNSYNCHRONISED, settle
+from holdfast.checkpoint.replicas import UNSYNCHRONISED, divergences
+from holdfast.snapshot.divergence import settle
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
