@@ -254,6 +254,25 @@ def test_a_version_with_a_damaged_slot_is_given_up_and_a_newer_one_is_protected(
     job.end()
 
 
+def test_where_memory_is_short_all_nodes_hold_less_parity_before_none_has_any(make: Callable[..., list[Node]]) -> None:
+    """2+2 takes two slots for parity; the last node has room for three slots in all, enough for 3+1."""
+    nodes = make("abc", redundancy="2+2")
+    nodes += make("d", redundancy="2+2", limit=3 * (ROW + (2 << 20)))
+    job = Job(nodes, 1)
+    job.start(plan(4))
+    nodes[0].expect(Notice, where=lambda one: "1 of a group may be lost at a time" in one.text)
+    step = protected(nodes[0], 0)
+    made = nodes[0].expect(ParityMade)
+    job.end()
+    size = read_header_of(clean(nodes[0], "slot-*")[0])[0].size_bytes
+    assert made.buffer_bytes in range(size // 3, size // 3 + 64)
+    lose(nodes[1])
+    job.restart([nodes[0], nodes[2], nodes[3]], plan(3, until=1))
+    for worker in job.finish():
+        assert worker.event("restored")["tier"] == "peers"
+        assert worker.event("restored")["step"] >= step
+
+
 def test_a_job_of_one_node_pays_nothing(make: Callable[..., list[Node]]) -> None:
     [node] = make("a")
     Job([node], 1).start(plan(1))

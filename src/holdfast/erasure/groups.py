@@ -138,6 +138,24 @@ def form_groups(domains: Mapping[int, str], redundancy: Redundancy) -> Grouping:
     return Grouping(groups, (*_notes_on_parity(groups, redundancy), *_notes_on_domains(groups, domains)))
 
 
+def lower_parity(grouping: Grouping, num_parity: int) -> Grouping:
+    """The same groups with at most `num_parity` parities each: what they no longer hold as parity is data, so stripes
+    span as many members as before, and each member holds less.
+
+    Args:
+        grouping: as formed.
+        num_parity: at least 1.
+    """
+    assert num_parity >= 1, num_parity
+    groups = tuple(
+        Group(group.members, group.num_data + group.num_parity - num_parity, num_parity)
+        if group.num_parity > num_parity
+        else group
+        for group in grouping.groups
+    )
+    return Grouping(groups, grouping.notes)
+
+
 def chunk_ranges(size_bytes: int, num_data: int) -> tuple[range, ...]:
     """Cut a member's state into k chunks that begin on multiples of 64 bytes.
 

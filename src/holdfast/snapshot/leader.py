@@ -46,7 +46,7 @@ from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot.agreement import Agreement, Situation
 from holdfast.snapshot.interval import AutoInterval
 from holdfast.snapshot.persists import CommitPersist, OrderPersist, PersistInstruction, PersistQueue, PersistSettled
-from holdfast.snapshot.protection import Protection, VersionProtected
+from holdfast.snapshot.protection import ParityLowered, Protection, VersionProtected
 from holdfast.snapshot.reports import Held, NodeState, Orders, Pin, RankState, Request
 
 __all__ = [
@@ -59,6 +59,7 @@ __all__ = [
     "LeaderInstruction",
     "LeaderLedger",
     "OrderPersist",
+    "ParityLowered",
     "PartEnded",
     "PersistDue",
     "PersistSettled",
@@ -102,6 +103,8 @@ class LeaderConfig:
     """What the generation started from, where that was in memory."""
     protected: Version | None = None
     """`chain.Choice.protected`."""
+    lowered: int = 0
+    """`Protection.lowered`, of a former leader of the generation."""
 
 
 # --- events: what the shell of the leading daemon feeds -------------------------------------------------------------
@@ -169,7 +172,9 @@ class IntervalChosen:
     step_s: float
 
 
-LeaderInstruction = SendOrders | PersistInstruction | VersionCompleted | VersionProtected | IntervalChosen
+LeaderInstruction = (
+    SendOrders | PersistInstruction | VersionCompleted | VersionProtected | ParityLowered | IntervalChosen
+)
 
 
 @dataclass
@@ -200,6 +205,7 @@ class LeaderLedger:
         self.persists = PersistQueue(config.nodes, attempt=config.epoch * _ATTEMPTS_PER_EPOCH)
         self.agreement = Agreement()
         self.protection = Protection(coded=config.coded, parent=config.parent, protected=config.protected)
+        self.protection.lowered = config.lowered
         self.interval = AutoInterval(config.snapshot_every)
         self._reports: dict[int, NodeState] = {}
         self._ranks: list[RankState] = []
@@ -304,6 +310,7 @@ class LeaderLedger:
             return
         self._count_skipped(ranks)
         self.protection.held = any(pin.version in self.config.decoded for pin in self.persists.pins)
+        out += self.protection.lower(self._reports.values())
         protected = self.protection.advance(self._reports.values(), self.complete, self._num_slots())
         self.counters.protected += len(protected)
         out += protected

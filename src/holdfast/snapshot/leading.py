@@ -19,7 +19,7 @@ import msgspec
 
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.version import Version
-from holdfast.erasure.groups import Grouping, form_groups
+from holdfast.erasure.groups import Grouping, form_groups, lower_parity
 from holdfast.erasure.redundancy import Redundancy
 from holdfast.errors import HoldfastError, StateError, StorageError, UsageError
 from holdfast.snapshot import chain, leader, survey
@@ -378,6 +378,7 @@ class Leading:
                 coded=self._chosen.grouping is not None,
                 parent=self._chosen.restore.version if self._chosen.restore.tier == "memory" else None,
                 protected=self._chosen.protected,
+                lowered=self._chosen.lowered,
             )
         )
         self._carry_out(self.ledger.start())
@@ -410,12 +411,27 @@ class Leading:
                     _log.debug("%s is complete", version)
                 case leader.VersionProtected(version=version):
                     _log.debug("%s is protected", version)
+                case leader.ParityLowered(num_parity=num_parity):
+                    self._lower(num_parity)
                 case leader.IntervalChosen(every=every, wait_s=wait_s, step_s=step_s):
                     self._say(
                         "info",
                         f"a snapshot every {every} steps: training waits {wait_s * 1e3:.1f} ms for one, "
                         f"a step takes {step_s * 1e3:.0f} ms",
                     )
+
+    def _lower(self, num_parity: int) -> None:
+        """Some node has no room for more: groups as formed, with fewer parities, for all nodes."""
+        assert self._chosen is not None
+        assert self._chosen.grouping is not None
+        grouping = lower_parity(self._chosen.grouping, num_parity)
+        self._chosen = msgspec.structs.replace(self._chosen, grouping=grouping, lowered=num_parity)
+        self._say(
+            "warning",
+            f"snapshots: memory for the parity of other nodes is short: {num_parity} of a group may be lost at a time",
+        )
+        for node_rank in self._members:
+            self._send(node_rank, self._chosen)
 
     # --- persisting
 

@@ -152,6 +152,7 @@ class NodeLedger:
         self._coded: Version | None = None
         self._uncodable: Version | None = None
         self._parity: bool | None = None
+        self._most_parity = self._lowered = 0
         self._grants: tuple[int, ...] = ()
         self._pins: dict[Version, Pin] = {}
         self._stored_pins: dict[Version, Pin] = {}
@@ -235,6 +236,7 @@ class NodeLedger:
             case ParityAvailable():
                 if event.generation == self.generation:
                     self._parity = event.available
+                    self._most_parity, self._lowered = event.most, event.lowered
             case ParityDone():
                 if event.version.generation == self.generation:
                     self._coded = event.version
@@ -311,6 +313,7 @@ class NodeLedger:
         self.table.places = {global_rank: local for local, global_rank in enumerate(local_ranks)}
         self.parent, self._complete, self._agreed, self._settled = None, None, None, None
         self._protect, self._coded, self._uncodable, self._parity = None, None, None, None
+        self._most_parity = self._lowered = 0
         self._told_protected = False
         self._grants, self._num_slots, self._leader_epoch = (), 0, 0
         self._reported = None
@@ -468,6 +471,8 @@ class NodeLedger:
             protected=self._protected,
             uncodable=self._uncodable,
             parity=self._parity,
+            most_parity=self._most_parity,
+            lowered=self._lowered,
         )
 
 

@@ -186,6 +186,10 @@ class ParityAvailable(msgspec.Struct, frozen=True, kw_only=True):
 
     generation: GenerationId
     available: bool
+    most: int = 0
+    """Where it is not: so many parities, fewer than now, it could hold; 0 where none."""
+    lowered: int = 0
+    """`LeaderRestore.lowered` that this is said of."""
 
 
 class ParityDone(msgspec.Struct, frozen=True, kw_only=True):

@@ -473,6 +473,9 @@ class LeaderRestore(Message, frozen=True, kw_only=True):
     """Failure domain by node rank."""
     protected: Version | None = None
     """The version whose slots and parity stay until one of this generation is protected."""
+    lowered: int = 0
+    """The most parities that a group has for want of memory; 0: as formed. Sent again where it changes, with `grouping`
+    lowered."""
 
 
 class AskNode(Message, frozen=True, kw_only=True):

@@ -306,7 +306,13 @@ class Node:
         start, generation = self.start, self._generation
         if start is None or generation is None or message.generation != start.generation or message == self.restore:
             return
+        lowered = self.restore is not None and message.lowered != self.restore.lowered
         self.restore = message
+        if lowered:
+            self._save(restore=message)
+            self._protect_as(message)
+            self._tell_parity(ready=self._room.lowered() if self._session_locals(message) else True)
+            return
         parent = self._parent(message)
         parents = [one for one in self.arena.state.parents if one.generation != start.generation]
         parents.append(
@@ -336,13 +342,21 @@ class Node:
     def _protect_as(self, decided: LeaderRestore) -> None:
         """Groups are formed: parity, and room for it, follow them."""
         self.protector.decided(decided)
-        self._room.parity_share = self.protector.share
+        self._room.parity_shares = self.protector.shares
 
     def _tell_parity(self, *, ready: bool) -> None:
         """Whether there is room for parity, once the slots are made; nobody asks where nothing is coded."""
         if self.protector.coded and ready and self._generation is not None:
             generation = self._generation.start.generation
-            self._feed(ledger.ParityAvailable(generation=generation, available=self._room.parity_fits))
+            most = self._room.most_parity
+            self._feed(
+                ledger.ParityAvailable(
+                    generation=generation,
+                    available=self._room.parity_fits,
+                    most=0 if self._room.parity_fits else most,
+                    lowered=self.restore.lowered if self.restore is not None else 0,
+                )
+            )
 
     def _session_locals(self, decided: LeaderRestore | None) -> tuple[int, ...]:
         """Local ranks that are in the Session; all of them while that is not known."""

@@ -79,6 +79,7 @@ class Protector:
         self._start: StartGeneration | None = None
         self._group: Group | None = None
         self._domains: dict[int, str] = {}
+        self._lowered = 0  # `LeaderRestore.lowered`
 
     @property
     def held(self) -> tuple[HeldParity, ...]:
@@ -86,9 +87,14 @@ class Protector:
         return self._thread.held if self._thread is not None else ()
 
     @property
-    def share(self) -> float:
-        """Bytes of one generation of parity for each byte of this node's state: m / k."""
-        return self._group.num_parity / self._group.num_data if self._group is not None else 0.0
+    def shares(self) -> tuple[tuple[int, float], ...]:
+        """How many parities, m, the group of this node may have, most first; and the bytes of one generation of parity
+        for each byte of its state: m / k."""
+        group = self._group
+        if group is None:
+            return ()
+        width = group.num_data + group.num_parity
+        return tuple((number, number / (width - number)) for number in range(group.num_parity, 0, -1))
 
     @property
     def coded(self) -> bool:
@@ -110,7 +116,7 @@ class Protector:
 
     def decided(self, message: LeaderRestore) -> None:
         """The leader has chosen, and formed groups."""
-        start, grouping = self._start, message.grouping
+        start, grouping, self._lowered = self._start, message.grouping, message.lowered
         if start is None or grouping is None or all(group.num_parity == 0 for group in grouping.groups):
             return
         self._group, self._domains = grouping.group_of(start.node_rank), message.domains
@@ -216,7 +222,7 @@ class Protector:
     def unavailable(self, generation: GenerationId, reason: str) -> None:
         """There is no room for parity in this generation."""
         self._say(Notice(severity="warning", text=f"snapshots are not protected against the loss of a node: {reason}"))
-        self._feed(ledger.ParityAvailable(generation=generation, available=False))
+        self._feed(ledger.ParityAvailable(generation=generation, available=False, lowered=self._lowered))
 
     def _failed(self, version: Version, reason: str) -> None:
         self._say(Notice(severity="warning", text=f"{version} cannot be protected: {reason}"))

@@ -12,7 +12,9 @@ Rules
    three slots, the older protected one goes with it: the two would leave no slot for a new version.
 5. While a persist decodes images of lost nodes (`held`), no newer version takes the place of the protected one, whose
    parity these are decoded from. The newer one stays whole beside it; the next has to wait.
-6. A node that has no room for parity ends it for the generation: versions are then kept as without redundancy.
+6. Where a node has no room for so many parities, all groups get as many as there is room for, on every node
+   (`ParityLowered`): no version is protected before all say that they follow. A node that has no room for a single one
+   ends it for the generation: versions are then kept as without redundancy.
 
 Theory of operation
 -------------------
@@ -37,6 +39,13 @@ class VersionProtected:
     version: Version
 
 
+@dataclass(frozen=True, kw_only=True)
+class ParityLowered:
+    """Groups have at most so many parities from now on."""
+
+    num_parity: int
+
+
 class Protection:
     """Owned by the leader's ledger.
 
@@ -45,6 +54,9 @@ class Protection:
         parent: what the generation started from, where that was in memory.
         protected: the protected version of an older generation.
     """
+
+    lowered = 0
+    """The most parities of a group, 0: as formed."""
 
     def __init__(self, *, coded: bool, parent: Version | None, protected: Version | None) -> None:
         self.protected = protected
@@ -60,6 +72,14 @@ class Protection:
         own = [version for version in told if version.generation == generation]
         self.protected = max(own, default=self.protected)
 
+    def lower(self, reports: Collection[NodeState]) -> list[ParityLowered]:
+        """Look for nodes without room for so many parities; to be called before `advance`."""
+        short = [state.most_parity for state in reports if state.parity is False and state.lowered == self.lowered]
+        if not self._coded or not short or min(short) < 1:
+            return []
+        self.lowered, self.current = min(short), None
+        return [ParityLowered(num_parity=self.lowered)]
+
     def advance(
         self, reports: Collection[NodeState], complete: Version | None, num_slots: int
     ) -> list[VersionProtected]:
@@ -72,9 +92,9 @@ class Protection:
         """
         if self._hopeless(reports, complete, num_slots):
             self.protected = None
-        if not self._coded or any(state.parity is False for state in reports):
+        if not self._coded or self._impossible(reports):
             self.current = None
-        if not self._coded or not all(state.parity for state in reports):
+        if not self._coded or not all(state.parity and state.lowered == self.lowered for state in reports):
             return []
         done: list[VersionProtected] = []
         if self.current is not None and all(state.coded == self.current for state in reports):
@@ -99,8 +119,12 @@ class Protection:
             return False
         if complete is None:
             return 0 < num_slots < 3 and self.protected != self._parent
-        never = not self._coded or any(state.parity is False for state in reports)
+        never = not self._coded or self._impossible(reports)
         return never or (0 < num_slots < 3 and _uncodable(complete, reports))
+
+    def _impossible(self, reports: Collection[NodeState]) -> bool:
+        """Whether some node has room for no parity at all; what it said before the last lowering does not count."""
+        return any(state.parity is False and state.lowered == self.lowered for state in reports)
 
 
 def _uncodable(version: Version | None, reports: Collection[NodeState]) -> bool:

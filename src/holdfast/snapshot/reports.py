@@ -122,6 +122,10 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """The newest version whose parity can never be made on this node."""
     parity: bool | None = None
     """Whether this node has room for parity; None while that is not known."""
+    most_parity: int = 0
+    """Where it has none: so many parities, fewer than now, it has room for."""
+    lowered: int = 0
+    """The most parities of a group that these are said of (`LeaderRestore.lowered`)."""
     ask: bool = False
     """The node is newly connected: it needs orders even if nothing has changed."""
 

@@ -14,6 +14,7 @@ from typing import Final
 
 import msgspec
 
+from holdfast.erasure.redundancy import MAX_SHARDS
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, round_capacity
 from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.limits import LEAST_SLOTS, WANTED_SLOTS, Limit, SlotPlan, least_limit, plan_slots, size_of
@@ -55,10 +56,20 @@ class Room:
         self._making = 0  # capacity of the slots that are being made in this round
         self._announced = False
         self._said = ""
-        self.parity_share = 0.0
-        """Bytes of one generation of parity for each byte of state (m / k); set before ranks say what they need."""
-        self.parity_fits = True
-        """Whether two generations of parity fit beside the slots."""
+        self.parity_shares: tuple[tuple[int, float], ...] = ()
+        """Parities of a group, m, most first, and bytes of one generation of them for each byte of state (m / k); set
+        before ranks say what they need, and again where the first ones are given up."""
+        self.most_parity = MAX_SHARDS
+        """For so many of these at most two generations fit beside the slots, as far as is known."""
+
+    @property
+    def parity_fits(self) -> bool:
+        """Whether there is room for as many parities as wanted."""
+        return not self.parity_shares or self.most_parity >= self.parity_shares[0][0]
+
+    def lowered(self) -> bool:
+        """Fewer parities are wanted than before. Whether it is known that they fit: the slots are made."""
+        return self._announced
 
     def start(self, local_ranks: tuple[int, ...]) -> None:
         """A generation starts: nobody has said anything yet."""
@@ -113,8 +124,8 @@ class Room:
         plan = self._affordable(capacity, whole)
         if plan.line:
             self._say(plan)
-        elif self.parity_share and self.parity_fits:
-            parity = size_of(self._parity_bytes(capacity))
+        elif self.parity_shares and self.parity_fits:
+            parity = size_of(self._parity_bytes(capacity, self.parity_shares[0][1]))
             self._say(SlotPlan(plan.num_slots, f"snapshots: {parity} for the parity of other nodes", "info"))
         if plan.num_slots == 0:
             self._have(self._round, pool, 0, 0)
@@ -128,18 +139,20 @@ class Room:
 
     def _affordable(self, capacity: int, whole: int) -> SlotPlan:
         """How many slots: as many as fit beside two generations of parity; where these leave fewer than two slots,
-        as many as fit without."""
+        beside those of fewer parities; where even one leaves too few, as many as fit without."""
         slot_bytes = (capacity + SLOT_HEADER_BYTES) * len(self._local_ranks)
         allowed = self._arena.state.memory_limit_bytes
         limit = least_limit(self._arena.directory, used_bytes=self._arena.used_bytes(), allowed_bytes=allowed)
         room_bytes = limit.room_bytes + whole * slot_bytes
-        parity_bytes = max(0, self._parity_bytes(capacity) - self._arena.parity_bytes())
-        plan = plan_slots(slot_bytes, Limit(room_bytes - parity_bytes, limit.name))
-        self.parity_fits = plan.num_slots >= LEAST_SLOTS
-        if self.parity_fits or not parity_bytes:
-            return plan
+        for number, share in self.parity_shares:
+            parity_bytes = max(0, self._parity_bytes(capacity, share) - self._arena.parity_bytes())
+            plan = plan_slots(slot_bytes, Limit(room_bytes - parity_bytes, limit.name))
+            if plan.num_slots >= LEAST_SLOTS or not parity_bytes:
+                self.most_parity = number
+                return plan if number == self.parity_shares[0][0] else self._with_fewer(plan, number)
+        self.most_parity = 0
         without = plan_slots(slot_bytes, Limit(room_bytes, limit.name))
-        if without.num_slots < LEAST_SLOTS:
+        if without.num_slots < LEAST_SLOTS or not self.parity_shares:
             return without
         return SlotPlan(
             without.num_slots,
@@ -147,9 +160,14 @@ class Room:
             f"fit beside into {size_of(room_bytes)} of {limit.name}: nothing in memory survives the loss of a node",
         )
 
-    def _parity_bytes(self, capacity: int) -> int:
+    def _with_fewer(self, plan: SlotPlan, number: int) -> SlotPlan:
+        wanted = self.parity_shares[0][0]
+        line = f"snapshots: {plan.num_slots} slots beside {number} parities of a group; {wanted} have no room"
+        return SlotPlan(plan.num_slots, line)
+
+    def _parity_bytes(self, capacity: int, share: float) -> int:
         """Of two generations: the old one stays until the new one is whole everywhere."""
-        return 2 * math.ceil(self.parity_share * capacity * len(self._local_ranks))
+        return 2 * math.ceil(share * capacity * len(self._local_ranks))
 
     def _reserved(self, number: int, pool: int, capacity: int, made: int | Exception) -> None:
         if isinstance(made, Exception):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.erasure import ReedSolomon
-from holdfast.erasure.groups import Group, Grouping, chunk_ranges, form_groups, needs_parity
+from holdfast.erasure.groups import Group, Grouping, chunk_ranges, form_groups, lower_parity, needs_parity
 from holdfast.erasure.redundancy import Redundancy, Scheme
 from holdfast.errors import UsageError
 
@@ -235,3 +235,17 @@ def test_unknown_node_has_no_group() -> None:
 
 def test_pieces_that_m_plus_one_domains_hold_need_no_parity() -> None:
     assert [needs_parity(domains, 2) for domains in (1, 2, 3, 4)] == [True, True, False, False]
+
+
+def test_fewer_parities_leave_groups_and_stripes_as_wide_and_hold_less() -> None:
+    formed = form_groups({node: f"host{node}" for node in range(9)}, Redundancy.parse("3+2"))
+    lowered = lower_parity(formed, 1)
+    for before, after in zip(formed.groups, lowered.groups, strict=True):
+        assert after.members == before.members
+        assert after.num_parity == 1
+        assert after.num_data + after.num_parity == before.num_data + before.num_parity
+        state = dict.fromkeys(after.members, 6400)
+        assert sum(after.parity_bytes(state).values()) < sum(before.parity_bytes(state).values()) / 2
+        assert all(after.survives([node]) for node in after.members)
+        assert not after.survives(after.members[:2])
+    assert lower_parity(lowered, 1) == lowered == lower_parity(lowered, 5)

@@ -126,10 +126,32 @@ def test_slots_leave_room_for_two_generations_of_parity_or_parity_is_given_up(
     room_bytes = [0]
     monkeypatch.setattr(room_module, "least_limit", lambda *_, **__: Limit(room_bytes[0], "a test"))
     capacity = round_capacity(MB)
-    made.room.parity_share = 0.5  # m / k of 2+1: two generations take as much as a slot
+    made.room.parity_shares = ((1, 0.5),)  # m / k of 2+1: two generations take as much as a slot
     made.room.start((0,))
     for slots_of_room, expected, fits in ((7, 6, True), (6, 5, True), (2, 2, False)):
         room_bytes[0] = slots_of_room * (capacity + SLOT_HEADER_BYTES)
         plan = made.room._affordable(capacity, 0)
         assert (plan.num_slots, made.room.parity_fits) == (expected, fits)
     assert "nothing in memory survives the loss of a node" in plan.line
+
+
+def test_where_two_slots_do_not_fit_beside_the_parity_there_is_less_of_it_before_there_is_none(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_bytes = [0]
+    monkeypatch.setattr(room_module, "least_limit", lambda *_, **__: Limit(room_bytes[0], "a test"))
+    capacity = round_capacity(MB)
+    made.room.start((0,))
+    made.room.parity_shares = ((2, 1.0), (1, 1 / 3))  # 2+2, and 3+1: two generations take 2 slots, or two thirds
+    found = []
+    for slots_of_room in (5, 4, 3, 2):
+        room_bytes[0] = slots_of_room * (capacity + SLOT_HEADER_BYTES)
+        plan = made.room._affordable(capacity, 0)
+        found.append((plan.num_slots, made.room.most_parity, made.room.parity_fits))
+        if slots_of_room == 3:
+            assert "2 slots beside 1 parities of a group; 2 have no room" in plan.line
+    assert found == [(3, 2, True), (2, 2, True), (2, 1, False), (2, 0, False)]
+    made.room.parity_shares = ((1, 1 / 3),)  # the leader has lowered it for all
+    room_bytes[0] = 3 * (capacity + SLOT_HEADER_BYTES)
+    made.room._affordable(capacity, 0)
+    assert made.room.parity_fits
