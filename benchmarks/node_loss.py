@@ -41,7 +41,7 @@ class Job:
 
     def __init__(self, folder: Path, cluster: Cluster) -> None:
         self._folder, self._cluster = folder, cluster
-        self._lost_at = 0.0
+        self._started: dict[str, float] = {}
 
     def start(self, node: Node) -> None:
         """The agent of a node."""
@@ -52,6 +52,7 @@ class Job:
         command += ["--hold-run-dir", str(self._folder / "run"), str(ROOT / "benchmarks" / "goodput.py")]
         command += ["worker", "holdfast", str(self._folder), "1000000", "60"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": "/tmp"}
+        self._started[node.name] = time.time()
         node.start(command, log=self._folder / f"agent-{node.name}.txt", environment=environment)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
@@ -91,12 +92,14 @@ class Job:
             time.sleep(0.05)
 
     def settled(self) -> bool:
-        """Enough steps of this generation, and the spare's standby is ready."""
+        """Enough steps of this generation, and every node's standby is ready."""
         if not self.began() or any(len(steps) < STEPS_BETWEEN for steps in self.steps(self.began())):
             return False
-        spare = {node.name for node in self._cluster.nodes} - set(self.members())
-        ready = [event for event in self.events("standby") if event["change"] == "ready" and event["host"] in spare]
-        return any(event["time"] > self._lost_at for event in ready)
+        ready = [event for event in self.events("standby") if event["change"] == "ready"]
+        return all(
+            any(event["host"] == name and event["time"] > started for event in ready)
+            for name, started in self._started.items()
+        )
 
     def lose(self, which: str) -> float:
         """Power off the leader's node, or the other; the seconds that it cost."""
@@ -106,7 +109,7 @@ class Job:
         name = next(host for host in self.members() if (host == leader) == (which == "leader"))
         node = next(node for node in self._cluster.nodes if node.name == name)
         number, before = self._cluster.nodes.index(node), self.began()
-        at = self._lost_at = time.time()
+        at = time.time()
         self._cluster.power_off(node)
         self.wait(lambda: self.began() > before and all(self.steps(self.began())))
         cost = max(steps[0] for steps in self.steps(self.began())) - at - median
