@@ -59,6 +59,8 @@ def trains_on(job: Job, world: int) -> None:
     job.wait_for(done, f"a world of {world}", within_s=120)
 
 
+@pytest.mark.campaign
+@pytest.mark.timeout(900)
 def test_a_node_joins_and_the_leaders_host_is_taken_away_and_no_step_is_done_twice(job: Job) -> None:
     agents = [agent(job, number) for number in range(2)]
     trains_on(job, 2)
