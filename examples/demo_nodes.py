@@ -70,7 +70,7 @@ class Show:
     """The nodes of the job, redrawn while it runs; what happened stands below."""
 
     def __init__(self, folder: Path, cluster: Cluster, storage: Storage) -> None:
-        self._folder, self._cluster, self._storage = folder, cluster, storage
+        self._folder, self._cluster, self.storage = folder, cluster, storage
         self._began = time.monotonic()
         self._read_bytes = 0
         self.happened: list[str] = []
@@ -123,7 +123,7 @@ class Show:
             self.says(f"RESUMED from {tier} at step {event['step']}, steps lost: {event['steps_lost']}")
 
     def __rich__(self) -> Group:
-        storage = ", ".join(self._storage.steps) or "empty" if self._storage.works else "UNREADABLE"
+        storage = ", ".join(self.storage.steps) or "empty" if self.storage.works else "UNREADABLE"
         table = Table(title=f"step {self.step}    protected: step {self.protected}    storage: {storage}")
         for column in ("machine", "power", "in the job", "memory: own images", "memory: parity", "processes"):
             table.add_column(column)
@@ -158,9 +158,9 @@ def environment() -> dict[str, str]:
 class Demo:
     """One job over the nodes, watched until it ends."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, cluster: Cluster, storage: Storage, live: Live) -> None:
-        self._args, self._folder, self._cluster, self._storage, self._live = args, folder, cluster, storage, live
-        self._show = live.renderable
+    def __init__(self, args: argparse.Namespace, folder: Path, cluster: Cluster, show: Show, live: Live) -> None:
+        self._args, self._folder, self._cluster, self._show, self._live = args, folder, cluster, show, live
+        self._storage = show.storage
         self._agents: dict[Node, subprocess.Popen] = {}
 
     def start(self, node: Node) -> None:
@@ -254,11 +254,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="holdfast-demo-nodes-") as name:
         folder = Path(name)
         (folder / "claims").mkdir()
-        storage = Storage(folder)
         with Cluster(NODES, folder) as cluster:
-            show = Show(folder, cluster, storage)
+            show = Show(folder, cluster, Storage(folder))
             with Live(show, console=console, auto_refresh=False) as live:
-                came_back = Demo(args, folder, cluster, storage, live).run()
+                came_back = Demo(args, folder, cluster, show, live).run()
                 live.refresh()
         if not came_back:
             console.print((folder / "agent-n0.txt").read_text(errors="replace")[-3000:])

@@ -40,7 +40,7 @@ def wait_world(job: NodeJob, num_ranks: int) -> dict[str, Any]:
 @pytest.mark.parametrize("parallel", ["fsdp2", "ddp"])
 def test_four_nodes_then_three_then_two_then_four_without_any_storage(tmp_path: Path, parallel: str) -> None:
     (tmp_path / "claims").mkdir()
-    flags = ["--hold-claim-store", str(tmp_path / "claims")]
+    flags = ["--hold-claim-store", str(tmp_path / "claims"), "--hold-grow", "1s"]
     with node_job(4, tmp_path, script(tmp_path, parallel), nnodes="2:4", flags=flags) as job:
         job.start(*job.cluster.nodes)
         step = job.wait_protected(5)

@@ -34,6 +34,7 @@ class Plan(msgspec.Struct, kw_only=True):
 
     until: int
     ranks: tuple[int, ...]
+    """Those of the Session; (): all."""
     checkpoint_dir: str | None = None
     snapshot_every: int = 1
     persist_every_steps: int | None = None
@@ -131,6 +132,7 @@ def main() -> None:
     environment = worker_environment()
     assert environment is not None
     rank, world = environment.global_rank, environment.world_size
+    plan.ranks = plan.ranks or tuple(range(world))
     if rank not in plan.ranks:
         say(event="done", step=0, committed=[])  # this rank opens no Session
         return
@@ -162,6 +164,8 @@ def main() -> None:
         step += 1
         client.publish_step(step)
         client.beat()
+        if step == answer.step + 1:
+            client.reached(Phase.FIRST_STEP, step)
         if plan.grow_at == step:
             images = Images(rank, world, plan.row_bytes * 4, plan.ranks)
             client.need_slots(images.layout.size_bytes, plan.until)

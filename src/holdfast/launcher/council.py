@@ -288,7 +288,8 @@ class Council:
         elif change.takes_over:
             say("this agent leads now: it looks for the nodes that are left")
             self._write(events.Membership(change="leads", text=self.node.address))
-            self.recoveries.begin(change.text, time.time())
+            held = self.membership.member.in_session
+            self.recoveries.begin(change.text, time.time(), had_session=held)
 
     def _note(self, note: leader_orders.Note) -> None:
         text = describe_failure(note.failure) if note.failure is not None else note.text

@@ -261,6 +261,11 @@ class Member:
             self._out.append(Leave(Verdict(kind="failed", reason=reason)))
         return self._advance(now)
 
+    @property
+    def in_session(self) -> bool:
+        """Whether workers of this node have opened a Session in the newest generation."""
+        return self._report.session.opened > 0
+
     def session(self, state: SessionState, now: float) -> list[Instruction]:
         """The Sessions of this node's workers came further."""
         self._update(session=state)

@@ -21,9 +21,14 @@ class RecoveryBook:
         self._had_session = False
         self._began = False
 
-    def begin(self, cause: str, detected_s: float) -> None:
-        """A generation ends for this `cause`, noticed at `detected_s` (time.time())."""
+    def begin(self, cause: str, detected_s: float, *, had_session: bool = False) -> None:
+        """A generation ends for this `cause`, noticed at `detected_s` (time.time()).
+
+        Args:
+            had_session: it had a Session, which an agent that leads only from now on has not observed.
+        """
         self.close()
+        self._had_session = self._had_session or had_session
         self._began = True
         self._timeline = Timeline(cause, detected_s, had_session=self._had_session)
 
