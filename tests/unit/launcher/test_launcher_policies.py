@@ -207,6 +207,23 @@ def test_the_start_of_a_run_is_a_recovery_only_where_something_is_resumed(tier: 
     assert [event.tier for event in written if isinstance(event, Recovery)] == ([tier] if told else [])
 
 
+def test_an_agent_that_leads_from_a_loss_on_tells_of_the_recovery_and_not_only_of_the_start(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    book = RecoveryBook(lambda event: None)
+    book.begin("the leader's node was lost", 100.0, had_session=True)
+    ranks = places([node("a")], {"a": 0}, {})
+    book.agreed(Plan(leader_id="a", sequence=1, phase=Phase.RUN, generation=GENERATION, places=ranks, store="h:1"))
+    report = Report(
+        node=node("a"), sequence=1, generation=GENERATION, state=WorkerState.RUNNING, alive=True, started_s=101.0
+    )
+    book.observe(report)
+    assert capfd.readouterr().err == ""
+    state = SessionState(opened=2, restored=2, first_step=2, tier="peers", step=9)
+    book.observe(msgspec.structs.replace(report, session=state))
+    assert "resumed from peers at step 9" in capfd.readouterr().err
+
+
 def test_an_exception_is_told_with_its_message() -> None:
     assert describe_failure(failure()) == "rank 1 ended with exit code 1 (ValueError: x)"
 
