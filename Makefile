@@ -28,7 +28,7 @@ demo: $(STAMP) ## train two workers, kill one, resume from memory, compare with 
 	@$(BIN)/python examples/demo.py
 
 .PHONY: demo-nodes
-demo-nodes: $(STAMP) ## four nodes, two lose power and are replaced; needs root (namespaces)
+demo-nodes: $(STAMP) ## four nodes, two lose power together with the storage, one is replaced; needs root (namespaces)
 	@$(BIN)/python examples/demo_nodes.py
 
 test: $(STAMP) ## the tests

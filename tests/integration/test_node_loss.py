@@ -69,8 +69,7 @@ def lose(job: NodeJob, numbers: tuple[int, ...], when: Callable[[], bool] = lamb
     job.wait(when, "the moment at which power is lost")
     step = protected(job.cluster.nodes)
     job.power_off(*nodes)
-    if job.job.checkpoints.is_dir():
-        job.lose_storage()
+    job.lose_storage()
     return step
 
 
@@ -81,8 +80,10 @@ def replace(job: NodeJob, numbers: tuple[int, ...]) -> None:
 
 
 def assert_from_peers(job: NodeJob, least: int, count: int = 1) -> dict[str, Any]:
-    """Wait for the recovery; it came from the memory of other nodes, and lost nothing that had been protected."""
+    """Wait for the recovery; it came from the memory of other nodes, and lost nothing that had been protected. The
+    storage is there again: the job may end."""
     job.wait(lambda: len(recoveries(job)) >= count, f"recovery {count} from peers")
+    job.return_storage()
     event = recoveries(job)[count - 1]
     assert event["tier"] == "peers", f"{event}\n{job.told()}"
     assert event["step"] >= least, event
@@ -91,8 +92,6 @@ def assert_from_peers(job: NodeJob, least: int, count: int = 1) -> dict[str, Any
 
 def assert_undisturbed(job: NodeJob, expected: list[dict[str, str]]) -> None:
     """Every agent ended well, with the bits of the run that nothing disturbed, and left nothing."""
-    if not job.job.checkpoints.is_dir():
-        job.return_storage()
     assert set(job.finish().values()) == {0}, job.told()
     assert fingerprints(job.job.root / "out", len(expected)) == expected
     assert job.leftovers() == []
@@ -102,6 +101,7 @@ def assert_undisturbed(job: NodeJob, expected: list[dict[str, str]]) -> None:
 def test_two_nodes_lose_a_worker_then_all_of_one_and_end_with_the_bits_of_torchrun(
     tmp_path: Path, stock: Stock
 ) -> None:
+    expected = stock(2, "ddp")
     with node_job(2, tmp_path, held(tmp_path, "ddp"), flags=flags(tmp_path, "auto")) as job:
         first, second = job.cluster.nodes
         job.start(first, second)
@@ -113,7 +113,7 @@ def test_two_nodes_lose_a_worker_then_all_of_one_and_end_with_the_bits_of_torchr
         least = lose(job, (1,))
         replace(job, (1,))
         assert_from_peers(job, least, 2)
-        assert_undisturbed(job, stock(2, "ddp"))
+        assert_undisturbed(job, expected)
 
 
 @pytest.mark.campaign
@@ -122,13 +122,14 @@ def test_any_one_of_four_nodes_loses_power_at_any_instant_and_is_replaced(
     tmp_path: Path, stock: Stock, number: int, redundancy: str
 ) -> None:
     chance = random.Random(number)
+    expected = stock(4, "fsdp2")
     with node_job(4, tmp_path, held(tmp_path, "fsdp2"), flags=flags(tmp_path, redundancy)) as job:
         job.start(*job.cluster.nodes)
         job.wait_protected(5 + chance.randrange(25))
         least = lose(job, (number,))
         replace(job, (number,))
         assert_from_peers(job, least)
-        assert_undisturbed(job, stock(4, "fsdp2"))
+        assert_undisturbed(job, expected)
 
 
 @pytest.mark.campaign
@@ -138,17 +139,19 @@ def test_any_two_of_four_nodes_lose_power_at_once_and_are_replaced(
     tmp_path: Path, stock: Stock, numbers: tuple[int, int], parallel: str
 ) -> None:
     slow = ["--hold-bandwidth", "100k"]  # so that an exchange takes as long as some steps
+    expected = stock(4, parallel)
     with node_job(4, tmp_path, held(tmp_path, parallel), flags=[*flags(tmp_path, "2+2"), *slow]) as job:
         job.start(*job.cluster.nodes)
         job.wait_protected(5)
         least = lose(job, numbers, lambda: exchanging(job.cluster.nodes))
         replace(job, numbers)
         assert_from_peers(job, least)
-        assert_undisturbed(job, stock(4, parallel))
+        assert_undisturbed(job, expected)
 
 
 @pytest.mark.campaign
 def test_two_nodes_lose_power_twice_in_a_row(tmp_path: Path, stock: Stock) -> None:
+    expected = stock(4, "fsdp2")
     with node_job(4, tmp_path, held(tmp_path, "fsdp2"), flags=flags(tmp_path, "2+2")) as job:
         job.start(*job.cluster.nodes)
         job.wait_protected(5)
@@ -159,12 +162,13 @@ def test_two_nodes_lose_power_twice_in_a_row(tmp_path: Path, stock: Stock) -> No
         least = lose(job, (2, 3))
         replace(job, (2, 3))
         assert_from_peers(job, least, 2)
-        assert_undisturbed(job, stock(4, "fsdp2"))
+        assert_undisturbed(job, expected)
 
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("second", [0, 2])
 def test_a_second_node_loses_power_while_the_first_one_is_recovered(tmp_path: Path, stock: Stock, second: int) -> None:
+    expected = stock(4, "fsdp2")
     with node_job(4, tmp_path, held(tmp_path, "fsdp2"), flags=flags(tmp_path, "2+2")) as job:
         job.start(*job.cluster.nodes)
         job.wait_protected(5)
@@ -174,13 +178,14 @@ def test_a_second_node_loses_power_while_the_first_one_is_recovered(tmp_path: Pa
         job.power_off(job.cluster.nodes[second])
         replace(job, (second,))
         assert_from_peers(job, least)
-        assert_undisturbed(job, stock(4, "fsdp2"))
+        assert_undisturbed(job, expected)
 
 
 @pytest.mark.campaign
 def test_one_node_more_than_the_parities_takes_the_job_back_to_storage_and_it_says_why(
     tmp_path: Path, stock: Stock
 ) -> None:
+    expected = stock(4, "fsdp2")
     with node_job(4, tmp_path, held(tmp_path, "fsdp2"), flags=flags(tmp_path, "2+2")) as job:
         job.start(*job.cluster.nodes)
         job.wait_protected(5)
@@ -192,7 +197,7 @@ def test_one_node_more_than_the_parities_takes_the_job_back_to_storage_and_it_sa
         assert event["tier"] == "storage", event
         assert "too many nodes" in event["reason"], event
         assert event["reason"] in (job.job.root / "agent-n0.txt").read_text()
-        assert_undisturbed(job, stock(4, "fsdp2"))
+        assert_undisturbed(job, expected)
 
 
 def _started(job: NodeJob, generation: int) -> int:
@@ -210,7 +215,6 @@ def test_a_node_of_two_loses_power_and_comes_back_from_the_memory_of_the_other(t
         least = lose(job, (1,))
         replace(job, (1,))
         assert_from_peers(job, least)
-        job.return_storage()
         assert set(job.finish().values()) == {0}, job.told()
         found = fingerprints(tmp_path / "out", 2)
         assert job.leftovers() == []
