@@ -32,10 +32,13 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / args.warmup))
     first = load(args.handover, model, optimizer, schedule) if args.handover.exists() else 0
     for step in range(first, args.steps):
-        loss_of(model, *batch_of(data, step, dist.get_rank(), args)).backward()
+        loss = loss_of(model, *batch_of(data, step, dist.get_rank(), args))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
+        if dist.get_rank() == 0 and (step % args.log_every == 0 or step == args.steps - 1):
+            print(f"step {step:5d}  loss {loss.item():.4f}", flush=True)
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments, "schedule": schedule.state_dict(), "step": args.steps}
     dcp.save(state, checkpoint_id=args.handover)

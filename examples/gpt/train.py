@@ -225,8 +225,8 @@ def main() -> None:
             if step % args.log_every == 0 or step == args.steps - 1:
                 mean_s = (time.perf_counter() - began) / (step - first + 1)
                 say(f"step {step:5d}  loss {loss.item():.4f}  {1000 * mean_s:.0f} ms/step")
+    final = digest(model, optimizer)  # before the model is used again: FSDP2 leaves some parameters unsharded then
     say(f"loss on held-out text {validate(model, held_out_data, rank, args):.4f}")
-    final = digest(model, optimizer)
     say(f"digest {final}")
     if args.digest_out and rank == 0:
         args.digest_out.write_text(final + "\n")
