@@ -136,6 +136,7 @@ class FormingLeader(LeaderState):
             follows=follows,
             ids=frozenset(ranks),
         )
+        self._formed = now
         self._fresh = follows is None
         self._restarts = follows.restart_count + 1 if follows is not None else 0
         self._session = False
@@ -189,6 +190,9 @@ class FormingLeader(LeaderState):
             self._standing = self._run_standing()
             self._phase = Phase.RUN
             self._note("forming", f"{len(run.places)} nodes, {sum(p.num_ranks for p in run.places)} ranks")
+        elif now - self._formed > self._limits.join_timeout_s:
+            reason = f"nodes whose vote {run.generation} needs were lost before they knew of it"
+            self._end(Verdict(kind="stopped", reason=reason))
 
     def _is_known(self, run: Run) -> bool:
         if run.follows is None or self._claims:

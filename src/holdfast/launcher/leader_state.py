@@ -106,7 +106,7 @@ class LeaderState:
         self._grown: float | None = None
         self._waiting_noted = ""
         self._begun = now
-        self._gather_since = now
+        self._gather_since = self._formed = now
         self._enough_since: float | None = None
         self._stop_deadline: float | None = None
         self._session = False

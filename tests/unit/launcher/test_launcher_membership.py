@@ -717,6 +717,10 @@ def test_any_schedule_of_faults_ends_in_one_running_generation(block: int) -> No
         check(seed)
 
 
+def test_a_voter_that_is_lost_before_it_knew_of_the_next_generation_leaves_nobody_waiting_for_ever() -> None:
+    check(5495)
+
+
 def test_large_jobs_survive_any_schedule_of_faults() -> None:
     for seed, nodes in ((2, 24), (3, 64)):
         check(seed, nodes)
@@ -853,6 +857,7 @@ def test_the_simulation_catches_the_mutant(name: str, monkeypatch: pytest.Monkey
 def _check_many() -> None:
     test_a_fresh_agent_at_the_first_endpoint_does_not_overtake_a_generation_that_it_cannot_hear()
     test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_before_that_starts()
+    test_with_a_claim_store_only_one_of_two_nodes_goes_on()
     test_growth_ends_nobody_before_all_wait_at_the_agreed_step()
     test_what_was_agreed_is_carried_out_though_the_newcomer_has_gone()
     test_a_node_that_is_asked_to_leave_leaves_and_the_others_go_on(0, session=True)
