@@ -388,11 +388,16 @@ class Simulation:
     # --- what agents do
 
     def _do(self, agent: SimAgent, instructions: list) -> None:
-        newest: dict[str, AgentMessage] = {}  # of what waits to be sent to an agent, the channel keeps no other
+        newest: dict[str, AgentMessage] = {}
+        """Of what waits to be sent to an agent the channel keeps no other; in a chaotic network all may have gone."""
         for instruction in instructions:
             match instruction:
                 case Send(message, addresses):
-                    newest |= dict.fromkeys(addresses, message)
+                    if self._chaotic:
+                        for address in addresses:
+                            self._send(agent, address, message)
+                    else:
+                        newest |= dict.fromkeys(addresses, message)
                 case leader_orders.HostStore(generation):
                     self._host_store(agent, generation)
                 case leader_orders.Note():
