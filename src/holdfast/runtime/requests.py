@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,8 +14,10 @@ from holdfast.checkpoint.places import place
 from holdfast.errors import FenceError, PeerTimeout, StorageError
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.results import Persisted
-from holdfast.snapshot.client import PendingSave
-from holdfast.snapshot.messages import PersistedMessage
+
+if TYPE_CHECKING:  # a Session without daemons imports none of it
+    from holdfast.snapshot.client import PendingSave
+    from holdfast.snapshot.messages import PersistedMessage
 
 _LOOK_S = 0.2
 """How long a wait for the daemons lasts before it looks whether the ranks have taken the request over."""
