@@ -96,7 +96,7 @@ def test_exception_of_the_script_is_the_jobs_and_memory_goes_to_storage(tmp_path
         assert leftovers(job) == []
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.campaign), 2])
 def test_state_that_does_not_fit_memory_is_saved_and_resumed_through_storage(tmp_path: Path, world_size: int) -> None:
     (tmp_path / "expected").mkdir()
     with job_in(tmp_path / "expected") as plain:
@@ -136,6 +136,7 @@ def test_two_ranks_under_torchrun_save_and_resume_as_one(tmp_path: Path) -> None
         assert [result["digest"] for result in found] == expected
 
 
+@pytest.mark.campaign
 def test_under_torchrun_one_rank_asks_for_a_save_and_a_stop_and_all_do_it(tmp_path: Path) -> None:
     with job_in(tmp_path) as job:
         asks = ["--save-at", "2", "--end", "stop", "--end-at", "60", "--end-rank", "1", "--steps", "3000"]
