@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,12 @@ class History:
     @property
     def restored(self) -> list[Line]:
         """Where each later generation began, in order; rank 0 speaks for all."""
-        found = [line for line in self.lines if line["event"] == "restored" and line["rank"] == 0]
-        return sorted(found, key=lambda line: line["generation"])
+        return [line for line in self.lines if line["event"] == "restored" and line["rank"] == 0]
+
+    @property
+    def generations(self) -> list[str]:
+        """In the order in which rank 0 wrote of them: the nonces in their names have none."""
+        return list(dict.fromkeys(line["generation"] for line in self.lines if line["rank"] == 0))
 
     def surviving(self) -> dict[int, list[Line]]:
         """The lines of each step in the last generation that did it, by step; ranks in order."""
@@ -39,11 +43,13 @@ class History:
         for line in self.lines:
             if line["event"] == "step":
                 steps.setdefault(line["step"], []).append(line)
-        return {step: self._last(lines) for step, lines in sorted(steps.items())}
+        order = {generation: place for place, generation in enumerate(self.generations)}
+        return {step: self._last(lines, order) for step, lines in sorted(steps.items())}
 
     @staticmethod
-    def _last(lines: list[Line]) -> list[Line]:
-        newest = max(line["generation"] for line in lines)
+    def _last(lines: list[Line], order: Mapping[str, int]) -> list[Line]:
+        """Of the newest generation; one of which rank 0 wrote nothing was over before any other."""
+        newest = max((line["generation"] for line in lines), key=lambda generation: order.get(generation, -1))
         return sorted((line for line in lines if line["generation"] == newest), key=lambda line: line["rank"])
 
     def samples(self) -> list[int]:

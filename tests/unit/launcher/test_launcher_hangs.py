@@ -311,7 +311,7 @@ def test_short_or_small_differences_are_not_told_and_recovery_is() -> None:
 
 
 def test_pulses_go_out_with_the_next_report_and_not_into_the_next_generation() -> None:
-    from holdfast.launcher.leader import Limits
+    from holdfast.launcher.limits import Limits
     from holdfast.launcher.member import Member, SendReport
     from holdfast.launcher.wire import Phase as PlanPhase
     from holdfast.launcher.wire import Place, Plan
