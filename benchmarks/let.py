@@ -90,7 +90,7 @@ FULL = Plan(
     seeds=(1, 2, 3, 4, 5),
     ablation_seeds=(1, 2, 3),
     cost=(Size(width=512, layers=8, heads=8), Size(width=256, layers=3, heads=4)),
-    cost_rounds=15,
+    cost_rounds=60,
 )  # fmt: skip
 
 QUICK = replace(
