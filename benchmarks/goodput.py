@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import os
 import random
@@ -46,6 +45,7 @@ from measure import Bar, Estimate, as_json, machine, table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the nodes are those of the tests
 
+from holdfast.launcher.events import read_events  # noqa: E402
 from support.nodes import PORT, Cluster, why_impossible  # noqa: E402
 
 BIN = Path(sys.executable).parent
@@ -330,10 +330,7 @@ def _fill(found: Run, ranks: list[list[tuple[int, float]]], began: float, finish
 def _fill_recoveries(found: Run, folder: Path) -> None:
     interval = folder / "interval"
     found.save_every = int(interval.read_text()) if interval.exists() else 0
-    path = folder / "run" / "events.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-    recoveries = [event["phases"] for event in events if event["kind"] == "recovery"]
+    recoveries = [event["phases"] for event in read_events(folder / "run") if event["kind"] == "recovery"]
     found.recoveries = len(recoveries)
     for phase in PHASES:
         seconds = [phases[phase] for phases in recoveries if phase in phases]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -28,6 +27,7 @@ from measure import Bar, as_json, estimate, machine, table
 
 sys.path.insert(0, str(ROOT / "tests"))  # the nodes are those of the tests
 
+from holdfast.launcher.events import read_events
 from support.nodes import PORT, Cluster, Node, why_impossible
 
 NODES = 3
@@ -57,10 +57,8 @@ class Job:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Events of one kind, in order of time."""
-        path = self._folder / "run" / "events.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return sorted((event for event in found if event["kind"] == kind), key=lambda event: event["time"])
+        found = [event for event in read_events(self._folder / "run") if event["kind"] == kind]
+        return sorted(found, key=lambda event: event["time"])
 
     def steps(self, after: float) -> list[list[float]]:
         """Times of the steps that each rank has finished after some time."""

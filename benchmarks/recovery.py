@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import signal
 import statistics
@@ -37,6 +36,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from measure import Bar, as_json, estimate, machine, ratios, table
+
+from holdfast.launcher.events import read_events
 
 BIN = Path(sys.executable).parent
 WIDTH, LAYERS = 512, 4
@@ -173,7 +174,7 @@ def measure(subject: str, kills: int) -> Run:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        _read_phases(folder / "run" / "events.jsonl", found)
+        _read_phases(folder / "run", found)
     return found
 
 
@@ -209,11 +210,8 @@ def _until(process: subprocess.Popen[bytes], happened: object) -> None:
         time.sleep(0.02)
 
 
-def _read_phases(path: Path, found: Run) -> None:
-    if not path.exists():
-        return
-    for line in path.read_text().splitlines():
-        event = json.loads(line)
+def _read_phases(run_dir: Path, found: Run) -> None:
+    for event in read_events(run_dir):
         if event["kind"] == "recovery":
             for phase, seconds in event["phases"].items():
                 found.phases[phase].append(seconds)

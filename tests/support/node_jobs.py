@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from holdfast.launcher.events import read_events
 from support.jobs import Job, job_in
 from support.node_memory import protected
 from support.nodes import PORT, Cluster, Node, cluster_of
@@ -83,10 +83,8 @@ class NodeJob:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """Events of one kind that all agents wrote, in order of time; a line cut short by a loss is left out."""
-        path = self.job.run_dir / "events.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        found = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return sorted((event for event in found if event["kind"] == kind), key=lambda event: event["time"])
+        found: list[dict[str, Any]] = [event for event in read_events(self.job.run_dir) if event["kind"] == kind]
+        return sorted(found, key=lambda event: event["time"])
 
     def step(self) -> int:
         """The newest step that any rank has told of (`--progress` of the script)."""

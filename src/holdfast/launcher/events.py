@@ -251,9 +251,12 @@ class EventLog:
 
 
 def read_events(run_dir: Path) -> list[dict[str, object]]:
-    """All complete lines of a run's event log, oldest first."""
-    events = []
-    for line in (run_dir / FILE_NAME).read_bytes().splitlines():
+    """All complete lines of a run's event log, oldest first; none where there is no log yet."""
+    events: list[dict[str, object]] = []
+    path = run_dir / FILE_NAME
+    if not path.exists():
+        return events
+    for line in path.read_bytes().splitlines():
         try:
             events.append(msgspec.json.decode(line, type=dict[str, object]))
         except msgspec.DecodeError:
