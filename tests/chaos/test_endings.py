@@ -59,11 +59,12 @@ def test_two_jobs_on_one_host_never_meet(tmp_path: Path) -> None:
     for folder in folders:
         folder.mkdir()
     with job_in(folders[0]) as one, job_in(folders[1]) as two:
-        faults = ("--hold-faults", "kill:rank=0,step=6,when=backward")
+        slow = "slow:rank=0,step=0,seconds=0.3,steps=5"  # two jobs at a time: until the first version is complete
+        faults = ("--hold-faults", f"{slow};kill:rank=0,step=6,when=backward")
         running = [(job, job.start(command(job, flags=faults))) for job in (one, two)]
         for job, process in running:
             assert process.wait(120) == 0, job.output()
-            assert len(job.fired()) == 1
+            assert len(job.fired()) == 2
             assert [event["tier"] for event in job.events() if event["kind"] == "recovery"] == ["memory"]
             assert leftovers(job) == []
         assert fingerprints(one.root / "out", 1) == fingerprints(two.root / "out", 1)
