@@ -383,7 +383,7 @@ def campaign(trainer: Trainer, plan: Plan) -> tuple[dict[str, object], list[Bar]
     def costs() -> list[dict[str, object]]:
         sizes = {name: (size, plan.guidance.teacher) for name, size in plan.students.items()}
         sizes["largest"] = (plan.cost[0], Pretraining(size=plan.cost[1], steps=0))
-        rounds = {name: plan.cost_rounds for name in plan.students} | {"largest": plan.largest_rounds}
+        rounds = dict.fromkeys(plan.students, plan.cost_rounds) | {"largest": plan.largest_rounds}
         made = [cost_of(trainer, name, *pair, rounds[name]) for name, pair in sizes.items()]
         show_costs(made)
         bars.append(Bar("cost over its bound of FLOPs, largest", made[-1].over_bound, 1.5))

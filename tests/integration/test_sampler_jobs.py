@@ -16,7 +16,7 @@ from support.jobs import Job, job_in, leftovers
 SCRIPT = Path(__file__).parent.parent / "support" / "elastic.py"
 BATCH, SAMPLES = 7, 20
 SLOW = "slow:rank=0,step=0,seconds=0.5,steps=4"
-"""A crowded machine needs longer than four quick steps until the first version is complete; before it nothing restarts."""
+"""A crowded machine needs longer than four quick steps to complete a first version; nothing restarts before."""
 
 
 @pytest.fixture
