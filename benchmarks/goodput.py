@@ -173,14 +173,14 @@ class Fault:
     node: int
 
 
-def schedule(mtbf_s: float, seed: int) -> Iterator[Fault]:
+def schedule(mtbf_s: float, seed: int, nodes: int) -> Iterator[Fault]:
     """Faults without end."""
     chance = random.Random(f"{seed} {mtbf_s}")
     at_s = 0.0
     while True:
         at_s += chance.expovariate(1 / mtbf_s)
         [kind] = chance.choices([kind for kind, _ in KINDS], [weight for _, weight in KINDS])
-        yield Fault(at_s, kind, chance.randrange(NODES))
+        yield Fault(at_s, kind, chance.randrange(nodes))
 
 
 # --- the driver
@@ -217,7 +217,7 @@ class Job:
 
     def start(self) -> None:
         """Agents on all nodes."""
-        for number in range(NODES):
+        for number in range(len(self._cluster.nodes)):
             self._start(number)
 
     def _start(self, number: int) -> None:
@@ -229,11 +229,12 @@ class Job:
 
     def _command(self) -> list[str]:
         script = [__file__, "worker", self._subject, str(self._folder), str(self._steps), str(self._mtbf_s)]
-        flags = ["--nnodes", str(NODES), "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "goodput"]
+        nodes = self._cluster.nodes
+        flags = ["--nnodes", str(len(nodes)), "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "goodput"]
         flags += ["--max-restarts", "1000000", "--rdzv-conf", "last_call_timeout=1,join_timeout=600"]
         if self._subject != "holdfast":
             return [str(BIN / "torchrun"), *flags, "--rdzv-endpoint", f"n0:{PORT}", *script]
-        endpoints = ",".join(f"n{number}:{PORT}" for number in range(NODES))
+        endpoints = ",".join(f"{node.name}:{PORT}" for node in nodes)
         own = ["--hold-job", "goodput", "--hold-run-dir", str(self._folder / "run"), "--hold-linger", "1s"]
         return [str(BIN / "holdfast"), "run", *flags, "--rdzv-endpoint", endpoints, *own, *script]
 
@@ -275,7 +276,7 @@ class Job:
 
     def steps(self) -> list[list[tuple[int, float]]]:
         """Number and time of the steps of each rank."""
-        return [read_log(self._folder / f"rank-{rank}.log") for rank in range(NODES)]
+        return [read_log(self._folder / f"rank-{rank}.log") for rank in range(len(self._cluster.nodes))]
 
 
 def read_log(path: Path) -> list[tuple[int, float]]:
@@ -284,15 +285,15 @@ def read_log(path: Path) -> list[tuple[int, float]]:
     return [(int(number), float(at)) for number, at in (line.split() for line in lines)]
 
 
-def measure(subject: str, mtbf_s: float, steps: int, *, seed: int, limit_s: float) -> Run:
+def measure(subject: str, mtbf_s: float, steps: int, *, seed: int, limit_s: float, nodes: int = NODES) -> Run:
     """One run of one subject; `mtbf_s`: infinite for the reference."""
     found = Run()
-    with tempfile.TemporaryDirectory(prefix="holdfast-goodput-") as name, Cluster(NODES, Path(name)) as cluster:
+    with tempfile.TemporaryDirectory(prefix="holdfast-goodput-") as name, Cluster(nodes, Path(name)) as cluster:
         folder = Path(name)
         job = Job(subject, folder, cluster, steps, mtbf_s)
         job.start()
         began = _wait_for_first_step(job)
-        faults = schedule(mtbf_s, seed) if math.isfinite(mtbf_s) else iter(())
+        faults = schedule(mtbf_s, seed, nodes) if math.isfinite(mtbf_s) else iter(())
         upcoming = next(faults, None)
         while not job.finished and time.time() - began < limit_s:
             if upcoming is not None and time.time() - began >= upcoming.at_s:
@@ -341,7 +342,7 @@ def _fill_recoveries(found: Run, folder: Path) -> None:
 def main() -> int:
     """Measure and judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a short run with two faults; the bars are not judged")
+    parser.add_argument("--quick", action="store_true", help="a short run on two nodes; the bars are not judged")
     parser.add_argument("--mtbf", type=float, nargs="+", default=[15.0, 30.0, 60.0, 120.0], metavar="SECONDS")
     parser.add_argument(
         "--seconds", type=float, default=300.0, help="of training at the reference's pace (default 300)"
@@ -352,15 +353,15 @@ def main() -> int:
     if (reason := why_impossible()) is not None:
         print(reason, file=sys.stderr)
         return 2
-    mtbfs, seconds = ([4.0], 4.0) if options.quick else (options.mtbf, options.seconds)
-    reference = measure("reference", math.inf, 15 if options.quick else 60, seed=0, limit_s=120)
+    mtbfs, seconds, nodes = ([1.5], 3.0, 2) if options.quick else (options.mtbf, options.seconds, NODES)
+    reference = measure("reference", math.inf, 8 if options.quick else 60, seed=0, limit_s=120, nodes=nodes)
     steps = round(seconds / reference.step_s)
+    limit_s = 10.0 if options.quick else 3 * seconds
     runs: dict[str, Run] = {}
     for mtbf_s in mtbfs:
         for subject in ("holdfast", "torchrun"):
             key = f"{subject} {mtbf_s:g}"
-            limit_s = 30.0 if options.quick else 3 * seconds
-            runs[key] = measure(subject, mtbf_s, steps, seed=options.seed, limit_s=limit_s)
+            runs[key] = measure(subject, mtbf_s, steps, seed=options.seed, limit_s=limit_s, nodes=nodes)
             print(key, goodput(runs[key], reference), runs[key], file=sys.stderr)
     return report(runs, reference, quick=options.quick, path=options.json)
 
