@@ -24,7 +24,8 @@ from holdfast.errors import CorruptError
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.client import SnapshotClient
 from holdfast.snapshot.control import Phase
-from holdfast.snapshot.messages import PersistFailedMessage, Restore, SessionConfig
+from holdfast.snapshot.messages import PersistFailedMessage, Restore
+from holdfast.snapshot.records import SessionConfig
 
 TIMEOUT = timedelta(seconds=60)
 

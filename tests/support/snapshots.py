@@ -25,13 +25,13 @@ from holdfast.snapshot.messages import (
     AnyMessage,
     EndGeneration,
     Hello,
-    Member,
     Progress,
     StartGeneration,
     Welcome,
     decode,
     encode,
 )
+from holdfast.snapshot.records import Member
 from support.snapshot_worker import Plan
 
 M = TypeVar("M")

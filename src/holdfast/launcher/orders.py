@@ -13,7 +13,8 @@ from holdfast.launcher.arguments import Launch
 from holdfast.launcher.seats import Seat
 from holdfast.launcher.wire import NodeInfo, Place, Plan
 from holdfast.launcher.workers import WorkerSpec
-from holdfast.snapshot.messages import Member, StartGeneration
+from holdfast.snapshot.messages import StartGeneration
+from holdfast.snapshot.records import Member
 
 OURS = (environment.DAEMON, environment.ARENA, environment.RUN_DIR, environment.RUN_ID, environment.GENERATION)
 """Variables that a worker never inherits from the agent's own environment."""

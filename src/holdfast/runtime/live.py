@@ -34,7 +34,8 @@ from holdfast.runtime.storage_tier import StorageTier
 from holdfast.snapshot.client import SnapshotClient
 from holdfast.snapshot.control import Phase, stack_file
 from holdfast.snapshot.copier import Ticket
-from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore, SessionConfig
+from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore
+from holdfast.snapshot.records import SessionConfig
 
 log = logging.getLogger(__name__)
 

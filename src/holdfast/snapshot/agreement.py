@@ -56,6 +56,18 @@ class Decision(enum.Enum):
     """This is the agreed step: save, stop, or wait for the end here."""
 
 
+@dataclass(frozen=True)
+class AgreedAt:
+    """The step that has just ended is an agreed one."""
+
+    kind: str
+    """save, stop or regroup."""
+    step: int
+    tag: str | None = None
+    persist: bool = True
+    """Whether the version is written to storage."""
+
+
 def at_boundary(step: int, agreed: Agreed | None, acknowledged: int) -> Decision:
     """The worker's half: it has published `step` and then read the page.
 

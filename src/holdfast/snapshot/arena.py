@@ -44,7 +44,8 @@ import xxhash
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import CorruptError, StorageError
 from holdfast.snapshot.control import ControlPage
-from holdfast.snapshot.messages import LeaderRestore, Parentage, PersistEnded, SessionConfig, StartGeneration
+from holdfast.snapshot.messages import LeaderRestore, PersistEnded, StartGeneration
+from holdfast.snapshot.records import Parentage, SessionConfig
 from holdfast.snapshot.reports import Agreed, Pin, Request
 
 SLOT_HEADER_BYTES: Final = 4096

@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot.coding import Rebuild
-from holdfast.snapshot.messages import CleanImage, Inventory, Member, Parentage
+from holdfast.snapshot.messages import Inventory
+from holdfast.snapshot.records import CleanImage, Member, Parentage
 from holdfast.snapshot.recovery import Irretrievable, Restoration, restoration
 from holdfast.snapshot.reports import Pin
 

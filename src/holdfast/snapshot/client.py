@@ -19,15 +19,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 import zmq
 
-from holdfast.checkpoint.catalog import Catalog, OpenImage
-from holdfast.checkpoint.commit import open_checkpoint
+from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.version import Version
 from holdfast.environment import WorkerEnvironment, encrypts_all, job_token
 from holdfast.errors import (
@@ -41,11 +39,9 @@ from holdfast.errors import (
     StorageError,
     UsageError,
 )
-from holdfast.snapshot.agreement import Decision, at_boundary
+from holdfast.snapshot.agreement import AgreedAt, Decision, at_boundary
 from holdfast.snapshot.arena import Slot
 from holdfast.snapshot.control import NO_LIMIT, ControlPage, Phase, generation_word
-from holdfast.snapshot.divergence import settle
-from holdfast.snapshot.images import open_image
 from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.messages import (
     MAX_MESSAGE_BYTES,
@@ -53,9 +49,7 @@ from holdfast.snapshot.messages import (
     AnyMessage,
     CloseSession,
     Committed,
-    Diverged,
     FinalStep,
-    ImageLocation,
     Missed,
     NeedSlots,
     Notice,
@@ -69,13 +63,14 @@ from holdfast.snapshot.messages import (
     Restore,
     RestoreFailed,
     SaveAgreed,
-    SessionConfig,
     SlotsMapped,
     SlotsReady,
     decode,
     encode,
 )
+from holdfast.snapshot.opened import OpenedImages
 from holdfast.snapshot.outcomes import Outcomes, PendingSave
+from holdfast.snapshot.records import SessionConfig
 from holdfast.snapshot.reports import Agreed
 
 __all__ = ["AgreedAt", "PendingSave", "SnapshotClient"]
@@ -95,18 +90,6 @@ _ERRORS: Final[dict[str, type[HoldfastError]]] = {
     "fence": FenceError,
     "peer": PeerError,
 }
-
-
-@dataclass(frozen=True)
-class AgreedAt:
-    """The step that has just ended is an agreed one."""
-
-    kind: str
-    """save, stop or regroup."""
-    step: int
-    tag: str | None = None
-    persist: bool = True
-    """Whether the version is written to storage."""
 
 
 class SnapshotClient:
@@ -130,7 +113,7 @@ class SnapshotClient:
         self._said: dict[str, AnyMessage] = {}  # what a successor of the daemon must hear again; under _sending
         self._opened: OpenSession | None = None
         self._restore: Restore | None = None
-        self._images: list[tuple[ImageLocation, OpenImage | None]] = []  # of the last catalog; None: it did not open
+        self._images = OpenedImages(self._context, self._keys, environment, self._tell)
         self._needed = 0
         self._taken: set[int] = set()
         self._agreed: tuple[int, Agreed | None] = (-1, None)
@@ -156,7 +139,7 @@ class SnapshotClient:
             FenceError: the node is in another generation already.
         """
         deadline = time.monotonic() + timeout.total_seconds()
-        page = _page(environment.arena / "control", deadline)
+        page = ControlPage.wait(environment.arena / "control", deadline)
         while page.generation == 0 and time.monotonic() < deadline:
             time.sleep(0.005)
         if page.generation != generation_word(environment.generation):
@@ -199,18 +182,10 @@ class SnapshotClient:
                 reason=reason,
                 path=self._restore.path if self._restore else None,
                 attempt=self._restore.attempt if self._restore else 0,
-                bad_images=tuple(sorted(self._bad_images())),
+                bad_images=self._images.bad,
             )
         )
         return self._answer("another version to restore", timeout)
-
-    def _bad_images(self) -> set[int]:
-        """Global ranks, in the generation that wrote them, whose images in slots failed: others may give them back."""
-        return {
-            location.global_rank
-            for location, image in self._images
-            if location.rebuild is None and (image is None or image.damaged)
-        }
 
     def _answer(self, what: str, timeout: timedelta) -> Restore:
         """The next `Restore` that is another one than the last; a version may be in memory and in storage."""
@@ -249,42 +224,8 @@ class SnapshotClient:
         return None
 
     def catalog(self, restore: Restore) -> Catalog:
-        """The images of `restore`: local slots by mmap, those of other nodes by ranges, storage by files."""
-        if restore.path is not None:
-            return open_checkpoint(restore.path)
-        assert restore.version is not None, f"there are no images in {restore}"
-        images: list[OpenImage] = []
-        self._images = []
-        try:
-            for location in restore.images:
-                self._images.append((location, None))
-                images.append(open_image(self._context, location, restore.version, self._keys, restore.bulk))
-                self._images[-1] = (location, images[-1])
-            catalog = Catalog(images)
-            self._settle(catalog, restore)
-        except BaseException:
-            for image in images:
-                image.source.close()
-            raise
-        return catalog
-
-    def _settle(self, catalog: Catalog, restore: Restore) -> None:
-        """Raises CorruptError where copies that should agree do not, and none of them has a majority."""
-        assert restore.version is not None
-        environment = self._environment
-
-        def is_own(rank: int) -> bool:
-            same = catalog.world_size == environment.world_size
-            return same and environment.node_of(rank) == environment.node_rank
-
-        found = settle(catalog, [location.node_rank for location in restore.images], is_own)
-        if environment.global_rank == 0:
-            told = [("error", text) for text in found.texts] + [("warning", text) for text in found.drifted]
-            for severity, text in told:
-                diverged = Diverged(generation=self._generation, version=restore.version, text=text, severity=severity)
-                self._tell(diverged)
-        if found.undecided:
-            raise CorruptError(found.undecided)
+        """The images of `restore`; see `OpenedImages.catalog`."""
+        return self._images.catalog(restore)
 
     # --- slots
 
@@ -647,13 +588,3 @@ class SnapshotClient:
 
 def _same(one: Restore, other: Restore | None) -> bool:
     return other is not None and (one.version, one.path, one.attempt) == (other.version, other.path, other.attempt)
-
-
-def _page(path: Path, deadline: float) -> ControlPage:
-    while True:
-        try:
-            return ControlPage.open(path)
-        except (FileNotFoundError, CorruptError) as error:
-            if time.monotonic() >= deadline:
-                raise PeerTimeout(f"no snapshot daemon has made {path}: {error}") from error
-            time.sleep(0.005)

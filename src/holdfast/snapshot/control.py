@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import CorruptError
+from holdfast.errors import CorruptError, PeerTimeout
 from holdfast.snapshot.reports import Agreed
 
 MAX_LOCAL_RANKS: Final = 253
@@ -239,6 +239,21 @@ class ControlPage:
             page.close()
             raise CorruptError(f"{path} is no control page: its magic number is missing")
         return page
+
+    @classmethod
+    def wait(cls, path: Path, deadline: float) -> ControlPage:
+        """As `open`, but waits for a daemon to make it, until `deadline` (`time.monotonic()`).
+
+        Raises:
+            PeerTimeout: none did.
+        """
+        while True:
+            try:
+                return cls.open(path)
+            except (FileNotFoundError, CorruptError) as error:
+                if time.monotonic() >= deadline:
+                    raise PeerTimeout(f"no snapshot daemon has made {path}: {error}") from error
+                time.sleep(0.005)
 
     def close(self) -> None:
         """Unmap; nothing of the page may be used after it."""

@@ -49,7 +49,6 @@ from holdfast.snapshot.messages import (
     DaemonMoved,
     EndGeneration,
     Hello,
-    ImageLocation,
     Inventory,
     LeaderOrders,
     LeaderRestore,
@@ -72,6 +71,7 @@ from holdfast.snapshot.messages import (
 )
 from holdfast.snapshot.node import Node
 from holdfast.snapshot.persister import Part, write_part
+from holdfast.snapshot.records import ImageLocation
 from holdfast.snapshot.reports import Request
 from holdfast.snapshot.shelf import Shelf
 from holdfast.snapshot.transport import Peer, Transport

@@ -35,10 +35,10 @@ from holdfast.snapshot.messages import (
     PersistEnded,
     PersistOrder,
     PersistPart,
-    SessionConfig,
     StartGeneration,
 )
 from holdfast.snapshot.persister import Commit, commit, step_directory
+from holdfast.snapshot.records import SessionConfig
 
 if TYPE_CHECKING:
     from holdfast.snapshot.daemon import Daemon

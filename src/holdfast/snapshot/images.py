@@ -16,8 +16,8 @@ from holdfast.errors import CorruptError
 from holdfast.snapshot.arena import Slot, SlotState
 from holdfast.snapshot.coding import Rebuild
 from holdfast.snapshot.keys import JobKeys
-from holdfast.snapshot.messages import ImageLocation
 from holdfast.snapshot.peers import PeerSource
+from holdfast.snapshot.records import ImageLocation
 
 _PEER_TIMEOUT: Final = timedelta(seconds=60)
 

@@ -28,7 +28,6 @@ from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.messages import (
     AnyMessage,
     AskNode,
-    ImageLocation,
     Inventory,
     LeaderOrders,
     LeaderRestore,
@@ -42,10 +41,10 @@ from holdfast.snapshot.messages import (
     Restore,
     RestoreChosen,
     RestoreFailed,
-    SessionConfig,
     StartGeneration,
 )
 from holdfast.snapshot.persister import Commit, clear_way, commit, step_directory
+from holdfast.snapshot.records import ImageLocation, SessionConfig
 from holdfast.snapshot.reports import Pin
 
 _log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from holdfast.checkpoint.version import Version
 from holdfast.errors import PeerError
 from holdfast.snapshot.images import open_image
 from holdfast.snapshot.keys import JobKeys
-from holdfast.snapshot.messages import ImageLocation
+from holdfast.snapshot.records import ImageLocation
 
 _Key = tuple[str, Box, int | None]
 

@@ -6,8 +6,8 @@ One per daemon. It owns the control page, the workers' connections and their pid
 
 from __future__ import annotations
 
+import functools
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -31,13 +31,11 @@ from holdfast.snapshot.messages import (
     FinalStep,
     Inventory,
     LeaderRestore,
-    Member,
     Missed,
     NeedSlots,
     NodeReport,
     Notice,
     OpenSession,
-    Parentage,
     PersistEnded,
     Progress,
     RanksOpened,
@@ -52,13 +50,14 @@ from holdfast.snapshot.messages import (
     StartGeneration,
 )
 from holdfast.snapshot.protecting import Protector
+from holdfast.snapshot.records import Member, Parentage
 from holdfast.snapshot.reports import NodeState as LedgerState
 from holdfast.snapshot.reports import Request, SlotRef
 from holdfast.snapshot.room import Room
 from holdfast.snapshot.shelf import Shelf
-from holdfast.snapshot.telling import inventory, local_restore, outcome, session_ranks
+from holdfast.snapshot.telling import inventory, local_restore, outcome, parent_of, session_locals, session_ranks
 from holdfast.snapshot.transport import Peer, Transport
-from holdfast.snapshot.workers import Generation, Looks, Worker
+from holdfast.snapshot.workers import Deaths, Generation, Looks, Worker, heard
 
 _log = logging.getLogger(__name__)
 _ENDED: Final = 4
@@ -103,6 +102,7 @@ class Node:
         self._told_at = 0.0
         self._headers = SlotHeaders(arena)
         self._looks = Looks(arena, self._headers, self.ledger)
+        self._deaths = Deaths(transport)
         self._room = Room(
             arena,
             lanes,
@@ -192,24 +192,10 @@ class Node:
                 if worker.pidfd is not None:
                     living.add(global_rank)
             elif self._sits(local) and process_start(self.page.rank(local).pid) is not None:
-                self._watch(generation.start.generation, global_rank, self.page.rank(local).pid)
+                died = functools.partial(self._writer_died, generation.start.generation, global_rank)
+                self._deaths.watch(self.page.rank(local).pid, died)  # it never spoke to this daemon
                 living.add(global_rank)
         return living
-
-    def _watch(self, generation: GenerationId, global_rank: int, pid: int) -> None:
-        """Wait for the end of a worker that never spoke to this daemon."""
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._writer_died(generation, global_rank)
-            return
-
-        def exited() -> None:
-            self._transport.unwatch(pidfd)
-            os.close(pidfd)
-            self._writer_died(generation, global_rank)
-
-        self._transport.watch(pidfd, exited)
 
     def _enter(self, start: StartGeneration) -> None:
         me = next(member for member in start.members if member.node_rank == start.node_rank)
@@ -258,7 +244,7 @@ class Node:
                 generation=state.start.generation,
                 node_rank=state.start.node_rank,
                 local_ranks=self._generation.local_ranks,
-                parent=self._parent(state.restore),
+                parent=parent_of(state.restore),
                 headers=self._headers.all(),
                 published=tuple(
                     ledger.Published(slot=SlotRef(pool, slot), step=step) for slot, step in self.page.grants()
@@ -274,7 +260,7 @@ class Node:
             return
         if state.restore is None:  # the leader may have chosen meanwhile: it answers with its choice
             self._transport.send_node(state.start.leader, self.inventory())
-        self._room.adopt(self._session_locals(state.restore))
+        self._room.adopt(session_locals(state.restore, self._generation.local_ranks))
         self._tell_parity(ready=state.pool >= 0)
         if state.pool >= 0 and state.pool == pool:
             self._feed(ledger.PoolReady(pool=pool, num_slots=state.num_slots))
@@ -311,9 +297,9 @@ class Node:
         if lowered:
             self._save(restore=message)
             self._protect_as(message)
-            self._tell_parity(ready=self._room.lowered() if self._session_locals(message) else True)
+            self._tell_parity(ready=self._room.lowered() if session_locals(message, generation.local_ranks) else True)
             return
-        parent = self._parent(message)
+        parent = parent_of(message)
         parents = [one for one in self.arena.state.parents if one.generation != start.generation]
         parents.append(
             Parentage(
@@ -325,7 +311,7 @@ class Node:
         )
         self._save(restore=message, parents=tuple(parents)[-_KEPT_GENERATIONS:], history=message.history)
         self._protect_as(message)
-        self._room.start(self._session_locals(message))
+        self._room.start(session_locals(message, generation.local_ranks))
         self._feed(
             ledger.RestoreDecided(
                 generation=start.generation,
@@ -335,7 +321,7 @@ class Node:
                 session_ranks=session_ranks(message),
             )
         )
-        self._tell_parity(ready=not self._session_locals(message))
+        self._tell_parity(ready=not session_locals(message, generation.local_ranks))
         for worker in generation.workers.values():
             self._transport.send(worker.peer, local_restore(message.restore, start.node_rank))
 
@@ -357,21 +343,6 @@ class Node:
                     lowered=self.restore.lowered if self.restore is not None else 0,
                 )
             )
-
-    def _session_locals(self, decided: LeaderRestore | None) -> tuple[int, ...]:
-        """Local ranks that are in the Session; all of them while that is not known."""
-        assert self._generation is not None
-        ranks = session_ranks(decided)
-        return tuple(
-            local
-            for local, global_rank in enumerate(self._generation.local_ranks)
-            if ranks is None or global_rank in ranks
-        )
-
-    def _parent(self, decided: LeaderRestore | None) -> Version | None:
-        if decided is None or decided.restore.tier not in ("memory", "peers"):
-            return None
-        return decided.restore.version
 
     def orders(self, event: ledger.OrdersReceived) -> None:
         """The leader's ledger has spoken. Between generations nobody is there who could obey."""
@@ -429,12 +400,7 @@ class Node:
         self._forget_pidfd(known)
         worker = Worker(message.generation, message.global_rank, message.local_rank, message.pid, peer, message.config)
         generation.workers[message.global_rank] = worker
-        try:
-            worker.pidfd = os.pidfd_open(message.pid)
-        except ProcessLookupError:
-            self._writer_died(message.generation, message.global_rank)
-        else:
-            self._transport.watch(worker.pidfd, lambda: self._worker_exited(worker))
+        worker.pidfd = self._deaths.watch(message.pid, lambda: self._worker_exited(worker))
         self.poll_page()
         if self.page.rank(message.local_rank).phase >= Phase.RESTORED:  # it reconnects: doorbells may have been lost
             self._feed(*self._looks.rank(worker))
@@ -442,7 +408,7 @@ class Node:
             self._transport.send(peer, outcome(ended))
 
     def _worker_exited(self, worker: Worker) -> None:
-        self._forget_pidfd(worker)
+        worker.pidfd = None
         _log.info("rank %d (pid %d) is gone", worker.global_rank, worker.pid)
         died = ledger.WriterDied(generation=worker.generation, global_rank=worker.global_rank)
         self._feed(*self._looks.page(self._generation), died)
@@ -452,24 +418,14 @@ class Node:
 
     def _forget_pidfd(self, worker: Worker | None) -> None:
         if worker is not None and worker.pidfd is not None:
-            self._transport.unwatch(worker.pidfd)
-            os.close(worker.pidfd)
+            self._deaths.forget(worker.pidfd)
             worker.pidfd = None
 
     def from_worker(self, peer: Peer, message: AnyMessage) -> None:
         """A message of a worker, less OpenSession. What belongs to another generation is the ledger's to refuse."""
         match message:
-            case Committed():
-                committed = ledger.RankCommitted(
-                    version=message.version,
-                    global_rank=message.global_rank,
-                    wait_s=message.wait_s,
-                    step_s=message.step_s,
-                    metrics=message.metrics,
-                )
-                self._feed(*self._looks.page(self._generation), committed)
-            case Missed(version=version, global_rank=rank):
-                self._feed(*self._looks.page(self._generation), ledger.RankMissed(version=version, global_rank=rank))
+            case Committed() | Missed() | FinalStep():
+                self._feed(*self._looks.page(self._generation), heard(message))
             case NeedSlots() if self._current(message.generation):
                 self._need_slots(message)
             case SlotsMapped() if self._current(message.generation):
@@ -479,9 +435,6 @@ class Node:
                 self._to_agent(Notice(severity=message.severity, text=text, about="divergence"))
             case Reached() if self._current(message.generation):
                 self._reached(message)
-            case FinalStep(generation=generation, global_rank=rank, step=step, persist=persist):
-                final = ledger.RankFinished(generation=generation, global_rank=rank, step=step, persist=persist)
-                self._feed(*self._looks.page(self._generation), final)
             case RequestSave(tag=tag, metrics=metrics, request=identity):
                 self.request(Request(id=identity, kind="save", tag=tag, metrics=metrics))
             case RequestEnd(persist=persist, request=identity):

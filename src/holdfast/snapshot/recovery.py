@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from holdfast.checkpoint.version import Version
 from holdfast.snapshot.coding import CodedVersion, HeldParity, Rebuild, ShardAt, StripeSources
-from holdfast.snapshot.messages import CleanImage, Inventory
+from holdfast.snapshot.messages import Inventory
+from holdfast.snapshot.records import CleanImage
 
 
 @dataclass(frozen=True, kw_only=True)

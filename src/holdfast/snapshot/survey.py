@@ -15,7 +15,8 @@ from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import CorruptError, StorageError, UsageError
 from holdfast.snapshot import chain
-from holdfast.snapshot.messages import Inventory, SessionConfig
+from holdfast.snapshot.messages import Inventory
+from holdfast.snapshot.records import SessionConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
+from holdfast.checkpoint.version import Version
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, NodeState
 from holdfast.snapshot.coding import HeldParity
 from holdfast.snapshot.headers import SlotHeaders
 from holdfast.snapshot.ledger import NodeLedger
 from holdfast.snapshot.messages import (
-    CleanImage,
     Inventory,
     LeaderRestore,
     PersistedMessage,
@@ -18,6 +20,7 @@ from holdfast.snapshot.messages import (
     Restore,
     StartGeneration,
 )
+from holdfast.snapshot.records import CleanImage
 
 
 def inventory(
@@ -78,6 +81,19 @@ def local_restore(restore: Restore, node_rank: int) -> Restore:
 def session_ranks(decided: LeaderRestore | None) -> tuple[int, ...] | None:
     """Global ranks of the Session; None while nothing is decided."""
     return decided.config.ranks if decided is not None and decided.config is not None else None
+
+
+def session_locals(decided: LeaderRestore | None, local_ranks: Sequence[int]) -> tuple[int, ...]:
+    """Local ranks in the Session, all of them while that is not known; `local_ranks`: global ranks by their place."""
+    ranks = session_ranks(decided)
+    return tuple(local for local, global_rank in enumerate(local_ranks) if ranks is None or global_rank in ranks)
+
+
+def parent_of(decided: LeaderRestore | None) -> Version | None:
+    """The version that the generation started from, where that was in memory."""
+    if decided is None or decided.restore.tier not in ("memory", "peers"):
+        return None
+    return decided.restore.version
 
 
 def outcome(ended: PersistEnded) -> PersistedMessage | PersistFailedMessage:

@@ -18,7 +18,8 @@ import zmq
 
 from holdfast.errors import PeerError, UsageError
 from holdfast.snapshot.keys import Gate, JobKeys
-from holdfast.snapshot.messages import MAX_MESSAGE_BYTES, AnyMessage, Member, decode, encode
+from holdfast.snapshot.messages import MAX_MESSAGE_BYTES, AnyMessage, decode, encode
+from holdfast.snapshot.records import Member
 
 _log = logging.getLogger(__name__)
 _BATCH: Final = 256

@@ -5,7 +5,9 @@ Only the daemon's event loop touches anything here.
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -13,8 +15,9 @@ from holdfast.checkpoint.version import GenerationId
 from holdfast.snapshot import ledger
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.headers import SlotHeaders
-from holdfast.snapshot.messages import SessionConfig, StartGeneration
-from holdfast.snapshot.transport import Peer
+from holdfast.snapshot.messages import Committed, FinalStep, Missed, StartGeneration
+from holdfast.snapshot.records import SessionConfig
+from holdfast.snapshot.transport import Peer, Transport
 
 _WATCH_S: Final = 1.0
 
@@ -98,3 +101,53 @@ class Looks:
                 generation=worker.generation, global_rank=worker.global_rank, step=worker.step, headers=headers
             )
         ]
+
+
+class Deaths:
+    """Waits for the ends of processes."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def watch(self, pid: int, died: Callable[[], None]) -> int | None:
+        """Call `died` when the process has ended; at once, and None, where it has. Else its pidfd, for `forget`, which
+        is closed when it has ended."""
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            died()
+            return None
+
+        def exited() -> None:
+            self.forget(pidfd)
+            died()
+
+        self._transport.watch(pidfd, exited)
+        return pidfd
+
+    def forget(self, pidfd: int) -> None:
+        """Its end is not waited for any more."""
+        self._transport.unwatch(pidfd)
+        os.close(pidfd)
+
+
+def heard(message: Committed | Missed | FinalStep) -> ledger.NodeEvent:
+    """What a worker has told, for the ledger."""
+    match message:
+        case Committed():
+            return ledger.RankCommitted(
+                version=message.version,
+                global_rank=message.global_rank,
+                wait_s=message.wait_s,
+                step_s=message.step_s,
+                metrics=message.metrics,
+            )
+        case Missed():
+            return ledger.RankMissed(version=message.version, global_rank=message.global_rank)
+        case FinalStep():
+            return ledger.RankFinished(
+                generation=message.generation,
+                global_rank=message.global_rank,
+                step=message.step,
+                persist=message.persist,
+            )

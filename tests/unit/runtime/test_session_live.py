@@ -20,10 +20,11 @@ from holdfast.faults import Injector
 from holdfast.runtime.mode import Context, Mode
 from holdfast.runtime.results import Persisted
 from holdfast.runtime.session import Session
+from holdfast.snapshot.agreement import AgreedAt
 from holdfast.snapshot.arena import Slot, SlotState
-from holdfast.snapshot.client import AgreedAt
-from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore, SessionConfig
+from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore
 from holdfast.snapshot.outcomes import Outcomes, PendingSave
+from holdfast.snapshot.records import SessionConfig
 
 GENERATION = GenerationId(incarnation=1, nonce="0123abcd", generation=4)
 

@@ -6,7 +6,8 @@ from simulated_workers import Workers
 from simulated_world import Leading, Node, Violation
 
 from holdfast.snapshot import chain, leader, ledger
-from holdfast.snapshot.messages import CleanImage, Inventory, Parentage
+from holdfast.snapshot.messages import Inventory
+from holdfast.snapshot.records import CleanImage, Parentage
 
 
 class Daemons(Workers):

@@ -12,7 +12,8 @@ from holdfast.snapshot import agreement, chain, leader, ledger
 from holdfast.snapshot.coding import CodedVersion
 from holdfast.snapshot.exchange import Exchange
 from holdfast.snapshot.exchange_events import ExchangeInstruction
-from holdfast.snapshot.messages import Inventory, Parentage
+from holdfast.snapshot.messages import Inventory
+from holdfast.snapshot.records import Parentage
 from holdfast.snapshot.reports import Agreed, Pin, Request, SlotRef
 
 ROUNDS = 150

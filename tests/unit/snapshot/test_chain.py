@@ -12,7 +12,8 @@ from holdfast.erasure.groups import Group
 from holdfast.snapshot import chain
 from holdfast.snapshot.chain import ChainQuestion, StoredStep, choose
 from holdfast.snapshot.coding import CodedImage, CodedVersion, HeldParity, Stream
-from holdfast.snapshot.messages import CleanImage, Inventory, Member, Parentage
+from holdfast.snapshot.messages import Inventory
+from holdfast.snapshot.records import CleanImage, Member, Parentage
 from holdfast.snapshot.reports import Pin
 
 

@@ -20,7 +20,7 @@ from holdfast.snapshot.arena import Slot, SlotState
 from holdfast.snapshot.copier import Copier, CopyPlan, Source, Ticket
 from holdfast.snapshot.images import open_image
 from holdfast.snapshot.keys import JobKeys
-from holdfast.snapshot.messages import ImageLocation
+from holdfast.snapshot.records import ImageLocation
 
 GENERATION = GenerationId(incarnation=1, nonce="0123abcd", generation=2)
 LARGE = 300_000

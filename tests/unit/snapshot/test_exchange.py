@@ -24,7 +24,8 @@ from holdfast.snapshot.coding import (
     wire_bytes,
 )
 from holdfast.snapshot.exchange import Exchange
-from holdfast.snapshot.messages import CleanImage, Inventory
+from holdfast.snapshot.messages import Inventory
+from holdfast.snapshot.records import CleanImage
 from holdfast.snapshot.recovery import Irretrievable, Restoration, restoration
 
 GENERATION = GenerationId(incarnation=1, nonce="0badcafe", generation=3)

@@ -10,18 +10,15 @@ from holdfast.snapshot.leading import Leading
 from holdfast.snapshot.messages import (
     AnyMessage,
     AskNode,
-    CleanImage,
     Inventory,
     LeaderOrders,
     LeaderRestore,
-    Member,
     NodeReport,
-    Parentage,
     PersistEnded,
     Restore,
-    SessionConfig,
     StartGeneration,
 )
+from holdfast.snapshot.records import CleanImage, Member, Parentage, SessionConfig
 from holdfast.snapshot.reports import Final, Held, NodeState, Pin, RankState
 
 OLD = GenerationId(incarnation=1, nonce="00000abc", generation=1)

@@ -9,7 +9,8 @@ import pytest
 from holdfast.checkpoint.steps import history_id
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.errors import StorageError
-from holdfast.snapshot.messages import CleanImage, Inventory, Parentage, SessionConfig
+from holdfast.snapshot.messages import Inventory
+from holdfast.snapshot.records import CleanImage, Parentage, SessionConfig
 from holdfast.snapshot.survey import Answer, Question, decide
 
 OLD, NOW = (GenerationId(incarnation=1, nonce="00000abc", generation=number) for number in (1, 2))
