@@ -56,6 +56,9 @@ _KEPT_METRICS = 64
 _POLL_S = 0.01
 _SAY_AGAIN_S = 1.0
 _FINAL_POLL = timedelta(milliseconds=20)
+_SECURE_S = 3.0
+"""How long training waits, after the loss of a node, for the grant of the restored step. It comes as soon as the slots
+of all nodes are there; where these take longer to make, a step may as well be done meanwhile."""
 
 _SEVERITY = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -91,6 +94,8 @@ class LiveMode(Mode):
         self._until: int | None = None
         self._step = 0
         self._start_step = 0
+        self._exposed = False
+        """`Restore.exposed`, until something was done about it."""
         self._stored_step: int | None = None
         self._requests: list[LiveSave] = []
         self._metrics: dict[int, dict[str, float]] = {}
@@ -117,7 +122,7 @@ class LiveMode(Mode):
         chosen = self._client.open(self._config(), timeout=_OPEN_TIMEOUT)
         meet(self._context, self._huddle)
         restore = self._restore(chosen)
-        self._start_step = self._step
+        self._start_step, self._exposed = self._step, restore.exposed
         if restore.tier == "none":
             if options.init_from is not None:
                 path = init_weights(options.init_from, self._context.state.entries())
@@ -138,6 +143,20 @@ class LiveMode(Mode):
         self._until = until
         if self._asked_bytes:
             self._client.need_slots(self._asked_bytes, until)
+
+    def secure(self) -> None:
+        """A further loss might take what this generation started from: wait a moment until the restored state can be
+        copied, which overlaps the first step as always."""
+        deadline = time.monotonic() + _SECURE_S
+        while self._exposed and time.monotonic() < deadline:
+            slots = self._client.slots()
+            if slots == () or (slots and self._client.grant(self._step) is not None):
+                self._exposed = False
+                self._copy(self._step, must=False)
+                return
+            self._client.beat()
+            time.sleep(_POLL_S / 5)
+        self._exposed = False
 
     def boundary(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Publish, listen, agree, copy."""

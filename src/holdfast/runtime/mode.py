@@ -51,6 +51,10 @@ class Mode(abc.ABC):
         """The loop will end at step `until`."""
 
     @abc.abstractmethod
+    def secure(self) -> None:
+        """Nothing has been done since the restore: make the restored state a version where it needs that."""
+
+    @abc.abstractmethod
     def boundary(self, step: int, metrics: Mapping[str, float]) -> bool:
         """`step` steps are finished. True: training ends here, on all ranks."""
 

@@ -74,6 +74,9 @@ class PlainMode(Mode):
         if self._agreement is not None:
             self._agreement.expect(until)
 
+    def secure(self) -> None:
+        """It comes from storage, and is there."""
+
     def boundary(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Save where it is due, do what was agreed on."""
         previous, self._step = self._step, step

@@ -243,6 +243,7 @@ class Session:
         if self._rng_pending:
             self._rng_pending = False
             context.state.restore_rng()
+            mode.secure()
         self._looping = True
         try:
             while self._step < until and not self._should_stop:

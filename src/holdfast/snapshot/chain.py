@@ -89,6 +89,9 @@ class Choice:
     protected: Version | None = None
     """The version whose slots and parity stay until one of the new generation is protected: `version` itself where it
     survives a further loss, else the newest other one that does (see `insurance`)."""
+    exposed: bool = False
+    """`version` lacks an image already, or would not survive the loss of a node: a version of the restored state that
+    is as well protected as others is wanted before any step is done."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def choose(question: ChainQuestion) -> Choice:
     choice = _standing(question, newest) or _choose(question, newest)
     if choice.tier != "memory":
         return choice
-    return replace(choice, protected=insurance(question, choice))
+    return replace(choice, protected=insurance(question, choice), exposed=_is_exposed(question, choice))
 
 
 def _choose(question: ChainQuestion, newest: int) -> Choice:
@@ -181,6 +184,12 @@ def insurance(question: ChainQuestion, choice: Choice) -> Version | None:
             if best is None or key > best:
                 best, found = key, version
     return found
+
+
+def _is_exposed(question: ChainQuestion, choice: Choice) -> bool:
+    assert choice.version is not None, choice
+    remains = _remains(choice.version, question.inventories, question.bad_images)
+    return not isinstance(remains, Restoration) or bool(remains.rebuilds) or remains.spare == 0
 
 
 def _standing(question: ChainQuestion, newest: int) -> Choice | None:

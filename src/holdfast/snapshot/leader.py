@@ -18,7 +18,9 @@ Rules
 6. A complete must step that is to be persisted goes to the persist queue before the orders that name it complete, so
    its slots are pinned before anyone may free them.
 7. The first version of a generation that goes on from memory comes at once, whatever the interval: until it is there,
-   what other nodes keep for the lost ones is all that there is.
+   what other nodes keep for the lost ones is all that there is. Where the loss of a further node could take that
+   (`exposed`), the restored step itself is granted: workers wait a moment for it before they train. One that gives up
+   costs no more than this grant; G stays as it is.
 8. With redundancy, complete versions are protected one after the other (`holdfast.snapshot.protection`).
 9. The step of a confirmed regroup is settled when its version is complete. Where a node leaves, what it holds goes with
    it: then the version must be protected besides, or persisted where nothing protects it, and be done with its persist.
@@ -105,6 +107,8 @@ class LeaderConfig:
     """`chain.Choice.protected`."""
     lowered: int = 0
     """`Protection.lowered`, of a former leader of the generation."""
+    exposed: bool = False
+    """`messages.Restore.exposed`."""
 
 
 # --- events: what the shell of the leading daemon feeds -------------------------------------------------------------
@@ -214,6 +218,8 @@ class LeaderLedger:
         """Reports of the nodes that have ranks of the Session: the others hold no part of a version."""
         self._gathered = False
         self._complete: int | None = None
+        self._restored = config.start_step if config.exposed else None
+        """The restored step, while it may become a version."""
         self._granted_through = config.start_step
         self._granted_from: int | None = None
         self._newest = config.start_step
@@ -325,12 +331,15 @@ class LeaderLedger:
             states = [self._held(state, step) for state in self._writing]
             if any(one is not None and one.state == "missed" for one in states):
                 self.outstanding.discard(step)
-                self._note_miss()
+                self._note_miss(step)
             elif all(one is not None and one.state == "clean" for one in states):
                 self._note_complete(step, [one for one in states if one is not None], out)
 
-    def _note_miss(self) -> None:
+    def _note_miss(self, step: int) -> None:
         self.counters.missed += 1
+        if step == self._restored:
+            self._restored = None
+            return
         self._calm = 0
         self.lead = min(self.lead * 2, max(1, self._num_slots()))
 
@@ -446,10 +455,13 @@ class LeaderLedger:
         return state.free - sum(step not in listed for step in self.outstanding)
 
     def _awaited(self, ranks: list[RankState], newest: int) -> list[int]:
-        """Steps that no worker passes before they are complete: they wait there for the grant, or for its slot."""
+        """Steps that no worker passes before they are complete: they wait there for the grant, or for its slot. At the
+        restored step they wait for a moment only."""
         steps = {rank.final.step for rank in ranks if rank.final is not None}
         if self.agreement.due is not None:
             steps.add(self.agreement.due)
+        if self._restored is not None:
+            steps.add(self._restored)
         return sorted(step for step in steps if step >= newest and (self._complete is None or step > self._complete))
 
     def _next_must(self, newest: int, ranks: list[RankState]) -> int | None:

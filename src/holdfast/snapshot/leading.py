@@ -267,12 +267,13 @@ class Leading:
             first_of_incarnation=self.start.fresh,
         )
         domains = {node_rank: inventory.domain for node_rank, inventory in self._inventories.items()}
+        grouping = self._grouping(domains)
         self._chosen = LeaderRestore(
             generation=self.start.generation,
-            restore=restore,
+            restore=msgspec.structs.replace(restore, exposed=choice.exposed and grouping is not None),
             history=answer.history,
             config=self.config,
-            grouping=self._grouping(domains),
+            grouping=grouping,
             domains=domains,
             protected=choice.protected,
         )
@@ -378,6 +379,7 @@ class Leading:
                 parent=self._chosen.restore.version if self._chosen.restore.tier == "memory" else None,
                 protected=self._chosen.protected,
                 lowered=self._chosen.lowered,
+                exposed=self._chosen.restore.exposed,
             )
         )
         self._carry_out(self.ledger.start())

@@ -205,6 +205,9 @@ class Restore(Message, frozen=True, kw_only=True):
     """Choices of this generation before this one: the same version may be tried again from other images."""
     steps_lost: int = 0
     first_of_incarnation: bool = True
+    exposed: bool = False
+    """The loss of a node, or of another one, may take this version: each rank waits a moment for the grant of the
+    restored step, so that it becomes a version of this generation before anything else is done."""
 
 
 class RestoreFailed(Message, frozen=True, kw_only=True):

@@ -8,10 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+import zmq
 
 import holdfast.runtime.live as live
+from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.commit import list_steps
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.environment import WorkerEnvironment
@@ -22,10 +25,13 @@ from holdfast.runtime.results import Persisted
 from holdfast.runtime.session import Session
 from holdfast.snapshot.agreement import AgreedAt
 from holdfast.snapshot.arena import Slot, SlotState
+from holdfast.snapshot.images import open_image
+from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.messages import Notice, PersistedMessage, PersistFailedMessage, Restore
 from holdfast.snapshot.outcomes import Outcomes, PendingSave
-from holdfast.snapshot.records import SessionConfig
+from holdfast.snapshot.records import ImageLocation, SessionConfig
 
+KEYS = JobKeys()
 GENERATION = GenerationId(incarnation=1, nonce="0123abcd", generation=4)
 
 
@@ -46,6 +52,7 @@ class PlayedDaemon:
         self.metrics: dict[int, dict[str, float]] = {}
         self.storage_error: str | None = None
         self.on_final: Callable[[int], None] = lambda step: self.granted.setdefault(step, 0)
+        self.restore = Restore(tier="none")
 
     def make_slots(self, size_bytes: int, count: int = 3) -> None:
         slots = []
@@ -59,7 +66,12 @@ class PlayedDaemon:
 
     def open(self, config: SessionConfig, *, timeout: timedelta) -> Restore:
         self.config = config
-        return Restore(tier="none")
+        return self.restore
+
+    def catalog(self, restore: Restore) -> Catalog:
+        assert restore.version is not None
+        where = [open_image(zmq.Context.instance(), one, restore.version, KEYS, {}) for one in restore.images]
+        return Catalog(where)
 
     def all_restored(self, timeout: timedelta) -> Restore | None:
         return None
@@ -200,6 +212,56 @@ def test_room_is_asked_for_after_the_first_step_and_granted_steps_are_copied(dae
     assert daemon.heard[-2:] == [("final", 5, False), ("close", 5, "done")]
     assert daemon.ready is not None
     assert [slot.read_header().state for slot in daemon.ready[:2]] == [SlotState.CLEAN] * 2
+
+
+@pytest.fixture
+def exposed(daemon: PlayedDaemon) -> PlayedDaemon:
+    """A daemon whose slot 2 holds a version of two steps, which a further loss might take."""
+    daemon.make_slots(1 << 20)
+    daemon.granted = {2: 2}
+    Job().run(2)
+    assert daemon.ready is not None
+    slot = daemon.ready[2]
+    image = ImageLocation(
+        node_rank=0, daemon="", path=str(slot.path), offset=4096, size_bytes=slot.read_header().size_bytes, local=True
+    )
+    daemon.restore = Restore(tier="memory", version=GENERATION.at(2), step=2, images=(image,), exposed=True)
+    daemon.granted, daemon.clean, daemon.heard = {}, [], []
+    return daemon
+
+
+def test_a_restored_state_that_a_further_loss_could_take_is_copied_before_it_is_trained_on(
+    exposed: PlayedDaemon,
+) -> None:
+    exposed.granted = {2: 1}
+    job = Job()
+    with job.session as session:
+        restored = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+        for _ in session.steps(3):
+            job.body()
+    assert exposed.clean == [2, 3]
+    assert exposed.ready is not None
+    copied, read = (bytes(slot.image[: slot.read_header().size_bytes]) for slot in exposed.ready[1:])
+    assert copied == read  # tensors, objects, generators: the state as it was restored
+    assert not all(torch.equal(tensor, restored[name]) for name, tensor in job.model.state_dict().items())
+
+
+def test_where_the_restored_step_is_not_granted_in_time_training_goes_on(
+    exposed: PlayedDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "_SECURE_S", 0.0)
+    exposed.granted = {}
+    Job().run(3)
+    assert exposed.clean == [3]
+
+
+def test_a_restored_state_that_is_protected_is_not_waited_for(
+    exposed: PlayedDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "_SECURE_S", float("inf"))
+    exposed.restore = msgspec.structs.replace(exposed.restore, exposed=False)
+    Job().run(3)
+    assert exposed.clean == [3]
 
 
 def test_sections_are_said_and_what_is_nested_belongs_to_the_outermost(daemon: PlayedDaemon) -> None:

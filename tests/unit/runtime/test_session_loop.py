@@ -51,6 +51,9 @@ class ListeningMode(Mode):
     def expect(self, until: int) -> None:
         self.heard.append(("expect", until))
 
+    def secure(self) -> None:
+        self.heard.append(("secure",))
+
     def boundary(self, step: int, metrics: Mapping[str, float]) -> bool:
         self.heard.append(("boundary", step, dict(metrics)))
         return step == self.stop_at

@@ -364,7 +364,7 @@ class Simulation(Exchanging):
             node.pool = None
         pool, node.pool = node.pool, None
         node.generation, node.local_ranks, node.decided = self.generation, ranks, False
-        node.parent, node.start_step, node.complete = None, 0, None
+        node.parent, node.start_step, node.complete, node.exposed = None, 0, None, False
         node.persisting, node.room_known = [], False
         if node.exchange is not None:
             self._tell(node, ExchangeFenced())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from simulated_workers import Workers
 from simulated_world import Leading, Node, Violation
 
+from holdfast.checkpoint.version import GenerationId
 from holdfast.snapshot import chain, leader, ledger
 from holdfast.snapshot.messages import Inventory
 from holdfast.snapshot.records import CleanImage, Parentage
@@ -70,7 +71,11 @@ class Daemons(Workers):
                 record = node.parents[self.generation]
                 tier = "none" if record.parent is None else "memory" if node.parent is not None else "storage"
                 node.leading.choice = chain.Choice(
-                    tier=tier, version=record.parent, step=node.start_step, protected=node.decided_protected
+                    tier=tier,
+                    version=record.parent,
+                    step=node.start_step,
+                    protected=node.decided_protected,
+                    exposed=node.exposed,
                 )
 
     def _do_pool(self, node: Node) -> None:
@@ -189,6 +194,7 @@ class Daemons(Workers):
                     generation=self.generation, parent=choice.version, step=choice.step
                 )
                 node.protected = node.decided_protected = choice.protected
+                node.exposed = choice.exposed and self._has_parity(self.generation)
                 self._feed(
                     node,
                     ledger.RestoreDecided(
@@ -288,9 +294,10 @@ class Daemons(Workers):
             persist_every_steps=self.plan.persist_every,
             carried=carried,
             decoded=tuple(leading.lost),
-            coded=self.plan.coded and any(group.num_parity for group in self.groups[self.generation].groups),
+            coded=self._has_parity(self.generation),
             parent=choice.version if choice.tier == "memory" else None,
             protected=choice.protected,
+            exposed=choice.exposed and self._has_parity(self.generation),
         )
         leading.ledger = self.machines.leader(config)
         for instruction in leading.ledger.start():
@@ -323,6 +330,9 @@ class Daemons(Workers):
                 self._check_complete(instruction.version)
             case leader.VersionProtected():
                 self._promise(instruction.version)
+
+    def _has_parity(self, generation: GenerationId) -> bool:
+        return self.plan.coded and any(group.num_parity for group in self.groups[generation].groups)
 
     def _do_commit(self, head: Node) -> None:
         leading = head.leading

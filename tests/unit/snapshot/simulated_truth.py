@@ -39,6 +39,8 @@ class Truth:
         if not self._is_whole(version):
             raise Violation(f"complete: {version} is not clean on all ranks")
         self.seen["complete"] += 1
+        if version.step == self.nodes[0].start_step and version.generation == self.nodes[0].generation:
+            self.seen["restored state is a version"] += 1
         self.completed.add(version)
         if self.newest is None or version.step > self.newest.step or version.generation != self.newest.generation:
             self.newest, self.floor = version, max(self.floor, version.step)

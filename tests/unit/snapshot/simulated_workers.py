@@ -55,6 +55,8 @@ class Workers(Truth):
         match worker.stage:
             case "start":
                 return node.decided and node.pool is not None
+            case "secure":
+                return True
             case "body":
                 return not worker.intent and self._others_are_there(worker)
             case "agreed":
@@ -93,7 +95,7 @@ class Workers(Truth):
         match worker.stage:
             case "start":
                 self._check_restore(worker)
-                worker.step, worker.stage = node.start_step, "body"
+                worker.step, worker.stage = node.start_step, "secure" if node.exposed else "body"
                 worker.connected_to = node.epoch if node.ledger is not None else 0
                 if worker.step >= self.last_step:
                     self.last_step = worker.step + self.rng.randint(1, 3)
@@ -103,6 +105,13 @@ class Workers(Truth):
                         generation=worker.generation, global_rank=worker.rank, step=worker.step, until=until
                     )
                 )
+            case "secure":  # for a moment only: it may go on at any time
+                if worker.step in node.grants.values():
+                    self._want(worker)
+                    worker.stage = "body"
+                elif self.rng.random() < 0.02:
+                    self.seen["restored state not granted in time"] += 1
+                    worker.stage = "body"
             case "body":
                 worker.step += 1
                 worker.stage = "agreed"

@@ -67,7 +67,7 @@ class Worker:
     step: int
     alive: bool = True
     stage: str = "start"
-    """start, body, agreed (must look), grant (must look), final, stop, done"""
+    """start, secure (may take the restored step), body, agreed (must look), grant (must look), final, stop, done"""
     intent: tuple[SlotRef, Version] | None = None
     """It has read a grant and not begun to write."""
     copying: tuple[SlotRef, Version] | None = None
@@ -95,6 +95,7 @@ class Node:
     decided: bool = False
     parent: Version | None = None
     start_step: int = 0
+    exposed: bool = False
     parents: dict[GenerationId, Parentage] = field(default_factory=dict)
     requests: tuple[Request, ...] = ()
     pinned: tuple[Pin, ...] = ()

@@ -46,7 +46,7 @@ def test_schedules_with_parity_hold_all_invariants():
     happened = (
         "protected, parity sealed, node lost, node lost in an exchange, loss survived by parity, loss not covered, "
         "image decoded, newcomer, shrunk, ranks moved, message lost, message twice, partition, leading daemon killed, "
-        "restored from memory, restored from storage"
+        "restored from memory, restored from storage, restored state is a version, restored state not granted in time"
     )
     assert [one for one in happened.split(", ") if not seen[one]] == []
 

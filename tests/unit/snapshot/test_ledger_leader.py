@@ -93,6 +93,22 @@ def test_a_generation_that_goes_on_from_memory_has_its_first_version_at_once():
     assert orders(machine.handle(report(27, clean=(23,)))).grants == (30,)
 
 
+def test_the_restored_step_is_granted_where_a_further_loss_could_take_what_the_generation_started_from():
+    machine = made(start_step=20, snapshot_every=10, parent=G.at(20), exposed=True)
+    assert orders(machine.handle(report(20))).grants == (20,)
+    done = orders(machine.handle(report(20, clean=(20,))))
+    assert (done.complete, done.grants) == (20, ())
+    assert orders(machine.handle(report(27, clean=(20,)))).grants == (30,)
+
+
+def test_who_did_not_wait_for_the_grant_of_the_restored_step_gets_the_next_one_and_no_longer_lead():
+    machine = made(start_step=20, snapshot_every=10, parent=G.at(20), exposed=True)
+    machine.handle(report(20))
+    assert orders(machine.handle(report(21, missed=(20,)))).grants == (22,)
+    assert machine.lead == 1
+    assert machine.handle(report(21, missed=(20,), granted=(22,))) == []
+
+
 def test_a_missed_version_is_abandoned_and_grants_move_further_ahead():
     machine = made()
     machine.handle(report())
