@@ -56,7 +56,7 @@ chaos: $(STAMP) ## the whole kill matrix and the long campaigns
 	$(BIN)/python -m pytest -m campaign
 
 clean: ## remove .venv and everything built
-	rm -rf .venv build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .rivals build dist runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 	rm -rf src/holdfast.egg-info
 
@@ -66,8 +66,15 @@ test-dcp: $(STAMP) ## DCP's own tests with our writer and reader; from GitHub, o
 	$(BIN)/python tests/external/dcp_tests.py $(if $(FROM),--from $(FROM))
 
 .PHONY: bench-recovery
-bench-recovery: $(STAMP) ## seconds from a killed worker to the next step, against torchrun
-	$(BIN)/python benchmarks/recovery.py $(BENCH_ARGS)
+bench-recovery: $(STAMP) ## seconds from a killed worker to the next step, against torchrun, NVRx and torchft
+	@$(PIP) --upgrade --target .rivals --no-deps nvidia-resiliency-ext torchft defusedxml nvidia-ml-py pynvml pyyaml 2>/dev/null \
+		&& $(PIP) --upgrade --target .rivals opentelemetry-sdk opentelemetry-exporter-otlp-proto-http 2>/dev/null \
+		|| echo "NVRx or torchft does not install here and is left out"
+	$(BIN)/python benchmarks/recovery.py --rivals .rivals $(BENCH_ARGS)
+
+.PHONY: bench-node-loss
+bench-node-loss: $(STAMP) ## seconds from a node without power to the next step; six minutes, needs root (namespaces)
+	$(BIN)/python benchmarks/node_loss.py $(BENCH_ARGS)
 
 .PHONY: soak
 soak: $(STAMP) ## half an hour of random faults on four nodes in namespaces; HOLDFAST_SOAK_S=seconds, needs root

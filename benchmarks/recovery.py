@@ -1,4 +1,4 @@
-"""How long a job stands still when a worker is killed: holdfast, with and without standby, against torchrun.
+"""How long a job stands still when a worker is killed: holdfast, with and without standby, against its rivals.
 
     python benchmarks/recovery.py            # 12 kills of each subject, in turns
     python benchmarks/recovery.py --quick    # 3 kills, to see that it works: its bars are not judged
@@ -15,9 +15,14 @@ The subjects:
     torchrun            torchrun --max-restarts, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (without it a restarted worker may
                         read the dead attempt's addresses and burn restarts); state from its newest dcp.save, every
                         SAVE_EVERY steps. The steps that it does again are told, and not counted as time.
+    nvrx                ft_launcher of nvidia-resiliency-ext with the script of torchrun, where ``--rivals``
+                        names a folder with that package (``make bench-recovery`` fills one)
+    torchft             a lighthouse and two replicas, each under a torchrun of its own, where the folder has torchft:
+                        the killed replica comes back and fetches its state from the living one
+    torchft, survivor   the same kills: until the living replica has finished a step, alone
 
 Bars: at most 0.5 s for holdfast, and at most a quarter of torchrun's time. Every failure must be recovered from. The
-phases of holdfast's recoveries come from its event log; the exit code is 1 where a bar is missed.
+phases of holdfast's recoveries come from its event log; the exit code is 1 where a bar is missed or not measured.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import argparse
 import itertools
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +39,7 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 from measure import Bar, as_json, estimate, machine, ratios, table
@@ -46,8 +53,12 @@ SAVE_EVERY = 10
 STEPS_BETWEEN = 25
 """Steps between two kills: torchrun's checkpoint is half as old on average as it can be."""
 LIMIT_S = 180.0
+TORCHFT_TIMEOUT_S = 10
 PHASES = ("stopped", "agreed", "started", "opened", "restored", "first_step")
+SURVIVOR = "torchft, survivor"
 SUBJECTS = ("holdfast", "holdfast, cold", "torchrun")
+GUESTS = {"nvrx": "nvidia_resiliency_ext", "torchft": "torchft"}
+"""Subjects whose package has to be in the folder of ``--rivals``."""
 
 
 # --- the training script
@@ -75,7 +86,7 @@ def worker(mode: str, folder: Path, steps: int) -> None:
             optimizer.step()
             log.write(f"step {step} {time.time():.6f}\n")
 
-        if mode == "torchrun":
+        if mode == "dcp":
             _with_dcp(folder, model, optimizer, body, steps)
         else:
             import holdfast
@@ -84,6 +95,74 @@ def worker(mode: str, folder: Path, steps: int) -> None:
                 for step in session.steps(until=steps):
                     body(step)
     dist.destroy_process_group()
+
+
+def replica(number: int, folder: Path, steps: int) -> None:
+    """The same training as one of torchft's replicas, which has one rank."""
+    import torch
+    import torchft
+    from torch import nn
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    inner = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+
+    def load(state: dict[str, dict[str, object]]) -> None:
+        plain.load_state_dict(state["model"])
+        inner.load_state_dict(state["optimizer"])
+
+    manager = torchft.Manager(
+        pg=torchft.ProcessGroupGloo(timeout=timedelta(seconds=TORCHFT_TIMEOUT_S)),
+        load_state_dict=load,
+        state_dict=lambda: {"model": plain.state_dict(), "optimizer": inner.state_dict()},
+        min_replica_size=1,
+        replica_id=f"replica-{number}-",
+        timeout=timedelta(seconds=TORCHFT_TIMEOUT_S),
+    )
+    model = torchft.DistributedDataParallel(manager, plain)
+    optimizer = torchft.Optimizer(manager, inner)
+    with (folder / f"rank-{number}.log").open("a", buffering=1) as log:
+        log.write(f"start {os.getpid()} {time.time():.6f}\n")
+        while (step := manager.current_step()) < steps:
+            time.sleep(STEP_S)
+            optimizer.zero_grad()
+            model(torch.ones(8, WIDTH)).square().mean().backward()
+            optimizer.step()
+            if manager.current_step() > step:  # else the step was not committed: a replica was lost in it
+                log.write(f"step {step} {time.time():.6f}\n")
+
+
+def replicas(folder: Path, steps: int, restarts: int) -> None:
+    """A lighthouse and two replicas, until SIGTERM."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    lighthouse = [
+        sys.executable,
+        f"{os.environ['PYTHONPATH']}/bin/torchft_lighthouse",
+        "--bind",
+        f"127.0.0.1:{port}",
+        "--min_replicas",
+        "1",
+    ]
+    begun = [subprocess.Popen([*lighthouse, "--quorum_tick_ms", "50", "--join_timeout_ms", "1000"])]
+    for number in (0, 1):
+        script = [__file__, "replica", str(number), str(folder), str(steps)]
+        command = [str(BIN / "torchrun"), "--standalone", "--max-restarts", str(restarts), *script]
+        environment = {**os.environ, "TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{port}"}
+        begun.append(subprocess.Popen(command, env=environment))
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.pause()
+    finally:
+        for process in reversed(begun):
+            process.terminate()
+        for process in begun:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def _with_dcp(folder: Path, model: object, optimizer: object, body: object, steps: int) -> None:
@@ -118,23 +197,34 @@ class Run:
     """What one run of one subject gave."""
 
     costs_s: list[float] = field(default_factory=list)
+    survivor_s: list[float] = field(default_factory=list)
+    """torchft: until the living replica finished a step."""
     steps_lost: list[int] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     recovered: bool = True
 
 
-def commands(subject: str, folder: Path, steps: int, kills: int) -> tuple[list[str], dict[str, str]]:
+def commands(
+    subject: str, folder: Path, steps: int, kills: int, rivals: Path | None
+) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a subject."""
-    mode = "torchrun" if subject == "torchrun" else "holdfast"
-    script = [__file__, "worker", mode, str(folder), str(steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    restarts = ["--max-restarts", str(kills + 3)]
-    if mode == "torchrun":
+    if subject in GUESTS:
+        environment["PYTHONPATH"] = str(rivals)
+    if subject == "torchft":
+        return [sys.executable, __file__, "replicas", str(folder), str(steps), str(kills + 3)], environment
+    flags = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(kills + 3)]
+    script = [__file__, "worker", "dcp" if subject in ("torchrun", "nvrx") else "holdfast", str(folder), str(steps)]
+    if subject in ("torchrun", "nvrx"):
         environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        return [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", *restarts, *script], environment
+        own = [str(BIN / "torchrun")]
+        if subject == "nvrx":
+            own = [sys.executable, "-m", "nvidia_resiliency_ext.fault_tolerance.launcher"]
+            own += ["--ignore-missing-fault-tol-cfg"]
+        return [*own, *flags, *script], environment
     ours = ["--hold-job", f"recovery-{os.getpid()}", "--hold-run-dir", str(folder / "run")]
-    ours += ["--hold-standby", "0" if "cold" in subject else "1", *restarts]
-    return [str(BIN / "holdfast"), "run", "--standalone", "--nproc-per-node", "2", *ours, *script], environment
+    ours += ["--hold-standby", "0" if "cold" in subject else "1"]
+    return [str(BIN / "holdfast"), "run", *flags, *ours, *script], environment
 
 
 def read(folder: Path, rank: int) -> list[tuple[str, int, float]]:
@@ -153,12 +243,12 @@ def since_start(folder: Path, rank: int, after: float) -> list[tuple[int, float]
     return [(number, at) for kind, number, at in lines[starts[-1] :] if kind == "step"]
 
 
-def measure(subject: str, kills: int) -> Run:
+def measure(subject: str, kills: int, rivals: Path | None) -> Run:
     """One run of one subject with `kills` kills."""
     found = Run()
     with tempfile.TemporaryDirectory(prefix="holdfast-recovery-") as name:
         folder = Path(name)
-        command, environment = commands(subject, folder, steps=10**6, kills=kills)
+        command, environment = commands(subject, folder, 10**6, kills, rivals)
         with (folder / "log.txt").open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=folder)
         try:
@@ -188,10 +278,22 @@ def _kill_once(subject: str, folder: Path, process: subprocess.Popen[bytes], fou
     killed = time.time()
     os.kill(pid, signal.SIGKILL)
     before = max(number for kind, number, _ in read(folder, 1) if kind == "step")
+    if subject == "torchft":
+        _until(process, lambda: since_start(folder, 1, killed) and _steps_after(folder, 0, killed))
+        survivor = _steps_after(folder, 0, killed)[0]
+        found.survivor_s.append(survivor - killed - median)
+        found.costs_s.append(max(survivor, since_start(folder, 1, killed)[0][1]) - killed - median)
+        found.steps_lost.append(0)
+        return
     _until(process, lambda: all(since_start(folder, rank, killed) for rank in (0, 1)))
     first = [since_start(folder, rank, killed)[0] for rank in (0, 1)]
     found.costs_s.append(max(at for _, at in first) - killed - median)
     found.steps_lost.append(max(0, before + 1 - first[0][0]))
+
+
+def _steps_after(folder: Path, rank: int, after: float) -> list[float]:
+    """When the rank finished steps, in whatever process."""
+    return [at for kind, _, at in read(folder, rank) if kind == "step" and at > after]
 
 
 def _ready(subject: str, folder: Path, found: Run) -> bool:
@@ -223,25 +325,37 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="3 kills of each subject; the bars are not judged")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--kills", type=int, default=3, help="kills of each subject per round")
+    parser.add_argument(
+        "--rivals", type=Path, metavar="FOLDER", help=f"where pip installed {', '.join(GUESTS.values())}"
+    )
+    parser.add_argument("--only", nargs="+", metavar="SUBJECT", help="default: all that are here")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
-    runs: dict[str, list[Run]] = {subject: [] for subject in SUBJECTS}
+    runs: dict[str, list[Run]] = {subject: [] for subject in options.only or here(options.rivals)}
     for _ in range(rounds):
-        for subject in SUBJECTS:
-            runs[subject].append(measure(subject, options.kills))
+        for subject in runs:
+            runs[subject].append(measure(subject, options.kills, options.rivals))
     return report(runs, rounds * options.kills, quick=options.quick, path=options.json)
+
+
+def here(rivals: Path | None) -> tuple[str, ...]:
+    """The subjects that can be measured."""
+    guests = [name for name, package in GUESTS.items() if rivals is not None and (rivals / package).is_dir()]
+    return (*SUBJECTS, *guests)
 
 
 def report(runs: dict[str, list[Run]], kills: int, *, quick: bool, path: str | None) -> int:
     """Print; 1 where a bar is missed."""
     costs = {subject: [cost for run in found for cost in run.costs_s] for subject, found in runs.items()}
     lost = {subject: [steps for run in found for steps in run.steps_lost] for subject, found in runs.items()}
+    if survivors := [cost for run in runs.get("torchft", []) for cost in run.survivor_s]:
+        costs[SURVIVOR], lost[SURVIVOR] = survivors, lost["torchft"]
     estimates = {subject: estimate(values) for subject, values in costs.items() if values}
     rows = [
         [subject, str(estimates[subject]), f"{min(costs[subject]):.2f} to {max(costs[subject]):.2f}",
          f"{statistics.mean(lost[subject]):.1f}", f"{len(costs[subject])} of {kills}"]
-        for subject in SUBJECTS if subject in estimates
+        for subject in estimates
     ]  # fmt: skip
     said = sys.stderr if path == "-" else sys.stdout
     print(machine(), file=said)
@@ -250,14 +364,14 @@ def report(runs: dict[str, list[Run]], kills: int, *, quick: bool, path: str | N
         subject: {
             phase: statistics.median(run_phases) for phase in PHASES if (run_phases := _phase(runs, subject, phase))
         }
-        for subject in SUBJECTS[:2]
+        for subject in runs
+        if subject.startswith("holdfast")
     }
     print(table(["s since the failure was noticed", *PHASES],
                 [[subject, *(f"{found[phase]:.3f}" if phase in found else "-" for phase in PHASES)]
                  for subject, found in phases.items()]), file=said)  # fmt: skip
-    pairs = min(len(costs["holdfast"]), len(costs["torchrun"]))
     bars = []
-    if pairs:
+    if pairs := min(len(costs.get(subject, ())) for subject in ("holdfast", "torchrun")):
         share = estimate(ratios(costs["holdfast"][:pairs], costs["torchrun"][:pairs]))
         bars = [Bar("kill to next step", estimates["holdfast"], 0.5, " s"), Bar("over torchrun", share, 0.25)]
     whole = all(len(values) == kills for values in costs.values())
@@ -278,5 +392,9 @@ def _phase(runs: dict[str, list[Run]], subject: str, phase: str) -> list[float]:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         worker(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    elif sys.argv[1:2] == ["replica"]:
+        replica(int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    elif sys.argv[1:2] == ["replicas"]:
+        replicas(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     else:
         raise SystemExit(main())
