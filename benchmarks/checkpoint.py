@@ -31,6 +31,7 @@ import gc
 import json
 import logging
 import os
+import random
 import shutil
 import signal
 import statistics
@@ -339,8 +340,9 @@ class Rank:
         """The value of a round is that of the slowest rank; the round before the first warms up."""
         found = {key: subject for key, subject in subjects.items() if self._works(key, subject)}
         values: dict[str, list[float]] = {key: [] for key in found}
-        for _ in range(self._options.rounds):
-            for key, subject in found.items():
+        for number in range(self._options.rounds):
+            # Another order in each round, the same on all ranks: the disk remembers what was written before.
+            for key, subject in random.Random(number).sample(sorted(found.items()), len(found)):
                 gc.collect()
                 dist.barrier()
                 slowest = torch.tensor(subject(), dtype=torch.float64)
