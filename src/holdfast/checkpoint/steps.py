@@ -15,7 +15,7 @@ from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, decode_root
 from holdfast.checkpoint.storage import Storage, storage_of
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CheckpointError, CorruptError, StorageError
+from holdfast.errors import CheckpointError, CorruptError, FenceError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -129,30 +129,44 @@ def read_step_info(path: Path, step: int | None = None, *, storage: Storage | No
     )
 
 
-def abandon_after(checkpoint_dir: str | Path, step: int, *, storage: Storage | None = None) -> Path | None:
+def abandon_after(
+    checkpoint_dir: str | Path, step: int, *, storage: Storage | None = None, wanted: Callable[[], bool] = lambda: True
+) -> Path | None:
     """Move step directories later than `step` into ``abandoned-<time>/``.
 
     Called when a run goes on from an older step, before it saves.
+
+    Args:
+        checkpoint_dir: where they are.
+        step: stays, with all before.
+        storage: of the directory, where it is known.
+        wanted: asked before each move: a storage may hang, and answer when the run has long gone on without this.
 
     Returns:
         The folder that they are in now, None where there were none.
 
     Raises:
         StorageError: one cannot be moved; the later ones among them are moved first.
+        FenceError: it is not wanted any more.
     """
-    return _abandon(checkpoint_dir, lambda info: info.step > step, storage)
+    return _abandon(checkpoint_dir, lambda info: info.step > step, storage, wanted)
 
 
-def abandon_step(checkpoint_dir: str | Path, step: int, *, storage: Storage | None = None) -> Path | None:
+def abandon_step(
+    checkpoint_dir: str | Path, step: int, *, storage: Storage | None = None, wanted: Callable[[], bool] = lambda: True
+) -> Path | None:
     """The same for one step: its root was found off the chain when the step is to be saved again.
 
     Raises:
         StorageError: it cannot be moved.
+        FenceError: it is not wanted any more.
     """
-    return _abandon(checkpoint_dir, lambda info: info.step == step, storage)
+    return _abandon(checkpoint_dir, lambda info: info.step == step, storage, wanted)
 
 
-def _abandon(checkpoint_dir: str | Path, chosen: Callable[[StepInfo], bool], storage: Storage | None) -> Path | None:
+def _abandon(
+    checkpoint_dir: str | Path, chosen: Callable[[StepInfo], bool], storage: Storage | None, wanted: Callable[[], bool]
+) -> Path | None:
     checkpoint_dir = place(checkpoint_dir)
     storage = storage or storage_of(checkpoint_dir)
     later = [info for info in list_steps(checkpoint_dir, storage=storage) if chosen(info)]
@@ -162,6 +176,8 @@ def _abandon(checkpoint_dir: str | Path, chosen: Callable[[StepInfo], bool], sto
     folder = checkpoint_dir / f"abandoned-{stamp}-{secrets.token_hex(2)}"
     # Newest first: interrupted at any point, what is left is a shorter history, not one with a hole.
     for info in reversed(later):
+        if not wanted():
+            raise FenceError(f"{checkpoint_dir}: step {info.step} stays where it is, the job has gone on without that")
         storage.move(info.path, folder / info.path.name)
     logger.info("%s: %d later checkpoints set aside in %s", checkpoint_dir, len(later), folder.name)
     return folder

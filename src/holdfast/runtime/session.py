@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -38,6 +39,8 @@ from holdfast.testing import install_hooks
 __all__ = ["InitFrom", "PerRank", "Session", "restore_point"]
 
 log = logging.getLogger(__name__)
+_PROBE_S = 10.0
+"""How long a generation that goes on from memory waits for its storage to show that it can be written to."""
 
 Models = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
 Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer]
@@ -368,12 +371,21 @@ class Session:
 
 def _try_storage(checkpoint_dir: Path, environment: WorkerEnvironment | None) -> None:
     """A job that has run before may go on from memory while its storage is away: the leader's daemon decides that."""
-    try:
+    if environment is None or environment.generation.generation <= 1:
         make_writable(checkpoint_dir)
-    except StorageError as error:
-        if environment is None or environment.generation.generation <= 1:
-            raise
-        log.warning("%s", error)
+        return
+
+    def probe() -> None:
+        try:
+            make_writable(checkpoint_dir)
+        except StorageError as error:
+            log.warning("%s", error)
+
+    thread = threading.Thread(target=probe, name="holdfast-probe", daemon=True)  # it may hang for ever
+    thread.start()
+    thread.join(_PROBE_S)
+    if thread.is_alive():
+        log.warning("checkpoint_dir %r does not answer within %.0f s", str(checkpoint_dir), _PROBE_S)
 
 
 def _models(model: Models) -> list[nn.Module]:

@@ -70,7 +70,7 @@ from holdfast.snapshot.messages import (
     Welcome,
 )
 from holdfast.snapshot.node import Node
-from holdfast.snapshot.persister import Part, write_part
+from holdfast.snapshot.persister import LIMIT_S, Part, write_part
 from holdfast.snapshot.records import ImageLocation
 from holdfast.snapshot.reports import Request
 from holdfast.snapshot.shelf import Shelf
@@ -155,6 +155,7 @@ class Daemon:
             except HoldfastError as error:
                 _log.warning("%s could not be handled: %s", type(message).__name__, error)
         now = time.monotonic()
+        self.lanes.expire(now)
         self.node.poll_page()
         if self.leading is not None:
             self.leading.tick(now)
@@ -391,7 +392,9 @@ class Daemon:
         self._parts[order.version] = part
         count = len(part.slots) + len(part.lost)
         _log.info("persisting %s into %s (%d images)", order.version, order.directory, count)
-        self.lanes.submit("persist", lambda: write_part(part), lambda result: self._part_ended(part, result))
+        self.lanes.submit(
+            "persist", lambda: write_part(part), lambda result: self._part_ended(part, result), limit_s=LIMIT_S
+        )
 
     def _opener(self, order: PersistOrder, location: ImageLocation) -> Callable[[], OpenImage]:
         """What opens a lost image, in the lane that writes it."""
@@ -405,6 +408,7 @@ class Daemon:
         return opened
 
     def _part_ended(self, part: Part, result: tuple[bytes, ...] | Exception) -> None:
+        part.cancelled.set()  # a write that hangs, and was given up, must not read slots that are free by then
         if self._parts.get(part.version) is part:
             del self._parts[part.version]
         start = self.node.start

@@ -37,7 +37,7 @@ from holdfast.snapshot.messages import (
     PersistPart,
     StartGeneration,
 )
-from holdfast.snapshot.persister import Commit, commit, step_directory
+from holdfast.snapshot.persister import LIMIT_S, Commit, commit, step_directory
 from holdfast.snapshot.records import SessionConfig
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ _ATTEMPT: Final = 1 << 60
 _INVENTORY_LIMIT_S: Final = 5.0
 _RESCUE_LIMIT_S: Final = 600.0
 _LEADER_LIMIT_S: Final = 60.0
+_STORAGE_S: Final = 60.0
+"""How long listing the checkpoints may take."""
 
 
 def too_slow(ended: Sequence[PersistEnded], grace_s: float) -> float | None:
@@ -213,7 +215,7 @@ class Rescue:
                     self._daemon.transport.send_node(node_rank, ask)
             return
         self._choosing = True
-        self._daemon.lanes.submit("storage", self._choose, self._choice_made)
+        self._daemon.lanes.submit("storage", self._choose, self._choice_made, limit_s=_STORAGE_S)
 
     def _choose(self) -> tuple[chain.Choice, str | None]:
         assert self._start is not None
@@ -293,7 +295,7 @@ class Rescue:
             keep=self._config.keep,
         )
         self._committing = True
-        self._daemon.lanes.submit("commit", lambda: commit(job), self._committed)
+        self._daemon.lanes.submit("commit", lambda: commit(job), self._committed, limit_s=LIMIT_S)
 
     def _committed(self, result: StepInfo | Exception) -> None:
         assert self._chosen is not None

@@ -8,6 +8,8 @@ Event loop only; storage is touched in the lanes ``storage`` and ``persist``.
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -43,14 +45,15 @@ from holdfast.snapshot.messages import (
     RestoreFailed,
     StartGeneration,
 )
-from holdfast.snapshot.persister import Commit, clear_way, commit, step_directory
+from holdfast.snapshot.persister import LIMIT_S, Commit, clear_way, commit, step_directory
 from holdfast.snapshot.records import ImageLocation, SessionConfig
 from holdfast.snapshot.reports import Pin
 
 _log = logging.getLogger(__name__)
 _ASK_EVERY_S: Final = 0.5
 _WARN_AFTER_S: Final = 60.0
-_PART_LIMIT_S: Final = 1800.0
+_STORAGE_S: Final = 15.0
+"""How long a generation of an incarnation that runs waits for its checkpoint storage before memory alone must do."""
 _ORDER_AGAIN_S: Final = 5.0
 
 
@@ -99,6 +102,7 @@ class Leading:
         self._inventories: dict[int, Inventory] = {}
         self._opened: dict[int, SessionConfig] = {}
         self._choosing = False
+        self._stop_survey = threading.Event()
         self._refused: Refused | None = None
         self._excluded: set[Version] = set()
         self._attempt = 0
@@ -129,6 +133,8 @@ class Leading:
     def close(self) -> None:
         """Another generation starts, or the daemon goes: results of lanes that come later count no more."""
         self.closed = True
+        self._stop_survey.set()
+        self._lanes.hurry("storage", _STORAGE_S)
 
     # --- before the choice
 
@@ -240,7 +246,33 @@ class Leading:
             bad_images=tuple(sorted(self._bad_images)),
             excluded_paths=tuple(sorted(self._excluded_paths)),
         )
-        self._lanes.submit("storage", lambda: survey.decide(question), self._decided)
+        self._survey(question, limit_s=math.inf if self.start.fresh else _STORAGE_S)
+
+    def _survey(self, question: survey.Question, limit_s: float) -> None:
+        """Choose, in the lane that touches storage. One that hangs is given up where memory alone does."""
+        stop, raised = threading.Event(), list[Exception]()
+        self._stop_survey = stop
+
+        def job() -> survey.Answer:
+            try:
+                return survey.decide(question, wanted=lambda: not stop.is_set())
+            except Exception as error:
+                raised.append(error)
+                raise
+
+        def done(answer: survey.Answer | Exception) -> None:
+            if self.closed or isinstance(answer, survey.Answer) or answer in raised:
+                self._decided(answer)
+                return
+            stop.set()
+            alone = survey.from_memory_alone(question, problem=str(answer))
+            if alone is not None:
+                self._decided(alone)
+                return
+            self._say("warning", f"the checkpoint storage hangs, and memory alone does not do: {answer}; waiting on")
+            self._survey(question, math.inf)
+
+        self._lanes.submit("storage", job, done, limit_s=limit_s)
 
     def _decided(self, answer: survey.Answer | Exception) -> None:
         self._choosing = False
@@ -446,9 +478,9 @@ class Leading:
                 attempt.ordered = now  # order or answer may have been lost with a connection
                 for node_rank in attempt.waiting:
                     self._send(node_rank, attempt.orders[node_rank])
-            if attempt.waiting and now - attempt.begun > _PART_LIMIT_S:
+            if attempt.waiting and now - attempt.begun > LIMIT_S:
                 for node_rank in sorted(attempt.waiting):
-                    self._part_ended(attempt, node_rank, f"nothing was heard of it for {_PART_LIMIT_S:.0f} s")
+                    self._part_ended(attempt, node_rank, f"nothing was heard of it for {LIMIT_S:.0f} s")
 
     def _order_persist(self, order: leader.OrderPersist) -> None:
         if self.config is None or self.config.checkpoint_dir is None:
@@ -467,7 +499,12 @@ class Leading:
         directory = str(step_directory(self.config.checkpoint_dir, order.version.step))
         messages = self._persist_orders(order, directory)
 
+        def wanted() -> bool:
+            return not self.closed and self._attempts.get(order.version) is known
+
         def cleared(result: object) -> None:
+            if not wanted():
+                return
             known.orders, known.ordered = messages, time.monotonic()
             for node_rank in order.nodes:
                 if isinstance(result, Exception):
@@ -475,7 +512,10 @@ class Leading:
                 else:
                     self._send(node_rank, messages[node_rank])
 
-        self._lanes.submit("storage", lambda: clear_way(place(directory), order.version), cleared)
+        def clear() -> None:
+            clear_way(place(directory), order.version, wanted=wanted)
+
+        self._lanes.submit("storage", clear, cleared, limit_s=LIMIT_S)
 
     def _persist_orders(self, order: leader.OrderPersist, directory: str) -> dict[int, PersistOrder]:
         """What each node is told. Images of nodes that are gone are dealt out to all, the same at each attempt."""
@@ -535,7 +575,7 @@ class Leading:
                 _log.error("committing %s failed", order.version, exc_info=result)
             self._feed(leader.CommitEnded(version=order.version, attempt=order.attempt, error=error))
 
-        self._lanes.submit("commit", lambda: commit(job), done)
+        self._lanes.submit("commit", lambda: commit(job), done, limit_s=LIMIT_S)
 
     def _settled(self, settled: leader.PersistSettled) -> None:
         attempt = self._attempts.pop(settled.version, None)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from holdfast.checkpoint.commit import (
     ImageRecord,
@@ -39,6 +40,8 @@ from holdfast.errors import CheckpointError, CorruptError, FenceError
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, SlotState, read_slot_header
 
 _log = logging.getLogger(__name__)
+LIMIT_S: Final = 1800.0
+"""How long a node may take for its part, and the leader for index and root. Storage that hangs is given up after it."""
 
 
 @dataclass(frozen=True)
@@ -190,11 +193,17 @@ def existing(directory: Path, version: Version) -> StepInfo | None:
     return info if info is not None and info.complete and info.version == version else None
 
 
-def clear_way(directory: Path, version: Version) -> None:
+def clear_way(directory: Path, version: Version, *, wanted: Callable[[], bool] = lambda: True) -> None:
     """Move a checkpoint of another version out of the way: it is off the chain, or `version` would not be made.
+
+    Args:
+        directory: of the step.
+        version: that is to be written there.
+        wanted: asked before anything is moved.
 
     Raises:
         StorageError: it cannot be moved.
+        FenceError: it is not wanted any more.
     """
     if (directory / ROOT_NAME).exists() and existing(directory, version) is None:
-        abandon_step(directory.parent, version.step)
+        abandon_step(directory.parent, version.step, wanted=wanted)

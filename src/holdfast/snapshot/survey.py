@@ -8,7 +8,8 @@ runs goes on from memory where its storage cannot be used: that may be the very 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from holdfast.checkpoint.commit import StepInfo, abandon_after, history_id, list_steps
 from holdfast.checkpoint.places import UrlPath, place
@@ -42,39 +43,53 @@ class Answer:
     """Why the checkpoint directory could not be used, where memory gives all that is needed."""
 
 
-def decide(question: Question) -> Answer:
+def decide(question: Question, *, wanted: Callable[[], bool] = lambda: True) -> Answer:
     """Choose, and make the checkpoint directory ready.
 
+    Args:
+        question: what it depends on.
+        wanted: whether anybody waits for the answer; asked before anything is changed in storage.
+
     Raises:
+        FenceError: nobody does.
         UsageError: `resume` names what is not there.
         StorageError: the checkpoint directory cannot be read or written, and memory alone does not do.
         CorruptError: the same of its history id.
     """
     try:
-        return _with_storage(question)
+        return _with_storage(question, wanted)
     except (StorageError, CorruptError, OSError) as error:
-        answer = None if question.fresh else _from_memory_alone(question)
+        answer = from_memory_alone(question, problem=str(error))
         if answer is None:
             raise
-        return replace(answer, problem=str(error))
+        return answer
 
 
-def _from_memory_alone(question: Question) -> Answer | None:
-    """What memory gives to an incarnation that runs. Which history it belongs to stands in the inventories; later
-    steps that lie in storage stay where they are, and are set aside when they are saved again."""
+def from_memory_alone(question: Question, *, problem: str) -> Answer | None:
+    """What memory gives to an incarnation that runs; None where that is nothing, or none runs. Which history it belongs
+    to stands in the inventories; later steps that lie in storage stay where they are, and are set aside when they are
+    saved again. Touches no storage.
+
+    Args:
+        question: what it depends on.
+        problem: `Answer.problem`.
+    """
+    if question.fresh:
+        return None
     choice = chain.choose(_chain_question(question, (), None))
     histories = [one.history for one in question.inventories if one.history is not None]
-    return Answer(choice=choice, history=next(iter(histories), None)) if choice.tier == "memory" else None
+    history = next(iter(histories), None)
+    return Answer(choice=choice, history=history, problem=problem) if choice.tier == "memory" else None
 
 
-def _with_storage(question: Question) -> Answer:
+def _with_storage(question: Question, wanted: Callable[[], bool]) -> Answer:
     config = question.config
     directory = config.checkpoint_dir
     stored = stored_steps(directory, config.resume if question.fresh else "auto")
     choice = chain.choose(_chain_question(question, stored, history_of(directory)))
     if choice.tier == "error":
         raise UsageError(choice.reason)
-    return Answer(choice=choice, history=_make_ready(directory, choice, stored))
+    return Answer(choice=choice, history=_make_ready(directory, choice, stored, wanted))
 
 
 def _chain_question(
@@ -119,7 +134,9 @@ def _stored(info: StepInfo) -> chain.StoredStep:
     return chain.StoredStep(step=info.step, version=info.version, path=str(info.path), tag=info.tag)
 
 
-def _make_ready(directory: str | None, choice: chain.Choice, stored: tuple[chain.StoredStep, ...]) -> str | None:
+def _make_ready(
+    directory: str | None, choice: chain.Choice, stored: tuple[chain.StoredStep, ...], wanted: Callable[[], bool]
+) -> str | None:
     if directory is None:
         return None
     try:
@@ -128,5 +145,5 @@ def _make_ready(directory: str | None, choice: chain.Choice, stored: tuple[chain
     except OSError as error:
         raise StorageError(f"checkpoint_dir {directory} cannot be made: {error}; give one that is writable") from error
     if any(step.step > choice.step and place(step.path).parent == place(directory) for step in stored):
-        abandon_after(directory, choice.step)
+        abandon_after(directory, choice.step, wanted=wanted)
     return history_id(directory, create=True)

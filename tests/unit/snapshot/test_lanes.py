@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import select
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from holdfast.errors import StorageError
 from holdfast.snapshot.lanes import Lanes
 
 
@@ -62,3 +64,42 @@ def test_a_job_that_is_stuck_does_not_stop_another_lane(lanes: Lanes) -> None:
     assert results == ["done"]
     gate.set()
     _deliver(lanes, results, 2)
+
+
+def test_a_job_past_its_limit_is_given_up_and_the_lane_goes_on_without_it(lanes: Lanes) -> None:
+    gate, running = threading.Event(), threading.Event()
+    results: list[object] = []
+
+    def hang() -> str:
+        running.set()
+        gate.wait(30)
+        return "too late"
+
+    lanes.submit("storage", hang, results.append, limit_s=60.0)
+    lanes.submit("storage", lambda: "next", results.append)
+    assert running.wait(10)
+    lanes.expire(time.monotonic() + 59)
+    assert results == []
+    lanes.expire(time.monotonic() + 61)
+    [error] = results
+    assert isinstance(error, StorageError)
+    _deliver(lanes, results, 2)
+    assert results[1] == "next"
+    assert not lanes.busy("storage")
+    gate.set()
+    lanes.submit("storage", lambda: "one more", results.append)
+    _deliver(lanes, results, 3)
+    assert results[2] == "one more"  # and what came too late is nobody's
+
+
+def test_a_job_whose_asker_is_gone_has_only_so_long(lanes: Lanes) -> None:
+    gate, running = threading.Event(), threading.Event()
+    results: list[object] = []
+    lanes.submit("storage", lambda: (running.set(), gate.wait(30)), results.append)
+    assert running.wait(10)
+    lanes.expire(time.monotonic() + 1e6)
+    assert results == []
+    lanes.hurry("storage", 15.0)
+    lanes.expire(time.monotonic() + 16)
+    assert [type(one) for one in results] == [StorageError]
+    gate.set()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import select
+import threading
+import time
+
 import msgspec
+import pytest
 
 from holdfast.checkpoint.version import GenerationId
+from holdfast.snapshot import survey
 from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.leading import Leading
 from holdfast.snapshot.messages import (
@@ -14,7 +20,9 @@ from holdfast.snapshot.messages import (
     LeaderOrders,
     LeaderRestore,
     NodeReport,
+    Notice,
     PersistEnded,
+    RanksOpened,
     Restore,
     StartGeneration,
 )
@@ -28,7 +36,7 @@ NOW = GenerationId(incarnation=1, nonce="00000abc", generation=2)
 class Told:
     """A leader whose daemon was restarted in `NOW`, and what it has sent."""
 
-    def __init__(self, checkpoint_dir: str | None) -> None:
+    def __init__(self, checkpoint_dir: str | None, *, chosen: bool = True) -> None:
         self.sent: list[AnyMessage] = []
         member = Member(node_rank=0, daemon="tcp://127.0.0.1:1", first_global_rank=0, num_ranks=1)
         start = StartGeneration(generation=NOW, run_id="run", members=(member,), node_rank=0, leader=0, fresh=False)
@@ -44,8 +52,11 @@ class Told:
         )
         self.lanes = Lanes()
         self.leading = Leading(
-            start, 1, self.lanes, send=lambda _, message: self.sent.append(message), to_agent=lambda _: None
+            start, 1, self.lanes, send=lambda _, message: self.sent.append(message), to_agent=self.sent.append
         )
+        self.config = config
+        if not chosen:
+            return
         restore = Restore(tier="memory", version=OLD.at(5), step=5)
         self.leading.resume(LeaderRestore(generation=NOW, restore=restore, history=None, config=config), config)
 
@@ -103,3 +114,55 @@ def test_orders_of_one_moment_never_overtake_those_of_the_next() -> None:
     [ended] = told.of(PersistEnded)
     assert ended.error == "node 0: no checkpoint_dir"
     assert told.of(LeaderOrders)[-1].orders.pinned == ()
+
+
+def test_a_generation_goes_on_from_memory_where_its_storage_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, asked = threading.Event(), threading.Event()
+
+    def hang(directory: str | None, resume: str) -> tuple[()]:
+        asked.set()
+        assert gate.wait(30)
+        return ()
+
+    monkeypatch.setattr(survey, "stored_steps", hang)
+    told = Told("/nowhere/c", chosen=False)
+    told.inventory()
+    told.leading.receive(RanksOpened(generation=NOW, node_rank=0, opened=((0, told.config),)))
+    assert asked.wait(10)
+    told.lanes.expire(time.monotonic() + 10)
+    assert told.of(LeaderRestore) == []
+    told.lanes.expire(time.monotonic() + 20)
+    [chosen] = told.of(LeaderRestore)
+    assert (chosen.restore.tier, chosen.restore.version) == ("memory", OLD.at(5))
+    assert any("cannot be used, memory is all there is" in notice.text for notice in told.of(Notice))
+    assert not told.lanes.busy("storage")
+    gate.set()
+    told.lanes.close(5.0)
+
+
+def test_where_memory_does_not_do_a_storage_that_hangs_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, asked = threading.Event(), threading.Semaphore(0)
+
+    def hang(directory: str | None, resume: str) -> tuple[()]:
+        asked.release()
+        assert gate.wait(30)
+        return ()
+
+    monkeypatch.setattr(survey, "stored_steps", hang)
+    monkeypatch.setattr(survey, "history_of", lambda directory: None)
+    monkeypatch.setattr(survey, "_make_ready", lambda *rest: "h" * 32)
+    told = Told("/nowhere/c", chosen=False)
+    nothing = Inventory(generation=NOW, node_rank=0, clean=(), parents=(), history=None, newest_step=0)
+    told.leading.receive(nothing)
+    told.leading.receive(RanksOpened(generation=NOW, node_rank=0, opened=((0, told.config),)))
+    assert asked.acquire(timeout=10)
+    told.lanes.expire(time.monotonic() + 20)
+    assert asked.acquire(timeout=10)  # it is asked again, by another thread
+    told.lanes.expire(time.monotonic() + 1e6)
+    assert told.of(LeaderRestore) == []
+    gate.set()
+    while not told.of(LeaderRestore):
+        assert select.select([told.lanes.wakeup], [], [], 10.0)[0], "nothing was chosen"
+        told.lanes.deliver()
+    assert [chosen.restore.tier for chosen in told.of(LeaderRestore)] == ["none"]
+    told.lanes.close(5.0)
