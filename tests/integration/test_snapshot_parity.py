@@ -212,6 +212,10 @@ def test_flipped_bits_are_noticed_and_routed_around(
     assert {one.tier for one in chosen[1:]} == {"peers"}
     assert len(chosen) > 2  # a reader found the damage of the slot
     assert any(isinstance(one, Notice) and "does not match its checksum" in one.text for one in nodes[0].pushed)
+    found = [one for one in nodes[0].pushed if isinstance(one, Notice) and one.about == "damage"]
+    assert any("of the parity of" in one.text for one in found), found
+    assert any("cannot be restored" in one.text for one in found), found
+    assert len({one.text for one in found}) == len(found)  # each place once
     err = capfd.readouterr().err
     assert "of the parity of" in err, err
 
@@ -226,6 +230,8 @@ def test_bits_flipped_in_messages_are_noticed_counted_and_asked_for_again(
     job = Job(nodes, 1)
     job.start(plan(2))
     assert nodes[0].expect(ParityMade).damaged == 2
+    told = nodes[0].expect(Notice, where=lambda one: one.about == "damage")
+    assert (told.number, "were damaged on their way" in told.text) == (2, True)
     step = protected(nodes[0], 0)
     job.end()
     lose(nodes[1])

@@ -402,7 +402,7 @@ class Agent:
                         self._warm_up()
                         self._session_changed()
                 case Notice():
-                    self._counted[message.about] += bool(message.about)
+                    self._counted[message.about] += message.number if message.about else 0
                     self._write(
                         events.Noticed(
                             severity=message.severity,

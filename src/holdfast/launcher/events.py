@@ -27,7 +27,8 @@ Kinds, and the fields that each one adds (fields that have their default are lef
                         without a Session only the first three are there. Written by the leader's agent only.
     daemon              change (started, adopted, died, off, failed), pid, text
     standby             change (ready, failed), pid, modules (that it has imported), text
-    notice              severity (info, warning, error), text; about and count where it is counted: divergence
+    notice              severity (info, warning, error), text; about and count where it is counted: divergence,
+                        damage
     health              check (as in `holdfast doctor`), status (ok: well again, warn, fail), text
     hang                change (dump, suspected, resumed, hung), global_rank (that stopped first), step, text
     straggler           global_rank, slow (false: it has caught up), text
@@ -137,9 +138,10 @@ class Noticed(Event, frozen=True, kw_only=True, tag="notice", omit_defaults=True
     severity: str
     text: str
     about: str = ""
-    """What is counted: divergence (copies that should agree do not)."""
+    """What is counted: divergence (copies that should agree do not), damage (memory, or messages between nodes, that did
+    not match their checksums)."""
     count: int = 0
-    """How many about that this agent has seen, this one too."""
+    """How many of that this agent has heard of, those of this line too."""
 
 
 class HealthEvent(Event, frozen=True, kw_only=True, tag="health", omit_defaults=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     hangs: int
     steps_lost: int
     recovery_seconds: float
+    found: dict[str, int]
+    """What checksums found, by kind: damage, divergence."""
     warnings: tuple[str, ...]
 
 
@@ -104,6 +107,7 @@ def summarise(events: Sequence[Event], *, now: float) -> Summary:
         hangs=sum(event.get("change") == "hung" for event in _of(events, "hang")),
         steps_lost=sum(recovery.steps_lost for recovery in recoveries),
         recovery_seconds=round(sum(recovery.seconds or 0.0 for recovery in recoveries), 3),
+        found=_found(events),
         warnings=tuple(dict.fromkeys(_warnings(events))),
     )
 
@@ -136,6 +140,19 @@ def _recovery(event: Event) -> RecoveryLine:
     )
 
 
+def _found(events: Sequence[Event]) -> dict[str, int]:
+    """Agents count for themselves, each in ascending numbers."""
+    counts: dict[tuple[str, str, int], int] = {}
+    for event in _of(events, "notice"):
+        if event.get("about"):
+            key = (str(event["about"]), str(event.get("host", "")), int(event.get("agent", 0)))
+            counts[key] = max(counts.get(key, 0), int(event.get("count", 0)))
+    totals: Counter[str] = Counter()
+    for (about, _, _), count in counts.items():
+        totals[about] += count
+    return dict(sorted(totals.items()))
+
+
 def _warnings(events: Sequence[Event]) -> list[str]:
     found = []
     for event in events:
@@ -166,6 +183,7 @@ def _show(summary: Summary) -> None:
         ("generations", f"{summary.generations} (ranks: {worlds})"),
         ("failures", f"{summary.worker_failures} workers, {summary.hangs} hangs"),
         ("recoveries", f"{len(summary.recoveries)}: {summary.steps_lost} steps lost, {human_seconds(lost)}{share}"),
+        ("found", ", ".join(f"{count} {about}" for about, count in summary.found.items())),
     ]
     put_table("run", ("", ""), [row for row in rows if row[1]])
     if summary.recoveries:

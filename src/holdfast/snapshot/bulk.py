@@ -149,6 +149,7 @@ class BulkServer:
         read: gives the bytes of a range, as a view that nobody changes while they are sent, or raises what is wrong;
             called in the thread.
         idle: called in the thread about once per second.
+        damaged: called in the thread where what was asked for is here and does not match its checksum.
         rate: most bytes per second for patient questions; 0: no limit.
     """
 
@@ -161,10 +162,11 @@ class BulkServer:
         keys: JobKeys,
         read: Callable[[Range], Buffer],
         idle: Callable[[], None] = lambda: None,
+        damaged: Callable[[str], None] = lambda text: None,
         rate: float = 0.0,
     ) -> None:
         self.counters = Counters()
-        self._keys, self._read, self._idle = keys, read, idle
+        self._keys, self._read, self._idle, self._damaged = keys, read, idle, damaged
         self._idled = time.monotonic()
         self._bucket = TokenBucket(rate)
         self._waiting: deque[tuple[bytes, bytes, Ask]] = deque()  # patient questions; thread only
@@ -254,6 +256,7 @@ class BulkServer:
             self.counters.corrupt += corrupt
             if corrupt:
                 _log.warning("%s", error)
+                self._damaged(str(error))
             answer = Answer(number=ask.number, error=str(error), corrupt=corrupt)
         with contextlib.suppress(zmq.Again):
             self._socket.send_multipart([identity, _encoder.encode(answer), data], zmq.NOBLOCK, copy=False)

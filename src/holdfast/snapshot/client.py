@@ -183,6 +183,7 @@ class SnapshotClient:
                 path=self._restore.path if self._restore else None,
                 attempt=self._restore.attempt if self._restore else 0,
                 bad_images=self._images.bad,
+                damaged=self._images.num_damaged,
             )
         )
         return self._answer("another version to restore", timeout)

@@ -33,7 +33,7 @@ from holdfast.checkpoint.places import place
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.environment import encrypts_all, job_token
-from holdfast.errors import HoldfastError
+from holdfast.errors import CorruptError, HoldfastError
 from holdfast.snapshot import ledger
 from holdfast.snapshot.arena import Arena
 from holdfast.snapshot.bulk import BulkServer
@@ -109,7 +109,13 @@ class Daemon:
         self.transport = Transport(socket_dir, address, state.endpoint, keys)
         self.shelf = Shelf(self.arena.directory)
         self.bulk = BulkServer(
-            self.transport.context, address, state.bulk, keys=keys, read=self.shelf.read, idle=self.shelf.forget
+            self.transport.context,
+            address,
+            state.bulk,
+            keys=keys,
+            read=self.shelf.read,
+            idle=self.shelf.forget,
+            damaged=lambda text: self.lanes.post(lambda: self.node.damage.found(text)),
         )
         self.bulk.limit(state.bandwidth)
         self.bulk.start()
@@ -411,6 +417,8 @@ class Daemon:
         part.cancelled.set()  # a write that hangs, and was given up, must not read slots that are free by then
         if self._parts.get(part.version) is part:
             del self._parts[part.version]
+        if isinstance(result, CorruptError):
+            self.node.damage.found(str(result))
         start = self.node.start
         if start is None:
             return

@@ -216,7 +216,9 @@ class Leading:
         if chosen is None or (chosen.version, chosen.path, chosen.attempt) != failed:
             return
         self._attempt += 1
-        self._say("warning", f"{message.version} cannot be restored ({message.reason}); the next candidate is taken")
+        text = f"{message.version} cannot be restored ({message.reason}); the next candidate is taken"
+        damaged = message.damaged
+        self._say("warning", text, about="damage" if damaged else "", number=max(1, damaged))
         bad = {(message.version, rank) for rank in message.bad_images} - self._bad_images
         if chosen.path is not None:
             self._excluded_paths.add(chosen.path)
@@ -598,9 +600,9 @@ class Leading:
         for node_rank in self._members:
             self._send(node_rank, ended)
 
-    def _say(self, severity: str, text: str) -> None:
+    def _say(self, severity: str, text: str, *, about: str = "", number: int = 1) -> None:
         _log.info("%s: %s", severity, text)
-        self._to_agent(Notice(severity=severity, text=text))
+        self._to_agent(Notice(severity=severity, text=text, about=about, number=number))
 
 
 _KINDS: Final = (("state", StateError), ("usage", UsageError), ("storage", (StorageError, OSError)))

@@ -161,7 +161,10 @@ class Notice(Message, frozen=True, kw_only=True):
     severity: str
     text: str
     about: str = ""
-    """What is to be counted: divergence."""
+    """What is to be counted: divergence (copies that should agree do not), damage (bytes that did not match
+    their checksum, and went nowhere)."""
+    number: int = 1
+    """How many of it."""
 
 
 class Ack(Message, frozen=True, kw_only=True):
@@ -222,7 +225,10 @@ class RestoreFailed(Message, frozen=True, kw_only=True):
     attempt: int = 0
     """Of the `Restore`."""
     bad_images: tuple[int, ...] = ()
-    """Global ranks, in the generation that wrote them, whose images in slots did not match their checksums."""
+    """Global ranks, in the generation that wrote them, whose images in slots did not match their checksums, or could not
+    be opened."""
+    damaged: int = 0
+    """How many images gave bytes that did not match."""
 
 
 class Reached(Message, frozen=True, kw_only=True):

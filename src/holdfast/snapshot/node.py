@@ -18,6 +18,7 @@ from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.snapshot import ledger
 from holdfast.snapshot.arena import Arena, process_start
 from holdfast.snapshot.control import Phase, generation_word
+from holdfast.snapshot.damage import DamageLog
 from holdfast.snapshot.headers import SlotHeaders
 from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.lanes import Lanes
@@ -103,6 +104,7 @@ class Node:
         self._headers = SlotHeaders(arena)
         self._looks = Looks(arena, self._headers, self.ledger)
         self._deaths = Deaths(transport)
+        self.damage = DamageLog(self.say)
         self._room = Room(
             arena,
             lanes,
@@ -122,6 +124,7 @@ class Node:
             feed=self._feed,
             images=self._headers.images_of,
             say=self.say,
+            found=self.damage.found,
             to_agent=to_agent,
         )
 

@@ -54,6 +54,11 @@ class OpenedImages:
             )
         )
 
+    @property
+    def num_damaged(self) -> int:
+        """How many images, those that were decoded too, gave bytes that did not match their checksum."""
+        return sum(image is not None and image.damaged for _, image in self._images)
+
     def catalog(self, restore: Restore) -> Catalog:
         """The images of `restore`.
 

@@ -31,7 +31,15 @@ from holdfast.snapshot.headers import OwnImage
 from holdfast.snapshot.keys import JobKeys
 from holdfast.snapshot.lanes import Lanes
 from holdfast.snapshot.limits import least_limit
-from holdfast.snapshot.messages import AnyMessage, LeaderRestore, Notice, StartGeneration, StreamTold, StreamWanted
+from holdfast.snapshot.messages import (
+    AnyMessage,
+    LeaderRestore,
+    Notice,
+    ParityMade,
+    StartGeneration,
+    StreamTold,
+    StreamWanted,
+)
 from holdfast.snapshot.parity import NUM_BUFFERS, ParityStore
 from holdfast.snapshot.shelf import Shelf
 
@@ -55,6 +63,7 @@ class Protector:
         feed: tells the ledger.
         images: of a version on this node.
         say: a line for people.
+        found: what was damaged, and how much (`DamageLog.found`).
         to_agent: sends to our agent, if there is one.
     """
 
@@ -70,10 +79,12 @@ class Protector:
         feed: Callable[[ledger.NodeEvent], None],
         images: Callable[[Version], Sequence[OwnImage]],
         say: Callable[[Notice], None],
+        found: Callable[[str, int], None],
         to_agent: Callable[[AnyMessage], None],
     ) -> None:
         self._arena, self._context, self._keys, self._shelf, self._lanes = arena, context, keys, shelf, lanes
         self._send, self._feed, self._images, self._say, self._to_agent = send, feed, images, say, to_agent
+        self._found, self._damaged = found, 0
         self._store = ParityStore(arena)
         self._thread: ExchangeThread | None = None
         self._start: StartGeneration | None = None
@@ -146,7 +157,7 @@ class Protector:
                 send=lambda order: self._lanes.post(lambda: self._tell(order)),
                 reserve=lambda order: self._lanes.post(lambda: self._reserve(order)),
                 done=lambda version: self._lanes.post(lambda: self._feed(ledger.ParityDone(version=version))),
-                made=lambda message: self._lanes.post(lambda: self._to_agent(message)),
+                made=lambda message: self._lanes.post(lambda: self._made(message)),
                 failed=lambda version, reason: self._lanes.post(lambda: self._failed(version, reason)),
             )
             self._thread = ExchangeThread(self._context, self._keys, self._store, self._shelf, outside)
@@ -223,6 +234,14 @@ class Protector:
         """There is no room for parity in this generation."""
         self._say(Notice(severity="warning", text=f"snapshots are not protected against the loss of a node: {reason}"))
         self._feed(ledger.ParityAvailable(generation=generation, available=False, lowered=self._lowered))
+
+    def _made(self, message: ParityMade) -> None:
+        """A buffer was sealed. What came damaged on the way was asked for again."""
+        self._to_agent(message)
+        number, self._damaged = message.damaged - self._damaged, message.damaged
+        if number > 0:
+            text = f"{number} of the messages with chunks of {message.version} were damaged on their way and sent again"
+            self._found(text, number)
 
     def _failed(self, version: Version, reason: str) -> None:
         self._say(Notice(severity="warning", text=f"{version} cannot be protected: {reason}"))

@@ -38,7 +38,7 @@ from holdfast.checkpoint.root import ROOT_BYTES, decode_root, encode_root
 from holdfast.checkpoint.source import MemorySource
 from holdfast.checkpoint.storage import PosixStorage, Storage
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CheckpointError, CorruptError, MismatchError, StorageError, UsageError
+from holdfast.errors import CheckpointError, CorruptError, FenceError, MismatchError, StorageError, UsageError
 
 ARRAYS = {
     "w": np.arange(40, dtype=np.float32).reshape(10, 4),
@@ -511,6 +511,17 @@ def test_later_steps_are_set_aside_when_a_run_goes_on_from_an_older_one(tmp_path
     _save(tmp_path / step_dir_name(100))
     assert abandon_step(tmp_path, 90) is not None
     assert [info.step for info in list_steps(tmp_path)] == [100]
+
+
+def test_nothing_is_set_aside_for_a_run_that_has_gone_on_without_it(tmp_path: Path) -> None:
+    for step in (90, 100, 110):
+        _save(tmp_path / step_dir_name(step), GENERATION.at(step))
+    answers = iter((True, False))
+    with pytest.raises(FenceError, match="step 100 stays"):
+        abandon_after(tmp_path, 90, wanted=lambda: next(answers))
+    with pytest.raises(FenceError, match="step 90 stays"):
+        abandon_step(tmp_path, 90, wanted=lambda: False)
+    assert [info.step for info in list_steps(tmp_path)] == [90, 100]
 
 
 def test_incomplete_and_foreign_folders_are_listed_as_such(tmp_path: Path) -> None:

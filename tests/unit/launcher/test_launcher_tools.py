@@ -15,7 +15,7 @@ import pytest
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import PeerError, UsageError
 from holdfast.launcher import cli, health, report, status
-from holdfast.launcher.events import EventLog, GenerationStarted, HangEvent, Recovery, RunEnded, RunStarted
+from holdfast.launcher.events import EventLog, GenerationStarted, HangEvent, Noticed, Recovery, RunEnded, RunStarted
 from holdfast.launcher.notices import HealthCheck, NoticeFile, ask_gpus
 from holdfast.launcher.seats import RunRecord, Seat, Tenant
 
@@ -49,6 +49,18 @@ def test_a_report_sums_up_recoveries_and_losses(tmp_path: Path, capsys: pytest.C
     assert found["recoveries"][0]["cause"] == "rank 1 hangs"
     assert cli.main(["report", str(tmp_path)]) == 0
     assert "rank 1 hangs" in capsys.readouterr().out
+
+
+def test_a_report_adds_up_what_checksums_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded(tmp_path, outcome="done")
+    for host in ("g", "i"):
+        with EventLog(tmp_path, host) as log:
+            for count in (1, 3):
+                log.write(Noticed(severity="warning", text=f"block {count}", about="damage", count=count), 1007.0)
+    assert cli.main(["report", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["found"] == {"damage": 6}
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "6 damage" in capsys.readouterr().out
 
 
 def test_a_report_of_a_failed_run_is_a_problem_and_of_no_run_a_wrong_usage(
