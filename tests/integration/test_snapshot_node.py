@@ -330,6 +330,21 @@ def test_a_step_that_cannot_be_written_costs_no_older_checkpoint_and_no_training
     assert [info.step for info in list_steps(directory) if info.complete] == [10, 30]
 
 
+def test_a_job_whose_storage_is_away_at_its_end_waits_for_it(node: Node, tmp_path: Path) -> None:
+    directory, aside = tmp_path / "c", tmp_path / "aside"
+    job = Job([node], 1)
+    [worker] = job.start(Plan(until=40, ranks=(0,), checkpoint_dir=str(directory), step_s=0.02))
+    node.complete(5)
+    directory.rename(aside)
+    directory.write_text("no directory")
+    node.expect(Notice, where=lambda message: "step 40 is not in storage yet" in message.text)
+    directory.unlink()
+    aside.rename(directory)
+    job.finish()
+    assert worker.event("persisted")["step"] == 40
+    assert [info.step for info in list_steps(directory) if info.complete] == [40]
+
+
 def test_a_flipped_bit_in_the_newest_version_costs_that_version_only_and_is_told(node: Node) -> None:
     job = Job([node], 1)
     job.start(Plan(until=100000, ranks=(0,), step_s=0.01))

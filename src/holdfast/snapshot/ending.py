@@ -153,6 +153,8 @@ class Ending:
     def _begin_rescue(self) -> None:
         _log.info("writing the newest complete version to storage before the memory goes")
         self._daemon.node.end_generation()
+        if self._daemon.leading is not None:
+            self._daemon.leading.persisting.finishing = True
         self._state = _State.RESCUING
         self._rescue = Rescue(self._daemon)
 

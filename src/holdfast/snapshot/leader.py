@@ -381,13 +381,15 @@ class LeaderLedger:
         if known is None:
             wanted = mandatory or self._persist_due or self._is_multiple(step)
         else:
-            wanted = (mandatory and not known.mandatory) or (tag is not None and known.tag is None)
+            news = (mandatory and not known.mandatory, final and not known.final, tag is not None and known.tag is None)
+            wanted = any(news)
         if not wanted:
             return
         self._persist_due = False
         pin = Pin(
             version=self.config.generation.at(step),
             mandatory=mandatory,
+            final=final or (known is not None and known.final),
             tag=known.tag if known is not None and known.tag is not None else tag,
             metrics={**self._metrics, **(known.metrics if known is not None else {}), **metrics},
         )

@@ -2,7 +2,7 @@
 
 The daemon of the generation's leader node owns one `Leading` per generation. What it knows is rebuilt by a successor:
 before the choice from the nodes' answers to `AskNode`, after it from the record in `node.state` and the nodes' reports.
-Event loop only; storage is touched in the lanes ``storage`` and ``persist``.
+Persists are `holdfast.snapshot.persisting`. Event loop only; storage is touched in the lane ``storage``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 import msgspec
 
-from holdfast.checkpoint.places import place
 from holdfast.checkpoint.version import Version
 from holdfast.erasure.groups import Grouping, form_groups, lower_parity
 from holdfast.erasure.redundancy import Redundancy
@@ -35,8 +32,6 @@ from holdfast.snapshot.messages import (
     LeaderRestore,
     NodeReport,
     Notice,
-    PersistEnded,
-    PersistOrder,
     PersistPart,
     RanksOpened,
     Refused,
@@ -45,7 +40,7 @@ from holdfast.snapshot.messages import (
     RestoreFailed,
     StartGeneration,
 )
-from holdfast.snapshot.persister import LIMIT_S, Commit, clear_way, commit, step_directory
+from holdfast.snapshot.persisting import Persisting
 from holdfast.snapshot.records import ImageLocation, SessionConfig
 from holdfast.snapshot.reports import Pin
 
@@ -54,21 +49,6 @@ _ASK_EVERY_S: Final = 0.5
 _WARN_AFTER_S: Final = 60.0
 _STORAGE_S: Final = 15.0
 """How long a generation of an incarnation that runs waits for its checkpoint storage before memory alone must do."""
-_ORDER_AGAIN_S: Final = 5.0
-
-
-@dataclass
-class _Attempt:
-    """One attempt to persist a version."""
-
-    version: Version
-    number: int
-    begun: float
-    waiting: set[int]
-    orders: dict[int, PersistOrder] = field(default_factory=dict)
-    """By node rank; empty until they may be sent."""
-    ordered: float = 0.0
-    records: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
 
 
 class Leading:
@@ -94,7 +74,7 @@ class Leading:
     ) -> None:
         self._redundancy = redundancy
         self.start, self._epoch, self._lanes = start, epoch, lanes
-        self._send, self._to_agent = send, to_agent
+        self.send, self._to_agent = send, to_agent
         self.closed = False
         self.config: SessionConfig | None = None
         self.history: str | None = None
@@ -109,20 +89,30 @@ class Leading:
         self._bad_images: set[tuple[Version, int]] = set()
         self._excluded_paths: set[str] = set()
         self._chosen: LeaderRestore | None = None
-        self._attempts: dict[Version, _Attempt] = {}
         self._fed: deque[leader.LeaderEvent] = deque()  # the first one is being carried out
-        self._worlds: dict[Version, int] = {}
+        self.worlds: dict[Version, int] = {}
+        """How many images the versions of older generations have."""
         self._orders: dict[int, LeaderOrders] = {}
         self._epochs: dict[int, int] = {}
-        self._ended: deque[PersistEnded] = deque(maxlen=4)
         self._asked = self._first_opened = 0.0
         self._repeated = 0.0
-        self._persist_begun = time.monotonic()
+        self.persisting = Persisting(self, lanes)
         self._warned = False
 
     @property
-    def _members(self) -> tuple[int, ...]:
+    def members(self) -> tuple[int, ...]:
+        """Node ranks."""
         return tuple(member.node_rank for member in self.start.members)
+
+    @property
+    def inventories(self) -> tuple[Inventory, ...]:
+        """Those that have come."""
+        return tuple(self._inventories.values())
+
+    @property
+    def bulk(self) -> dict[int, str]:
+        """Node rank -> endpoint of its bulk server."""
+        return {node_rank: inventory.bulk for node_rank, inventory in self._inventories.items()}
 
     def resume(self, chosen: LeaderRestore, config: SessionConfig) -> None:
         """A successor of the leader's daemon: the choice stands. Once all nodes have said what they hold, the ledger
@@ -144,7 +134,7 @@ class Leading:
             case Inventory() if message.generation == self.start.generation:
                 self._inventories[message.node_rank] = message
                 if self._chosen is not None:  # it has not heard of the choice
-                    self._send(message.node_rank, self._chosen)
+                    self.send(message.node_rank, self._chosen)
                 if self._chosen is not None and self.ledger is None:
                     self._resume_where_known(self._chosen.restore)
                 self._try_choose()
@@ -155,12 +145,12 @@ class Leading:
             case NodeReport(state=state) if state.generation == self.start.generation:
                 if self._epochs.setdefault(state.node_rank, state.epoch) != state.epoch:
                     self._epochs[state.node_rank] = state.epoch
-                    for ended in self._ended:  # its daemon was replaced, and may not have heard of them
-                        self._send(state.node_rank, ended)
+                    for ended in self.persisting.ended:  # its daemon was replaced, and may not have heard of them
+                        self.send(state.node_rank, ended)
                 if self.ledger is not None:
-                    self._feed(leader.ReportReceived(state=state))
+                    self.feed(leader.ReportReceived(state=state))
             case PersistPart():
-                self._take_part(message)
+                self.persisting.take_part(message)
             case _:
                 _log.debug("the leader of %s ignores %s", self.start.generation, type(message).__name__)
 
@@ -169,17 +159,17 @@ class Leading:
         if self.ledger is None and now - self._asked > _ASK_EVERY_S:
             self._asked = now
             for node_rank in self._silent():
-                self._send(node_rank, AskNode(generation=self.start.generation, leader_epoch=self._epoch))
+                self.send(node_rank, AskNode(generation=self.start.generation, leader_epoch=self._epoch))
         if self._first_opened and not self._warned and now - self._first_opened > _WARN_AFTER_S:
             self._warned = True
             self._warn_of_missing()
         if self.ledger is not None:
-            self._tick_persists(now)
+            self.persisting.tick(now)
             if now - self._repeated > _ASK_EVERY_S:  # orders may have been lost with a connection
                 self._repeated = now
                 for node_rank, orders in self._orders.items():
                     if node_rank != self.start.node_rank:
-                        self._send(node_rank, orders)
+                        self.send(node_rank, orders)
 
     def _silent(self) -> list[int]:
         wanted = set(self.config.ranks) if self.config and self._chosen is None else set()
@@ -195,7 +185,7 @@ class Leading:
         missing = sorted(set(self.config.ranks) - set(self._opened)) if self.config else []
         if missing:
             ranks = ", ".join(map(str, missing[:20]))
-            self._say(
+            self.say(
                 "warning", f"a Session waits since {_WARN_AFTER_S:.0f} s for rank {ranks}: no snapshots until then"
             )
 
@@ -218,7 +208,7 @@ class Leading:
         self._attempt += 1
         text = f"{message.version} cannot be restored ({message.reason}); the next candidate is taken"
         damaged = message.damaged
-        self._say("warning", text, about="damage" if damaged else "", number=max(1, damaged))
+        self.say("warning", text, about="damage" if damaged else "", number=max(1, damaged))
         bad = {(message.version, rank) for rank in message.bad_images} - self._bad_images
         if chosen.path is not None:
             self._excluded_paths.add(chosen.path)
@@ -232,7 +222,7 @@ class Leading:
     def _try_choose(self) -> None:
         ready = (
             self.config is not None
-            and set(self._inventories) >= set(self._members)
+            and set(self._inventories) >= set(self.members)
             and set(self._opened) >= set(self.config.ranks)
         )
         if not ready or self._choosing or self._chosen is not None or self._refused is not None:
@@ -271,7 +261,7 @@ class Leading:
             if alone is not None:
                 self._decided(alone)
                 return
-            self._say("warning", f"the checkpoint storage hangs, and memory alone does not do: {answer}; waiting on")
+            self.say("warning", f"the checkpoint storage hangs, and memory alone does not do: {answer}; waiting on")
             self._survey(question, math.inf)
 
         self._lanes.submit("storage", job, done, limit_s=limit_s)
@@ -286,7 +276,7 @@ class Leading:
         self.history = answer.history
         choice = answer.choice
         if answer.problem:
-            self._say("warning", f"the checkpoint storage cannot be used, memory is all there is: {answer.problem}")
+            self.say("warning", f"the checkpoint storage cannot be used, memory is all there is: {answer.problem}")
         for rejected in choice.rejected:
             _log.info("%s was not taken: %s", rejected.candidate, rejected.reason)
         restore = Restore(
@@ -294,9 +284,9 @@ class Leading:
             version=choice.version,
             step=choice.step,
             path=choice.path,
-            images=self._locations(choice.version, choice.rebuilds) if choice.tier == "memory" else (),
+            images=self.locations(choice.version, choice.rebuilds) if choice.tier == "memory" else (),
             attempt=self._attempt,
-            bulk={node_rank: inventory.bulk for node_rank, inventory in self._inventories.items()},
+            bulk=self.bulk,
             steps_lost=choice.steps_lost,
             first_of_incarnation=self.start.fresh,
         )
@@ -312,9 +302,9 @@ class Leading:
             protected=choice.protected,
         )
         self._note_worlds()
-        for node_rank in self._members:
-            self._send(node_rank, self._chosen)
-        inventories = tuple(self._inventories.values())
+        for node_rank in self.members:
+            self.send(node_rank, self._chosen)
+        inventories = self.inventories
         world_size = sum(member.num_ranks for member in self.start.members)
         tiers = {chain.tier_of(choice, inventories, member, world_size) for member in self.start.members}
         self._to_agent(
@@ -331,19 +321,19 @@ class Leading:
 
     def _note_worlds(self) -> None:
         """How many images the versions of older generations have."""
-        inventories = tuple(self._inventories.values())
+        inventories = self.inventories
         for image in (image for inventory in inventories for image in inventory.clean):
-            self._worlds[image.version] = len(chain.writers(image.version, image.world_size, inventories))
+            self.worlds[image.version] = len(chain.writers(image.version, image.world_size, inventories))
 
     def _grouping(self, domains: dict[int, str]) -> Grouping | None:
         """Which nodes protect each other, None where none does."""
-        members = {node_rank: domains[node_rank] for node_rank in self._members}
+        members = {node_rank: domains[node_rank] for node_rank in self.members}
         grouping = form_groups(members, Redundancy.parse(self._redundancy))
         for note in grouping.notes if self.start.fresh else ():
-            self._say("info", note)
+            self.say("info", note)
         return grouping if any(group.num_parity for group in grouping.groups) else None
 
-    def _locations(self, version: Version | None, rebuilds: Iterable[Rebuild]) -> tuple[ImageLocation, ...]:
+    def locations(self, version: Version | None, rebuilds: Iterable[Rebuild]) -> tuple[ImageLocation, ...]:
         """Images that lie somewhere, then those that are decoded."""
         return tuple(
             ImageLocation(
@@ -379,22 +369,22 @@ class Leading:
         if not isinstance(error, HoldfastError):
             _log.error("the restore could not be chosen", exc_info=error)
         self._refused = Refused(reason=reason, kind=kind)
-        for node_rank in self._members:
-            self._send(node_rank, self._refused)
+        for node_rank in self.members:
+            self.send(node_rank, self._refused)
 
     # --- after the choice
 
     def _resume_where_known(self, restore: Restore) -> None:
         """Lead on as soon as all nodes have answered: persists that were carried into the generation go on."""
-        if not set(self._inventories) >= set(self._members):
+        if not set(self._inventories) >= set(self.members):
             return
         self._note_worlds()
         choice = chain.Choice(tier=restore.tier, version=restore.version, step=restore.step)
-        inventories = tuple(self._inventories.values())
+        inventories = self.inventories
         self._lead(carried=chain.carried_persists(inventories, choice, generation=self.start.generation))
 
     def _lead(self, carried: tuple[Pin, ...]) -> None:
-        inventories = tuple(self._inventories.values())
+        inventories = self.inventories
         decoded = tuple(pin.version for pin in carried if chain.lost_images(pin.version, inventories))
         assert self.config is not None
         assert self._chosen is not None
@@ -402,7 +392,7 @@ class Leading:
             leader.LeaderConfig(
                 generation=self.start.generation,
                 epoch=self._epoch,
-                nodes=self._members,
+                nodes=self.members,
                 num_ranks=len(self.config.ranks),
                 start_step=self._chosen.restore.step,
                 snapshot_every=self.config.snapshot_every,
@@ -418,7 +408,7 @@ class Leading:
         )
         self._carry_out(self.ledger.start())
 
-    def _feed(self, event: leader.LeaderEvent) -> None:
+    def feed(self, event: leader.LeaderEvent) -> None:
         """Tell the ledger; where that is called while its instructions are carried out, after these."""
         self._fed.append(event)
         if len(self._fed) > 1:
@@ -435,13 +425,13 @@ class Leading:
             match instruction:
                 case leader.SendOrders(node_rank=node_rank, orders=orders):
                     self._orders[node_rank] = LeaderOrders(orders=orders)
-                    self._send(node_rank, self._orders[node_rank])
+                    self.send(node_rank, self._orders[node_rank])
                 case leader.OrderPersist():
-                    self._order_persist(instruction)
+                    self.persisting.order(instruction)
                 case leader.CommitPersist():
-                    self._commit(instruction)
+                    self.persisting.commit(instruction)
                 case leader.PersistSettled():
-                    self._settled(instruction)
+                    self.persisting.settled(instruction)
                 case leader.VersionCompleted(version=version):
                     _log.debug("%s is complete", version)
                 case leader.VersionProtected(version=version):
@@ -449,7 +439,7 @@ class Leading:
                 case leader.ParityLowered(num_parity=num_parity):
                     self._lower(num_parity)
                 case leader.IntervalChosen(every=every, wait_s=wait_s, step_s=step_s):
-                    self._say(
+                    self.say(
                         "info",
                         f"a snapshot every {every} steps: training waits {wait_s * 1e3:.1f} ms for one, "
                         f"a step takes {step_s * 1e3:.0f} ms",
@@ -461,146 +451,15 @@ class Leading:
         assert self._chosen.grouping is not None
         grouping = lower_parity(self._chosen.grouping, num_parity)
         self._chosen = msgspec.structs.replace(self._chosen, grouping=grouping, lowered=num_parity)
-        self._say(
+        self.say(
             "warning",
             f"snapshots: memory for the parity of other nodes is short: {num_parity} of a group may be lost at a time",
         )
-        for node_rank in self._members:
-            self._send(node_rank, self._chosen)
+        for node_rank in self.members:
+            self.send(node_rank, self._chosen)
 
-    # --- persisting
-
-    def _tick_persists(self, now: float) -> None:
-        every_s = self.config.persist_every_s if self.config and self.config.checkpoint_dir else None
-        if every_s is not None and now - self._persist_begun > every_s:
-            self._persist_begun = now
-            self._feed(leader.PersistDue())
-        for attempt in list(self._attempts.values()):
-            if attempt.orders and now - attempt.ordered > _ORDER_AGAIN_S:
-                attempt.ordered = now  # order or answer may have been lost with a connection
-                for node_rank in attempt.waiting:
-                    self._send(node_rank, attempt.orders[node_rank])
-            if attempt.waiting and now - attempt.begun > LIMIT_S:
-                for node_rank in sorted(attempt.waiting):
-                    self._part_ended(attempt, node_rank, f"nothing was heard of it for {LIMIT_S:.0f} s")
-
-    def _order_persist(self, order: leader.OrderPersist) -> None:
-        if self.config is None or self.config.checkpoint_dir is None:
-            for node_rank in order.nodes:
-                self._feed(
-                    leader.PartEnded(
-                        version=order.version, attempt=order.attempt, node_rank=node_rank, error="no checkpoint_dir"
-                    )
-                )
-            return
-        known = self._attempts.get(order.version)
-        if known is None or known.number != order.attempt:
-            known = _Attempt(order.version, order.attempt, time.monotonic(), set())
-            self._attempts[order.version] = known
-        known.waiting |= set(order.nodes)
-        directory = str(step_directory(self.config.checkpoint_dir, order.version.step))
-        messages = self._persist_orders(order, directory)
-
-        def wanted() -> bool:
-            return not self.closed and self._attempts.get(order.version) is known
-
-        def cleared(result: object) -> None:
-            if not wanted():
-                return
-            known.orders, known.ordered = messages, time.monotonic()
-            for node_rank in order.nodes:
-                if isinstance(result, Exception):
-                    self._part_ended(known, node_rank, str(result))
-                else:
-                    self._send(node_rank, messages[node_rank])
-
-        def clear() -> None:
-            clear_way(place(directory), order.version, wanted=wanted)
-
-        self._lanes.submit("storage", clear, cleared, limit_s=LIMIT_S)
-
-    def _persist_orders(self, order: leader.OrderPersist, directory: str) -> dict[int, PersistOrder]:
-        """What each node is told. Images of nodes that are gone are dealt out to all, the same at each attempt."""
-        message = PersistOrder(
-            version=order.version, directory=directory, attempt=order.attempt, tag=order.tag, metrics=order.metrics
-        )
-        messages = dict.fromkeys(self._members, message)
-        inventories = tuple(self._inventories.values())
-        own = order.version.generation == self.start.generation
-        lost = () if own else chain.lost_images(order.version, inventories)
-        if lost:
-            ranks = ", ".join(str(one.global_rank) for one in lost)
-            self._say("info", f"{order.version}: the share of rank {ranks} is decoded, and written for it")
-            located = self._locations(order.version, lost)
-            bulk = {node_rank: inventory.bulk for node_rank, inventory in self._inventories.items()}
-            there, decoded = located[: -len(lost)], located[-len(lost) :]
-            for number, node_rank in enumerate(self._members[: len(lost)]):
-                mine = decoded[number :: len(self._members)]
-                messages[node_rank] = msgspec.structs.replace(message, lost=mine, images=there, bulk=bulk)
-        return messages
-
-    def _take_part(self, message: PersistPart) -> None:
-        attempt = self._attempts.get(message.version)
-        if attempt is None or attempt.number != message.attempt or message.node_rank not in attempt.waiting:
-            return
-        attempt.records[message.node_rank] = message.records
-        self._part_ended(attempt, message.node_rank, message.error)
-
-    def _part_ended(self, attempt: _Attempt, node_rank: int, error: str | None) -> None:
-        attempt.waiting.discard(node_rank)
-        if self.ledger is not None:
-            self._feed(
-                leader.PartEnded(version=attempt.version, attempt=attempt.number, node_rank=node_rank, error=error)
-            )
-
-    def _commit(self, order: leader.CommitPersist) -> None:
-        assert self.config is not None
-        assert self.config.checkpoint_dir is not None
-        attempt = self._attempts[order.version]
-        world = self._worlds.get(order.version, len(self.config.ranks))
-        job = Commit(
-            version=order.version,
-            directory=step_directory(self.config.checkpoint_dir, order.version.step),
-            records=tuple(record for node_rank in sorted(attempt.records) for record in attempt.records[node_rank]),
-            world_size=world,
-            metrics=order.metrics,
-            tag=order.tag,
-            history=self.history,
-            keep=self.config.keep,
-        )
-
-        def done(result: object) -> None:
-            if self.closed or self.ledger is None:
-                return
-            error = str(result) if isinstance(result, Exception) else None
-            if isinstance(result, Exception) and not isinstance(result, HoldfastError):
-                _log.error("committing %s failed", order.version, exc_info=result)
-            self._feed(leader.CommitEnded(version=order.version, attempt=order.attempt, error=error))
-
-        self._lanes.submit("commit", lambda: commit(job), done, limit_s=LIMIT_S)
-
-    def _settled(self, settled: leader.PersistSettled) -> None:
-        attempt = self._attempts.pop(settled.version, None)
-        if settled.outcome == "dropped":
-            _log.info("%s was not persisted: %s", settled.version, settled.reason)
-            return
-        assert self.config is not None
-        persisted = settled.outcome == "persisted"
-        path: Path | None = None
-        if persisted and self.config.checkpoint_dir is not None:
-            path = step_directory(self.config.checkpoint_dir, settled.version.step)
-        ended = PersistEnded(
-            version=settled.version,
-            path=str(path) if path else None,
-            error=None if persisted else settled.reason or "it could not be written",
-            seconds=time.monotonic() - attempt.begun if attempt else 0.0,
-            tag=settled.tag,
-        )
-        self._ended.append(ended)
-        for node_rank in self._members:
-            self._send(node_rank, ended)
-
-    def _say(self, severity: str, text: str, *, about: str = "", number: int = 1) -> None:
+    def say(self, severity: str, text: str, *, about: str = "", number: int = 1) -> None:
+        """A line for people, at our own agent."""
         _log.info("%s: %s", severity, text)
         self._to_agent(Notice(severity=severity, text=text, about=about, number=number))
 

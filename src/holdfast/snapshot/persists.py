@@ -8,7 +8,8 @@ Rules
 3. A version that waits gives up its slots where fewer than two would be left for new versions (unless mandatory):
    memory snapshots go on while storage is slow.
 4. A persist is an attempt: every node writes its part, then index and root are written. An attempt fails as a whole. A
-   mandatory one is tried three times, others once.
+   mandatory one is tried three times, others once. The *final* step, for which the job waits at its end, is tried for
+   some minutes more, after pauses: when the job has ended nothing else holds what it made.
 
 States of the running attempt
 -----------------------------
@@ -25,6 +26,9 @@ from holdfast.checkpoint.version import Version
 from holdfast.snapshot.reports import Pin
 
 ATTEMPTS_OF_MANDATORY = 3
+ATTEMPTS_OF_FINAL = 26
+"""About ten minutes, with the pauses of `pause_s`."""
+_LONGEST_PAUSE_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,10 @@ class OrderPersist:
     nodes: tuple[int, ...]
     tag: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    tries: int = 1
+    """Which attempt it is for this version; it begins after `pause_s`."""
+    problem: str = ""
+    """Why the one before has failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,8 @@ class _Running:
     pin: Pin
     attempt: int
     missing: set[int]
+    tries: int = 1
+    problem: str = ""
 
 
 class PersistQueue:
@@ -161,15 +171,16 @@ class PersistQueue:
         self._tries = 0
         return [self._begin(self._waiting.pop(0))]
 
-    def _begin(self, pin: Pin) -> PersistInstruction:
+    def _begin(self, pin: Pin, *, problem: str = "") -> PersistInstruction:
         self._attempt += 1
         self._tries += 1
-        self._running = _Running(pin, self._attempt, set(self._nodes))
+        self._running = _Running(pin, self._attempt, set(self._nodes), self._tries, problem)
         return self._order(self._running, self._nodes)
 
     def _fail(self, running: _Running, reason: str) -> list[PersistInstruction]:
-        if running.pin.mandatory and self._tries < ATTEMPTS_OF_MANDATORY:
-            return [self._begin(running.pin)]
+        attempts = ATTEMPTS_OF_FINAL if running.pin.final else ATTEMPTS_OF_MANDATORY if running.pin.mandatory else 1
+        if self._tries < attempts:
+            return [self._begin(running.pin, problem=reason)]
         self.failed += 1
         settled = PersistSettled(version=running.pin.version, outcome="failed", reason=reason, tag=running.pin.tag)
         return [settled, *self._end_running()]
@@ -187,10 +198,21 @@ class PersistQueue:
     def _order(running: _Running, nodes: tuple[int, ...]) -> OrderPersist:
         pin = running.pin
         return OrderPersist(
-            version=pin.version, attempt=running.attempt, nodes=nodes, tag=pin.tag, metrics=dict(pin.metrics)
+            version=pin.version,
+            attempt=running.attempt,
+            nodes=nodes,
+            tag=pin.tag,
+            metrics=dict(pin.metrics),
+            tries=running.tries,
+            problem=running.problem,
         )
 
     @staticmethod
     def _commit(running: _Running) -> CommitPersist:
         pin = running.pin
         return CommitPersist(version=pin.version, attempt=running.attempt, tag=pin.tag, metrics=dict(pin.metrics))
+
+
+def pause_s(tries: int) -> float:
+    """Seconds before attempt number `tries` of a version: none before those that every mandatory one has."""
+    return min(_LONGEST_PAUSE_S, 2.0 ** (tries - ATTEMPTS_OF_MANDATORY - 1)) if tries > ATTEMPTS_OF_MANDATORY else 0.0

@@ -54,6 +54,8 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True):
     version: Version
     mandatory: bool = False
     """An agreed save or the final step: never dropped for a newer one."""
+    final: bool = False
+    """The job waits for it at its end: tried again for minutes."""
     tag: str | None = None
     metrics: dict[str, float] = {}
 

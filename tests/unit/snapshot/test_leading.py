@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import threading
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -22,6 +23,8 @@ from holdfast.snapshot.messages import (
     NodeReport,
     Notice,
     PersistEnded,
+    PersistOrder,
+    PersistPart,
     RanksOpened,
     Restore,
     StartGeneration,
@@ -91,6 +94,15 @@ class Told:
             ranks=(rank,),
         )
         self.leading.receive(NodeReport(state=msgspec.structs.replace(state, **more)))
+
+    def order(self, number: int) -> PersistOrder:
+        """The order to persist with that number, counted from 1; waits for the lane that clears the way for it."""
+        while len(self.of(PersistOrder)) < number:
+            assert select.select([self.lanes.wakeup], [], [], 10.0)[0], "nothing was ordered"
+            self.lanes.deliver()
+        order = self.of(PersistOrder)[number - 1]
+        assert isinstance(order, PersistOrder)
+        return order
 
 
 def test_a_successor_asks_what_nodes_hold_and_goes_on_with_what_was_being_persisted() -> None:
@@ -165,4 +177,42 @@ def test_where_memory_does_not_do_a_storage_that_hangs_is_waited_for(monkeypatch
         assert select.select([told.lanes.wakeup], [], [], 10.0)[0], "nothing was chosen"
         told.lanes.deliver()
     assert [chosen.restore.tier for chosen in told.of(LeaderRestore)] == ["none"]
+    told.lanes.close(5.0)
+
+
+def test_the_last_step_of_a_job_is_tried_again_after_a_pause_and_people_are_told(tmp_path: Path) -> None:
+    told = Told(str(tmp_path))
+    told.inventory()
+    told.report(5)
+    end = RankState(global_rank=0, step=6, entered=True, final=Final(step=6, persist=True))
+    told.report(6, held=(Held(step=6, state="clean"),), ranks=(end,))
+    for tries in (1, 2, 3):
+        order = told.order(tries)
+        told.leading.receive(
+            PersistPart(version=order.version, node_rank=0, attempt=order.attempt, error="the storage is away")
+        )
+    [notice] = [notice for notice in told.of(Notice) if "is not in storage yet" in notice.text]
+    assert "step 6" in notice.text
+    assert "the storage is away" in notice.text
+    now = time.monotonic()
+    told.leading.tick(now)
+    assert not told.lanes.busy("storage")
+    told.leading.tick(now + 1.5)
+    assert told.order(4).attempt > order.attempt
+    assert told.of(PersistEnded) == []
+    told.lanes.close(5.0)
+
+
+def test_nothing_is_tried_again_once_the_job_ends(tmp_path: Path) -> None:
+    told = Told(str(tmp_path))
+    told.inventory()
+    told.report(5)
+    end = RankState(global_rank=0, step=6, entered=True, final=Final(step=6, persist=True))
+    told.report(6, held=(Held(step=6, state="clean"),), ranks=(end,))
+    for tries in (1, 2, 3):
+        order = told.order(tries)
+        told.leading.receive(PersistPart(version=order.version, node_rank=0, attempt=order.attempt, error="away"))
+    told.leading.persisting.finishing = True
+    told.leading.tick(time.monotonic() + 60)
+    assert not told.lanes.busy("storage")
     told.lanes.close(5.0)

@@ -10,7 +10,15 @@ from holdfast.checkpoint.version import GenerationId
 from holdfast.snapshot import leader
 from holdfast.snapshot.interval import WINDOW, AutoInterval
 from holdfast.snapshot.leader import LeaderConfig, LeaderLedger
-from holdfast.snapshot.persists import ATTEMPTS_OF_MANDATORY, CommitPersist, OrderPersist, PersistQueue, PersistSettled
+from holdfast.snapshot.persists import (
+    ATTEMPTS_OF_FINAL,
+    ATTEMPTS_OF_MANDATORY,
+    CommitPersist,
+    OrderPersist,
+    PersistQueue,
+    PersistSettled,
+    pause_s,
+)
 from holdfast.snapshot.reports import Agreed, Final, Held, NodeState, Pin, RankState, Request
 
 G = GenerationId(incarnation=1, nonce="00000abc", generation=1)
@@ -325,6 +333,20 @@ def test_a_failed_part_fails_the_attempt_and_a_mandatory_one_is_tried_again():
     out = queue.part_ended(order.version, order.attempt, 0, "disk full")
     assert settled(out) == [(10, "failed")]
     assert (queue.failed, pins(queue)) == (1, [])
+
+
+def test_the_final_step_is_tried_for_minutes_after_pauses_with_the_reason_of_the_last_failure():
+    queue = PersistQueue((0,), attempt=0)
+    [order] = offer(queue, 10, mandatory=True)
+    offer(queue, 10, mandatory=True, final=True)
+    pauses = []
+    for tries in range(2, ATTEMPTS_OF_FINAL + 1):
+        [order] = queue.part_ended(order.version, order.attempt, 0, "the storage is away")
+        assert (order.tries, order.problem) == (tries, "node 0: the storage is away")
+        pauses.append(pause_s(tries))
+    assert pauses[:5] == [0.0, 0.0, 1.0, 2.0, 4.0]
+    assert 540 < sum(pauses) < 660
+    assert settled(queue.part_ended(order.version, order.attempt, 0, "the storage is away")) == [(10, "failed")]
 
 
 def test_answers_of_an_older_attempt_are_ignored():
