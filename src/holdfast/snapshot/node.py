@@ -163,16 +163,10 @@ class Node:
         self._leave()
         self.restore = self.complete = self.protected = None
         self._enter(start)
-        changes = {
-            "start": start,
-            "running": True,
-            "run_id": start.run_id,
-            "restore": None,
-            "agreed": None,
-            "ended": (),
-        }
-        generations = (*self.arena.state.generations, start.generation)[-1000:]
-        self._save(generations=generations, **changes)
+        generations = (*self.arena.state.generations, start.generation)[-_KEPT_GENERATIONS:]
+        self._save(
+            generations=generations, start=start, running=True, run_id=start.run_id, restore=None, agreed=None, ended=()
+        )
         self._feed(
             ledger.GenerationStarted(
                 generation=start.generation,
