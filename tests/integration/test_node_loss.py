@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from holdfast.checkpoint.version import Version
 from support.jobs import BIN, TRAIN, fingerprints, job_in
 from support.node_jobs import NodeJob, node_job
-from support.node_memory import exchanging, protected
+from support.node_memory import exchanging, protected, protected_versions
 
 pytestmark = pytest.mark.timeout(1200)
 STEPS = 40
@@ -163,6 +164,42 @@ def test_two_nodes_lose_power_twice_in_a_row(tmp_path: Path, stock: Stock) -> No
         replace(job, (2, 3))
         assert_from_peers(job, least, 2)
         assert_undisturbed(job, expected)
+
+
+@pytest.mark.campaign
+def test_what_was_restored_survives_the_next_loss_though_no_step_was_done_since(tmp_path: Path) -> None:
+    """Two nodes with one parity: what the first loss has left is gone with the second one. A step takes seconds."""
+    few = ["--steps", "7", "--step-seconds", "3"]
+    with node_job(2, tmp_path, [*held(tmp_path, "fsdp2"), *few], flags=flags(tmp_path, "auto")) as job:
+        job.start(*job.cluster.nodes)
+        job.wait_protected(1)
+        least = lose(job, (1,))
+        replace(job, (1,))
+        job.wait(lambda: _restored_again(job, 2), "the restored state is a version, and protected")
+        [restored] = _restored_again(job, 2)
+        assert restored.step >= least
+        job.power_off(job.cluster.nodes[0])
+        assert {one.step for one in protected_versions(job.cluster.nodes) if one.generation == restored.generation} == {
+            restored.step
+        }
+        replace(job, (0,))
+        job.wait(lambda: [one for one in recoveries(job) if one["generation"].endswith("-g0003")], "a recovery")
+        job.return_storage()
+        event = recoveries(job)[-1]
+        assert (event["tier"], event["step"]) == ("peers", restored.step), f"{event}\n{job.told()}"
+        assert set(job.finish().values()) == {0}, job.told()
+        found = fingerprints(tmp_path / "out", 2)
+        assert job.leftovers() == []
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    with job_in(undisturbed) as plain:
+        assert plain.plain(TRAIN, *script(undisturbed, "fsdp2", "--plain")[1:], *few[:2], ranks=2) == 0, plain.output()
+    assert found == fingerprints(undisturbed / "out", 2)
+
+
+def _restored_again(job: NodeJob, generation: int) -> set[Version]:
+    """What a generation has made and protected."""
+    return {one for one in protected_versions(job.cluster.nodes) if one.generation.generation == generation}
 
 
 @pytest.mark.campaign
