@@ -24,6 +24,18 @@ from holdfast.snapshot import persister
 persister.write_image = lambda *arguments: time.sleep(600)
 """
 """For a daemon: its storage hangs."""
+HANGS = """
+import os, time
+from holdfast.snapshot import survey
+
+listed = survey.stored_steps
+def hanging(*arguments):
+    while os.path.exists(os.environ["HANGS_WHILE"]):
+        time.sleep(0.1)
+    return listed(*arguments)
+survey.stored_steps = hanging
+"""
+"""For a daemon: its storage hangs while a file is there."""
 FLIPS_BITS = """
 from holdfast.snapshot import bulk
 
@@ -185,6 +197,31 @@ def test_the_share_of_a_node_lost_in_the_middle_of_a_persist_is_written_by_those
         for row in range(3):
             catalog.read("w", Box((row, 0), (1, ROW)), out)
             assert out == bytes([(step * 7 + row) % 251]) * ROW
+
+
+@pytest.mark.campaign
+def test_a_storage_that_hangs_when_it_is_listed_keeps_no_job_from_its_memory(
+    make: Callable[..., list[Node]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = tmp_path / "hangs"
+    monkeypatch.setenv("HANGS_WHILE", str(flag))
+    with monkeypatch.context() as patch:
+        changed(patch, tmp_path, HANGS)
+        [node] = make("a")
+    job = Job([node], 1)
+    directory = str(tmp_path / "c")
+    job.start(plan(1, checkpoint_dir=directory))
+    node.complete(5)
+    job.end()
+    flag.touch()
+    step = node.newest_complete
+    job.restart([node], plan(1, checkpoint_dir=directory, until=step + 300))
+    chosen = node.expect(RestoreChosen)
+    assert (chosen.tier, chosen.step >= 5) == ("memory", True)
+    node.expect(Notice, where=lambda one: "memory is all there is" in one.text)
+    node.complete(step + 5)
+    flag.unlink()
+    assert job.finish()[0].event("persisted")["step"] == step + 300
 
 
 def test_flipped_bits_are_noticed_and_routed_around(
