@@ -138,7 +138,7 @@ class Noticed(Event, frozen=True, kw_only=True, tag="notice", omit_defaults=True
     severity: str
     text: str
     about: str = ""
-    """What is counted: divergence (copies that should agree do not), damage (memory, or messages between nodes, that did
+    """What is counted: divergence (copies that should agree do not), damage (bytes in memory or between nodes that did
     not match their checksums)."""
     count: int = 0
     """How many of that this agent has heard of, those of this line too."""

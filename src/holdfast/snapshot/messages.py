@@ -225,8 +225,8 @@ class RestoreFailed(Message, frozen=True, kw_only=True):
     attempt: int = 0
     """Of the `Restore`."""
     bad_images: tuple[int, ...] = ()
-    """Global ranks, in the generation that wrote them, whose images in slots did not match their checksums, or could not
-    be opened."""
+    """Global ranks, in the generation that wrote them, whose images in slots did not match their checksums, or did not
+    open."""
     damaged: int = 0
     """How many images gave bytes that did not match."""
 
