@@ -216,9 +216,9 @@ def test_a_storage_that_hangs_when_it_is_listed_keeps_no_job_from_its_memory(
     flag.touch()
     step = node.newest_complete
     job.restart([node], plan(1, checkpoint_dir=directory, until=step + 300))
+    node.expect(Notice, where=lambda one: "memory is all there is" in one.text)
     chosen = node.expect(RestoreChosen)
     assert (chosen.tier, chosen.step >= 5) == ("memory", True)
-    node.expect(Notice, where=lambda one: "memory is all there is" in one.text)
     node.complete(step + 5)
     flag.unlink()
     assert job.finish()[0].event("persisted")["step"] == step + 300
