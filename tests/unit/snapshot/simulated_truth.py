@@ -67,11 +67,18 @@ class Truth:
             if not whole and not choice.rebuilds:
                 raise Violation(f"choice: {choice.version} is not whole")
             self._check_rebuilds(choice.rebuilds)
-            if self.newest is not None and self.newest.step == choice.step and self.newest != choice.version:
+            if self.newest is not None and self.newest.step == choice.step and not self._is_newest(choice.version):
                 raise Violation(f"choice: {choice.version} is not on the chain, {self.newest} is")
         self.newest = choice.version if choice.tier == "memory" and not choice.rebuilds else None
         self.floor = choice.step
         self._carry_promise(choice)
+
+    def _is_newest(self, version: Version) -> bool:
+        """Or what a generation made of it again: the state is the same, on the same chain."""
+        made_from = (node.parents.get(version.generation) for node in self.nodes)
+        return version == self.newest or any(
+            record is not None and (record.parent, record.step) == (self.newest, version.step) for record in made_from
+        )
 
     def _check_restore(self, worker: Worker) -> None:
         parent = worker.node.parent
