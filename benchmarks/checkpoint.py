@@ -25,7 +25,6 @@ target, at most. Both are taken in a round of their own. torchsnapshot takes wha
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
@@ -49,7 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
-from measure import Bar, as_json, estimate, machine, ratios, table
+from measure import Bar, as_json, estimate, keep, machine, options_of, ratios, table
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -387,6 +386,7 @@ class Rank:
         if self._rank == 0:
             for leftover in Path(self._options.folder).iterdir():
                 shutil.rmtree(leftover, ignore_errors=True)
+            os.sync()  # or the next subject waits for the disk to forget what this one has written
         dist.barrier()
 
     def _drop(self, path: Path) -> None:
@@ -523,12 +523,10 @@ def working_folder(folder: str | None) -> Iterator[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; the bars are not judged")
+    parser = options_of(__doc__, quick="small sizes and few rounds; the bars are not judged")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--hot", action="store_true", help="leave files in the cache")
     parser.add_argument("--folder", help="where to write; default: a temporary directory")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder goes
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -545,9 +543,7 @@ def main() -> int:
         reshard = offline_reshard(folder / "data", size)
     bars = judge(results, reshard)
     results["offline reshard: memory over bound"] = {"holdfast": [reshard]}
-    if args.json:
-        text = as_json({"times_s": results, "skipped": skipped, "hot": args.hot}, bars)
-        (sys.stdout.write(text + "\n") if args.json == "-" else Path(args.json).write_text(text))
+    keep(as_json({"times_s": results, "skipped": skipped, "hot": args.hot}, bars), args.json)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
     print(report(results, skipped, size / 1e6, args.hot))
     print("\n".join(map(str, bars)))

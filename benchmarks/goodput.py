@@ -22,7 +22,6 @@ Goodput is what N steps take at the reference's pace over what they took. Bars: 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import math
@@ -40,7 +39,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from measure import Bar, Estimate, as_json, machine, table
+from measure import Bar, Estimate, as_json, machine, options_of, table
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the nodes are those of the tests
@@ -341,14 +340,12 @@ def _fill_recoveries(found: Run, folder: Path) -> None:
 
 def main() -> int:
     """Measure and judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a short run on two nodes; the bars are not judged")
+    parser = options_of(__doc__, quick="a short run on two nodes; the bars are not judged")
     parser.add_argument("--mtbf", type=float, nargs="+", default=[15.0, 30.0, 60.0, 120.0], metavar="SECONDS")
     parser.add_argument(
         "--seconds", type=float, default=300.0, help="of training at the reference's pace (default 300)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the schedule (default 1)")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     options = parser.parse_args()
     if (reason := why_impossible()) is not None:
         print(reason, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -82,6 +83,27 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "load": os.getloadavg()[0],
     }
+
+
+def options_of(doc: str | None, *, quick: str) -> argparse.ArgumentParser:
+    """A parser with the options that benchmarks share: ``--quick`` and ``--json``.
+
+    Args:
+        doc: the module's.
+        quick: what the short form is.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
+    return parser
+
+
+def keep(text: str, path: str | None) -> None:
+    """Write where ``--json`` says."""
+    if path == "-":
+        print(text)
+    elif path is not None:
+        Path(path).write_text(text)
 
 
 def as_json(results: dict[str, object], bars: Sequence[Bar]) -> str:

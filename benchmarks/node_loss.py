@@ -12,7 +12,6 @@ torchrun is not here: it never notices a node that is silent.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import statistics
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from goodput import BIN, PHASES, ROOT, read_log
-from measure import Bar, as_json, estimate, machine, table
+from measure import Bar, as_json, estimate, keep, machine, options_of, table
 
 sys.path.insert(0, str(ROOT / "tests"))  # the nodes are those of the tests
 
@@ -135,10 +134,8 @@ def measure(which: str, losses: int) -> tuple[list[float], dict[str, float]]:
 
 def main() -> int:
     """Measure and judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one loss of each kind; the bar is not judged")
+    parser = options_of(__doc__, quick="one loss of each kind; the bar is not judged")
     parser.add_argument("--losses", type=int, default=10, help="of each kind (default 10)")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     options = parser.parse_args()
     if (reason := why_impossible()) is not None:
         print(reason, file=sys.stderr)
@@ -157,10 +154,7 @@ def main() -> int:
     for bar in bars:
         print(bar, file=said)
     text = as_json({which: {"costs_s": costs, "phases_s": phases} for which, (costs, phases) in found.items()}, bars)
-    if options.json == "-":
-        print(text)
-    elif options.json is not None:
-        Path(options.json).write_text(text)
+    keep(text, options.json)
     whole = all(len(costs) == losses for costs, _ in found.values())
     return 0 if options.quick else int(not (whole and all(bar.met for bar in bars)))
 

@@ -6,7 +6,6 @@ Exits with 0 where the run that was killed ended with the same bits as the run w
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -15,6 +14,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+from holdfast.launcher.events import read_events
 
 TRAIN = Path(__file__).parent / "gpt" / "train.py"
 BIN = Path(sys.executable).parent
@@ -43,7 +44,7 @@ class Watcher(threading.Thread):
     def __init__(self, run_dir: Path, screen: Screen) -> None:
         super().__init__(name="demo-watcher", daemon=True)
         self._run_dir, self._screen = run_dir, screen
-        self._read_bytes = 0
+        self._told = 0
         self._failed_at: float | None = None
         self.recoveries: list[dict] = []
         self.ended = threading.Event()
@@ -53,17 +54,11 @@ class Watcher(threading.Thread):
             self.read()
 
     def read(self) -> None:
-        """Tell of the lines that are new; the last one may still be incomplete."""
-        path = self._run_dir / "events.jsonl"
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            file.seek(self._read_bytes)
-            new = file.read()
-        complete = new[: new.rfind(b"\n") + 1]
-        self._read_bytes += len(complete)
-        for line in complete.splitlines():
-            self._tell(json.loads(line))
+        """Tell of the events that are new."""
+        events = read_events(self._run_dir)
+        for event in events[self._told :]:
+            self._tell(event)
+        self._told = len(events)
 
     def _tell(self, event: dict) -> None:
         if event["kind"] == "generation_started":

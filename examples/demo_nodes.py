@@ -12,7 +12,6 @@ from which the job went on, then, from torch's own checkpoint, on three. Exits w
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -30,6 +29,7 @@ from rich.text import Text
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the nodes are those of the tests
 
+from holdfast.launcher.events import read_events  # noqa: E402
 from support.node_memory import protected, whole  # noqa: E402
 from support.nodes import PORT, Cluster, Node, why_impossible  # noqa: E402
 
@@ -72,7 +72,7 @@ class Show:
     def __init__(self, folder: Path, cluster: Cluster, storage: Storage) -> None:
         self._folder, self._cluster, self.storage = folder, cluster, storage
         self._began = time.monotonic()
-        self._read_bytes = 0
+        self._told = 0
         self.happened: list[str] = []
         self.recoveries: list[dict] = []
         self._ranks: dict[str, str] = {}
@@ -98,18 +98,11 @@ class Show:
         return self._folder / "agent-n0.txt"
 
     def read(self) -> None:
-        """Tell of the events that are new; the last line may still be incomplete."""
-        path = self._folder / "run" / "events.jsonl"
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            file.seek(self._read_bytes)
-            new = file.read()
-        complete = new[: new.rfind(b"\n") + 1]
-        self._read_bytes += len(complete)
-        for line in complete.splitlines():
-            if line.startswith(b"{") and line.endswith(b"}"):  # a loss of power may cut one short
-                self._tell(json.loads(line))
+        """Tell of the events that are new."""
+        events = read_events(self._folder / "run")
+        for event in events[self._told :]:
+            self._tell(event)
+        self._told = len(events)
 
     def _tell(self, event: dict) -> None:
         if event["kind"] == "generation_started":

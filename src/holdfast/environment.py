@@ -140,6 +140,11 @@ def encrypts_all(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get(ENCRYPT, "control") == "all"
 
 
+def spool_folder(environ: Mapping[str, str] = os.environ) -> str:
+    """Where large temporary files go: TMPDIR, else /var/tmp, which is on a disk where /tmp may be memory."""
+    return environ.get("TMPDIR") or "/var/tmp"
+
+
 def isal_library(environ: Mapping[str, str] = os.environ) -> str | None:
     """Path of the ISA-L library that the user asks for, ``"none"`` for the numpy kernel, None to search for one."""
     return environ.get(ISAL) or None

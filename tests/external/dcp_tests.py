@@ -17,24 +17,20 @@ Exit code 1 where a test fails with ours that passes with DCP's own and is not e
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import subprocess
 import sys
 import tempfile
-import urllib.request
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pytorch_files import Run, fetch, run_file
 
 FILES = (
     "test_file_system_checkpoint_cpu", "test_checkpoint", "test_dtensor_checkpoint", "test_dtensor_resharding",
     "test_planner", "test_dedup_tensors", "test_save_load_api", "test_hf_storage", "test_format_utils",
 )  # fmt: skip
-_URL = "https://raw.githubusercontent.com/pytorch/pytorch/v{version}/test/distributed/checkpoint/{name}.py"
+_FOLDER = "test/distributed/checkpoint"
 _GPU_MARKS = re.compile(
     r"^[ \t]*@(skip_if_lt_x_gpu|requires_nccl|requires_accelerator_dist_backend|skip_if_no_gpu)\b.*\n", re.MULTILINE
 )
@@ -61,28 +57,12 @@ _EXPECTED: dict[str, str] = {}
 """Test name to why it cannot pass: what it asks for is what holdfast refuses."""
 
 
-@dataclass
-class Run:
-    """What came of one file."""
-
-    passed: set[str] = field(default_factory=set)
-    skipped: dict[str, str] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-    problem: str = ""
-    """Why no test ran at all."""
-
-
 def obtain(name: str, source: Path | None, version: str) -> str | None:
     """The text of a test file; None where it cannot be had."""
     if source is not None:
-        places = [source / "test" / "distributed" / "checkpoint" / f"{name}.py", source / f"{name}.py"]
+        places = [source / _FOLDER / f"{name}.py", source / f"{name}.py"]
         return next((path.read_text() for path in places if path.is_file()), None)
-    try:
-        with urllib.request.urlopen(_URL.format(version=version, name=name), timeout=60) as answer:
-            return str(answer.read().decode())
-    except OSError as error:
-        sys.stderr.write(f"{name}: cannot be fetched: {error}\n")
-        return None
+    return fetch(f"{_FOLDER}/{name}.py", version)
 
 
 def changed(text: str, *, ours: bool) -> str:
@@ -101,55 +81,7 @@ def run(name: str, text: str, timeout_s: float) -> Run:
     with tempfile.TemporaryDirectory(prefix="dcp-tests-") as folder:
         path = Path(folder) / f"{name}.py"
         path.write_text(text)
-        report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-c",
-            os.devnull,
-            "--rootdir",
-            folder,
-        ]
-        command += ["-W", "ignore", f"--junitxml={report}", str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment, cwd=folder
-            )
-        except subprocess.TimeoutExpired:
-            return Run(problem=f"not done after {timeout_s:.0f} s")
-        if not report.exists():
-            return Run(problem=(done.stdout + done.stderr).strip().splitlines()[-1][:200])
-        return _parse(ElementTree.parse(report).getroot())
-
-
-def _parse(root: ElementTree.Element) -> Run:
-    found = Run()
-    for case in root.iter("testcase"):
-        name = f"{case.get('classname', '').rpartition('.')[2]}.{case.get('name')}"
-        skip, bad = case.find("skipped"), [*case.findall("failure"), *case.findall("error")]
-        if bad:
-            found.failed[name] = _cause(bad[0])
-        elif skip is not None:
-            found.skipped[name] = (skip.get("message") or "")[:120]
-        else:
-            found.passed.add(name)
-    if "error" in {name.rpartition(".")[2] for name in found.failed} or not (found.passed | found.failed.keys()):
-        found.problem = next(iter(found.failed.values()), "")
-    return found
-
-
-def _cause(element: ElementTree.Element) -> str:
-    """The last line of the report that names an error."""
-    text = element.text or element.get("message") or ""
-    lines = [
-        line.strip("E ").strip() for line in text.splitlines() if re.search(r"(Error|Exception|assert)\b.*:", line)
-    ]
-    return (lines[-1] if lines else (element.get("message") or ""))[:200]
+        return run_file(path, timeout_s, {"OMP_NUM_THREADS": "1"})
 
 
 def report(rows: Sequence[tuple[str, Run, Run]]) -> tuple[str, bool]:

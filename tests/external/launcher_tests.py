@@ -12,17 +12,13 @@ another one fails.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import urllib.request
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pytorch_files import Run, fetch, run_file
 
 _LAUNCHER, _ELASTIC = "test/distributed/launcher", "test/distributed/elastic/multiprocessing"
 FILES = {
@@ -39,7 +35,6 @@ FILES = {
     f"{_ELASTIC}/errors/error_handler_test.py": (),
 }
 """Test files, and what they run, beside them."""
-_URL = "https://raw.githubusercontent.com/pytorch/pytorch/v{version}/{path}"
 _SHIM = """
 import sys as _sys, torch.distributed.run as _torchrun
 def _main(args=None):
@@ -59,17 +54,6 @@ _EXPECTED = {
 """Test name to why it cannot pass."""
 
 
-@dataclass
-class Run:
-    """What came of one file."""
-
-    passed: set[str] = field(default_factory=set)
-    skipped: set[str] = field(default_factory=set)
-    failed: dict[str, str] = field(default_factory=dict)
-    problem: str = ""
-    """Why no test ran at all."""
-
-
 def obtain(path: str, source: Path | None, version: str) -> str | None:
     """The text of a file of pytorch; None where it cannot be had."""
     if source is not None:
@@ -78,12 +62,7 @@ def obtain(path: str, source: Path | None, version: str) -> str | None:
             if place.is_file():
                 return place.read_text()
         return None
-    try:
-        with urllib.request.urlopen(_URL.format(version=version, path=path), timeout=60) as answer:
-            return str(answer.read().decode())
-    except OSError as error:
-        sys.stderr.write(f"{path}: cannot be fetched: {error}\n")
-        return None
+    return fetch(path, version)
 
 
 def lay_out(path: str, folder: Path, source: Path | None, version: str, *, ours: bool) -> Path | None:
@@ -110,33 +89,7 @@ def run(path: str, source: Path | None, version: str, timeout_s: float, *, ours:
         file = lay_out(path, folder, source, version, ours=ours)
         if file is None:
             return Run(problem="the file cannot be had")
-        report = folder / "report.xml"
-        options = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", name, "-W", "ignore"]
-        command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", str(file)]
-        environment = {**os.environ, "PYTHONWARNINGS": "ignore", "TMPDIR": name}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment, cwd=folder
-            )
-        except subprocess.TimeoutExpired:
-            return Run(problem=f"not done after {timeout_s:.0f} s")
-        if not report.exists():
-            return Run(problem=(done.stdout + done.stderr).strip().splitlines()[-1][:200])
-        return _parse(ElementTree.parse(report).getroot())
-
-
-def _parse(root: ElementTree.Element) -> Run:
-    found = Run()
-    for case in root.iter("testcase"):
-        name = str(case.get("name"))
-        bad = [*case.findall("failure"), *case.findall("error")]
-        if bad:
-            found.failed[name] = (bad[0].get("message") or bad[0].text or "").strip().splitlines()[0][:200]
-        elif case.find("skipped") is not None:
-            found.skipped.add(name)
-        else:
-            found.passed.add(name)
-    return found
+        return run_file(file, timeout_s, {"TMPDIR": name})
 
 
 def report(rows: Sequence[tuple[str, Run, Run]]) -> tuple[str, bool]:
@@ -150,7 +103,7 @@ def report(rows: Sequence[tuple[str, Run, Run]]) -> tuple[str, bool]:
         counts = f"{len(own.passed)} | {len(ours.passed & own.passed)} | {len(own.skipped)}"
         lines.append(f"| {path} | {problem or counts} |")
         for test in sorted(own.passed - ours.passed):
-            reason = _EXPECTED.get(test)
+            reason = _EXPECTED.get(test.rpartition(".")[2])
             good = good and reason is not None
             said = ours.failed.get(test, "it did not run")
             notes.append(f"- {test}: {'expected: ' + reason if reason else 'NOT EXPECTED'}; it said: {said}")

@@ -40,6 +40,21 @@ def watch_versions() -> dict[str, list[int]]:
     return heard
 
 
+def watch_reads() -> list[int]:
+    """Sizes of what this rank reads of images in storage."""
+    from holdfast.checkpoint.source import FileSource
+
+    sizes: list[int] = []
+    read_into = FileSource.read_into
+
+    def counted(self: FileSource, offset: int, view: memoryview) -> None:
+        sizes.append(len(view))
+        read_into(self, offset, view)
+
+    FileSource.read_into = counted
+    return sizes
+
+
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     found = hashlib.sha256()
     for tensor in model.state_dict().values():
@@ -61,6 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save-at", type=int)
     parser.add_argument("--step-seconds", type=float, default=0.02)
     parser.add_argument("--persist-every", type=int)
+    parser.add_argument("--hidden", type=int, default=30)
     return parser.parse_args()
 
 
@@ -70,9 +86,9 @@ def main() -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo")
-    heard = watch_versions()
+    heard, read = watch_versions(), watch_reads()
     torch.manual_seed(5)
-    model = nn.Sequential(nn.Linear(6, 30), nn.Dropout(0.2), nn.Linear(30, 3))
+    model = nn.Sequential(nn.Linear(6, options.hidden), nn.Dropout(0.2), nn.Linear(options.hidden, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     told: list[list[object]] = []
     handle = None
@@ -110,6 +126,7 @@ def main() -> None:
         "saved": None if handle is None else [handle.step, handle.result().path.name],
         "told": told,
         "digest": digest(model, optimizer),
+        "read_bytes": sum(read),
         **heard,
     }
     options.out.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from holdfast.checkpoint.commit import list_steps
+from holdfast.checkpoint.image import BLOCK_BYTES
 from support.jobs import BIN, Job, leftovers
 from support.jobs import job_in as any_job_in
 
@@ -123,17 +124,20 @@ def test_two_ranks_under_torchrun_save_and_resume_as_one(tmp_path: Path) -> None
 
     for name in ("undisturbed", "resumed"):
         (tmp_path / name).mkdir()
+    options = ["--persist-every", 5, "--hidden", 400_000]
     with job_in(tmp_path / "undisturbed") as job:
-        assert torchrun(job, "--persist-every", 5) == 0, job.output()
+        assert torchrun(job, *options) == 0, job.output()
         assert saved(job) == [5, 10, 12]
         expected = [result["digest"] for result in results(job, 2)]
     with job_in(tmp_path / "resumed") as job:
-        assert torchrun(job, "--persist-every", 5, "--end", "raise", "--end-at", 7) != 0
+        assert torchrun(job, *options, "--end", "raise", "--end-at", 7) != 0
         assert saved(job) == [5]
-        assert torchrun(job, "--persist-every", 5) == 0, job.output()
+        assert torchrun(job, *options) == 0, job.output()
         found = results(job, 2)
         assert [result["restored"] for result in found] == [["storage", 5]] * 2
         assert [result["digest"] for result in found] == expected
+        stored = sum(image.stat().st_size for image in job.checkpoints.glob("step-00000005/*.safetensors"))
+        assert stored <= sum(result["read_bytes"] for result in found) <= 1.05 * stored + BLOCK_BYTES
 
 
 @pytest.mark.campaign

@@ -10,11 +10,13 @@ import struct
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
+from urllib.parse import unquote
 
 Kind = Literal["500", "503", "429", "403", "reset", "lost", "cut", "slow"]
 """An answer of that status instead of the store's; the connection reset before the store hears of the request, or
@@ -42,6 +44,8 @@ class S3:
     rules: list[Rule] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     """Method and path of all that passed the proxy; of a deletion the keys, too."""
+    got: Counter[str] = field(default_factory=Counter)
+    """Bytes that were read of each object."""
     slow_s: float = 0.3
 
     def environment(self) -> dict[str, str]:
@@ -66,6 +70,11 @@ class S3:
         """Make coming requests fail; the rule counts how many did."""
         self.rules.append(Rule(kind, method, path, times))
         return self.rules[-1]
+
+    def got_of(self, prefix: str, suffix: str) -> int:
+        """Bytes that were read of objects below a URL whose names end so."""
+        below = prefix.partition("://")[2]
+        return sum(size for path, size in self.got.items() if path.startswith(below) and path.endswith(suffix))
 
     def take(self, method: str, path: str, body: bytes) -> Kind | None:
         """What a request meets; called by the proxy."""
@@ -113,6 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(int(kind), _BODIES.get(kind, b""), {})
         else:
             status, headers, data = self._ask(s3.server_port, body)
+            if self.command == "GET" and status < 300:
+                s3.got[unquote(self.path.lstrip("/").partition("?")[0])] += len(data)
             if kind == "slow":
                 time.sleep(s3.slow_s)
             if kind == "lost":

@@ -154,21 +154,29 @@ class Catalog:
             CorruptError, StorageError, PeerError: they cannot be read from any image.
             MismatchError: no image is of that old rank.
         """
+        lowest, own = self.object_images(rank)
+        mine = self._first_readable(own)
+        found = {name: record for name, record in mine.items() if record.per_rank}
+        shared = {name: record for name, record in mine.items() if not record.per_rank}
+        if lowest not in own:
+            # Where replicas differ, every rank must take the same one: the lowest rank's.
+            others = [lowest, *own]
+            shared |= {n: r for n, r in self._first_readable(others).items() if not r.per_rank}
+        return found | shared
+
+    def object_images(self, rank: int) -> tuple[int, list[int]]:
+        """Numbers of the images that `objects` looks into: of the lowest rank's, and of those of this one's old rank.
+
+        Raises:
+            MismatchError: no image is of that old rank.
+        """
         old = rank % self.world_size
         own = [number for number, saved_by in enumerate(self._ranks) if saved_by == old]
         if not own:
             raise MismatchError(
                 f"no image of rank {old} of {self.world_size} is there: its own state cannot be restored"
             )
-        mine = self._first_readable(own)
-        found = {name: record for name, record in mine.items() if record.per_rank}
-        shared = {name: record for name, record in mine.items() if not record.per_rank}
-        lowest = min(range(len(self._ranks)), key=self._ranks.__getitem__)
-        if lowest not in own:
-            # Where replicas differ, every rank must take the same one: the lowest rank's.
-            others = [lowest, *own]
-            shared |= {n: r for n, r in self._first_readable(others).items() if not r.per_rank}
-        return found | shared
+        return min(range(len(self._ranks)), key=self._ranks.__getitem__), own
 
     def _first_readable(self, numbers: Sequence[int]) -> dict[str, ObjectRecord]:
         failures: list[HoldfastError] = []
@@ -203,30 +211,30 @@ class Catalog:
         entry = self._entry(name, rank)
         return tuple(tile for tile, _ in entry.placement.overlapping(whole(entry.shape)))
 
-    def tiles(self, name: str, box: Box) -> Iterator[tuple[Box, int]]:
-        """The tiles of a tensor of the job that hold a part of `box`, and the image that each lies in.
+    def tiles(self, name: str, box: Box, *, rank: int | None = None) -> Iterator[tuple[Box, int]]:
+        """The tiles of a tensor (`rank`: as in `read`) that hold a part of `box`, and the image that each lies in.
 
         Raises:
             MismatchError: nothing is saved under the name.
         """
-        return self._entry(name, None).placement.overlapping(box)
+        return self._entry(name, rank).placement.overlapping(box)
 
-    def missing(self, name: str, box: Box) -> tuple[Box, ...]:
+    def missing(self, name: str, box: Box, *, rank: int | None = None) -> tuple[Box, ...]:
         """The parts of `box` that no image holds.
 
         Raises:
             MismatchError: nothing is saved under the name.
         """
-        return self._entry(name, None).placement.missing(box)
+        return self._entry(name, rank).placement.missing(box)
 
-    def piece_start(self, name: str, tile: Box, number: int) -> int:
+    def piece_start(self, name: str, tile: Box, number: int, *, rank: int | None = None) -> int:
         """First byte of a tile, from the start of its image.
 
         Raises:
             CorruptError: the image does not hold it, or as something else.
             MismatchError: nothing is saved under the name.
         """
-        return self._piece_offset(self._entry(name, None), tile, number)
+        return self._piece_offset(self._entry(name, rank), tile, number)
 
     def check_complete(self) -> None:
         """Check that every element of every tensor lies in some image.

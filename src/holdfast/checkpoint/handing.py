@@ -6,7 +6,7 @@ first unfinished unit is always among those that its reader reads and its wanter
 
 Ranks of one host look at what was read where the reader has it (`holdfast.checkpoint.slab`), to others it is sent.
 Messages go over ZeroMQ, straight between ranks. Each carries a random key that its receiver told through the process
-group's store; what does not is dropped. Bytes were verified by the reader; a digest of the message guards the way.
+group's store; what does not is dropped. Bytes were verified by the reader; a tag of the message guards the way.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
+from hmac import compare_digest
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import xxhash
 import zmq
+from msgspec.structs import replace
 
 from holdfast.checkpoint.slab import Place, SeenSlab, Slab
 from holdfast.checkpoint.wants import UNIT_BYTES, Unit
@@ -31,6 +34,8 @@ from holdfast.errors import PeerError, PeerTimeout
 _READERS = 4
 _AHEAD = 8
 """Units that a reader holds, and that a rank has asked for."""
+_HINTED = 8
+"""Units that the system is asked to read ahead."""
 _POLL_MS = 1
 _IDLE_POLL_MS = 50
 _READ_POLL_S = 0.01
@@ -48,8 +53,10 @@ class _Message(msgspec.Struct, frozen=True, array_like=True):
     """Who sends it."""
     image: int
     first: int
-    digest: bytes = b""
-    """xxh3_64 of the data."""
+    number: int = 0
+    """With ``data``: of the sender's messages; makes each another one."""
+    tag: bytes = b""
+    """Of the data."""
     sees: bool = False
     """With ``ask``: the sender can look into the receiver's slab."""
     slot: int = -1
@@ -69,6 +76,15 @@ class _Endpoint(msgspec.Struct, frozen=True, array_like=True):
         return self.slab.key
 
 
+Tagger = Callable[[bytes, memoryview], bytes]
+"""Makes the tag of data that belong to a message, given as bytes that no other message has."""
+
+
+def digest(message: bytes, data: memoryview) -> bytes:
+    """A tag that notices flipped bits, not enemies."""
+    return xxhash.xxh3_64_digest(data)
+
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Message)
 
@@ -76,15 +92,18 @@ _decoder = msgspec.msgpack.Decoder(_Message)
 class Post:
     """A rank's sockets for one load; for the thread that loads."""
 
-    def __init__(self, rank: int, address: str, host: str) -> None:
+    def __init__(self, rank: int, address: str, host: str, tagger: Tagger = digest) -> None:
         """
         Args:
             rank: this one.
             address: at which the other ranks reach this host.
             host: names it.
+            tagger: the same on all ranks.
         """
         self._rank = rank
         self._host = host
+        self._tagger = tagger
+        self._sent = 0
         self._context = zmq.Context()
         self._key = secrets.token_bytes(16)
         self._inbox = self._context.socket(zmq.PULL)
@@ -152,8 +171,9 @@ class Post:
     def give(self, rank: int, unit: Unit, data: memoryview) -> None:
         """Send a unit to a rank that asked for it; the bytes are copied."""
         outbox, key = self._outbox(rank)
-        digest = xxhash.xxh3_64_digest(data)
-        outbox.send(_encoder.encode(_Message(key, "data", self._rank, unit.image, unit.first, digest)), zmq.SNDMORE)
+        self._sent += 1
+        message = _Message(key, "data", self._rank, unit.image, unit.first, self._sent)
+        outbox.send(_encoder.encode(replace(message, tag=self._tag(message, data))), zmq.SNDMORE)
         outbox.send(data, copy=True)
 
     def receive(self, timeout_ms: int) -> tuple[_Message, memoryview] | None:
@@ -167,13 +187,16 @@ class Post:
                 self.dropped += 1
                 continue
             data = frames[1].buffer if len(frames) == 2 else memoryview(b"")
-            sound = message.key == self._key and (
-                message.kind != "data" or xxhash.xxh3_64_digest(data) == message.digest
-            )
-            if sound:
+            if message.key == self._key and (message.kind != "data" or self._is_sound(message, data)):
                 return message, data
             self.dropped += 1
         return None
+
+    def _is_sound(self, message: _Message, data: memoryview) -> bool:
+        return compare_digest(self._tag(replace(message, tag=b""), data), message.tag)
+
+    def _tag(self, message: _Message, data: memoryview) -> bytes:
+        return self._tagger(_encoder.encode(message), data)
 
     def close(self) -> None:
         """Close all sockets; what was not taken by then is dropped."""
@@ -203,6 +226,7 @@ class Handing:
         post: Post | None,
         *,
         read: Callable[[Unit, memoryview], memoryview],
+        will_read: Callable[[Unit], None],
         take: Callable[[Unit, memoryview], None],
         check: Callable[[], None],
         timeout: timedelta,
@@ -213,6 +237,7 @@ class Handing:
             post: None where this process loads alone.
             read: gives the verified bytes of a unit, in the memory that it is given where they fit; called by reading
                 threads, never two at once for one image.
+            will_read: is told which units are to be read soon; called by reading threads, too.
             take: uses them, here; the bytes are good until it returns.
             check: raises when another rank has failed; called now and then while this one waits.
             timeout: how long nothing may come.
@@ -220,6 +245,7 @@ class Handing:
         self._rank = rank
         self._post = post
         self._read = read
+        self._will_read = will_read
         self._take = take
         self._check = check
         self._timeout = timeout
@@ -265,12 +291,19 @@ class Handing:
     def _begin(self, turn: _Turn, pool: ThreadPoolExecutor) -> None:
         while turn.to_read and self._free:
             unit, slot = turn.to_read.popleft(), self._free.pop()  # the one used last: its memory is warm
-            turn.reading[pool.submit(self._read, unit, self._memory(slot))] = unit, slot
+            following = turn.take_following(_HINTED)
+            turn.reading[pool.submit(self._hint_and_read, unit, self._memory(slot), following)] = unit, slot
         while turn.to_ask and len(turn.asked) < _AHEAD:
             unit = turn.to_ask.popleft()
             turn.asked[unit.image, unit.first] = unit
             assert self._post is not None
             self._post.ask(unit.reader, unit)
+
+    def _hint_and_read(self, unit: Unit, memory: memoryview, following: Sequence[Unit]) -> memoryview:
+        """For reading threads."""
+        for soon in following:
+            self._will_read(soon)
+        return self._read(unit, memory)
 
     def _memory(self, slot: int) -> memoryview:
         if not self._slots[slot]:
@@ -366,10 +399,19 @@ class _Turn:
     def __init__(self, to_read: deque[Unit], to_ask: deque[Unit]) -> None:
         self.to_read = to_read
         self.to_ask = to_ask
+        self._hinted = 0
+        """How many of `to_read` the system was told about."""
         self.reading: dict[Future[memoryview], tuple[Unit, int]] = {}
         """With the slot."""
         self.held: dict[Key, _Held] = {}
         self.asked: dict[Key, Unit] = {}
+
+    def take_following(self, limit: int) -> list[Unit]:
+        """Those of the next `limit` units to read that were not among them before; called after each `popleft`."""
+        self._hinted = max(self._hinted - 1, 0)
+        following = list(islice(self.to_read, self._hinted, limit))
+        self._hinted += len(following)
+        return following
 
     @property
     def is_open(self) -> bool:

@@ -14,6 +14,7 @@ import msgspec
 import zstandard
 
 from holdfast.checkpoint.catalog import Saved
+from holdfast.checkpoint.compressed import unpacked
 from holdfast.checkpoint.dtypes import DTYPES
 from holdfast.checkpoint.tiles import Placement, Tiling
 from holdfast.checkpoint.version import GenerationId, Version
@@ -168,11 +169,8 @@ def decode_index(data: bytes) -> Index:
         CorruptError: it does not parse, or says what cannot be.
     """
     try:
-        size = zstandard.frame_content_size(data)
-        if not 0 <= size <= MAX_INDEX_BYTES:
-            raise CorruptError(f"the index speaks of {size} bytes")
-        index = msgspec.json.decode(zstandard.decompress(data, max_output_size=size), type=Index)
-    except (msgspec.MsgspecError, zstandard.ZstdError) as error:
+        index = msgspec.json.decode(unpacked(data, limit_bytes=MAX_INDEX_BYTES, what="the index"), type=Index)
+    except msgspec.MsgspecError as error:
         raise CorruptError(f"the index does not parse: {error}") from error
     if index.format != 1:
         raise CorruptError(f"index format {index.format} is newer than this holdfast reads (1)")

@@ -18,6 +18,7 @@ import numpy
 import zstandard
 
 from holdfast.checkpoint.boxes import Box
+from holdfast.checkpoint.compressed import unpacked
 from holdfast.checkpoint.image import piece_rows
 from holdfast.checkpoint.index import ImageRecord
 from holdfast.checkpoint.tiles import EvenImages, Grid, Tiling, tiling
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     Numbers = NDArray[numpy.int64]
 
 MAX_SHARE_BYTES = 1 << 34
+_WHAT = "what a rank says of its pieces"
 _INT = numpy.dtype("<i8")
 _KEPT = 4
 """States whose pieces are not put together again when they are saved again."""
@@ -197,12 +199,9 @@ class _Pieces(msgspec.Struct, frozen=True, array_like=True):
             CorruptError: `data` is none, or speaks of other images.
         """
         try:
-            size = zstandard.frame_content_size(data)
-            if not 0 <= size <= MAX_SHARE_BYTES:
-                raise CorruptError(f"a share of {size} bytes")
-            found = msgspec.msgpack.decode(zstandard.decompress(data, max_output_size=size), type=cls)
-        except (msgspec.MsgspecError, zstandard.ZstdError) as error:
-            raise CorruptError(f"what a rank says of its pieces does not parse: {error}") from error
+            found = msgspec.msgpack.decode(unpacked(data, limit_bytes=MAX_SHARE_BYTES, what=_WHAT), type=cls)
+        except msgspec.MsgspecError as error:
+            raise CorruptError(f"{_WHAT} does not parse: {error}") from error
         if not all(found._is_sound(dims, part, num_images) for dims, part in found.columns.items()):
             raise CorruptError("the columns of what a rank says of its pieces contradict each other")
         return found

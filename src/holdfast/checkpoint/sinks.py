@@ -42,6 +42,10 @@ class Sink:
             raw: Any = self._array.reshape(-1).view(numpy.uint8)  # numpy's type is no Buffer before Python 3.12
             self._bytes = memoryview(raw)
 
+    def memory(self, start: int, length: int) -> memoryview | None:
+        """The memory of bytes of the region in its C order; None where they do not lie so."""
+        return None if self._bytes is None else self._bytes[start : start + length]
+
     def put_bytes(self, start: int, data: memoryview) -> bool:
         """Take bytes of the region in its C order, from byte `start` on; False where it cannot take them so."""
         if self._bytes is None:
@@ -66,6 +70,26 @@ class Sink:
         """All is there: tell autograd that the tensor has changed."""
         if self._array is not None:
             torch.autograd.graph.increment_version(self._view)
+
+
+def in_place(
+    sink: Sink, tile: Box, wanted: Box, *, piece_start: int, data_start: int, length: int, itemsize: int
+) -> memoryview | None:
+    """The memory that takes a run of bytes as it is; None where it would be cut, or holds anything that is not wanted.
+
+    Args:
+        sink, tile, wanted, piece_start, itemsize: as for `scatter`.
+        data_start: first byte of the run, from the start of the image.
+        length: of the run.
+    """
+    rows = tile.lengths[1:]
+    if not rows == wanted.lengths[1:] == sink.box.lengths[1:] or not tile.lengths:
+        return None
+    stride = strides_of(tile.lengths, itemsize)[0]
+    start = data_start - piece_start - (wanted.offsets[0] - tile.offsets[0]) * stride
+    if start < 0 or start + length > wanted.lengths[0] * stride:
+        return None
+    return sink.memory(start + (wanted.offsets[0] - sink.box.offsets[0]) * stride, length)
 
 
 def scatter(

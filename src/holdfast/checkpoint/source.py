@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from holdfast.errors import CorruptError, StorageError
+
+_HINT_BYTES = 128 << 10
+"""Linux takes a longer hint for one of this length, or of a little more."""
 
 
 class Source(Protocol):
@@ -26,12 +31,14 @@ class Source(Protocol):
 
 
 class FileSource:
-    """An image in a file, from byte `offset` on. The file is opened at the first read and stays open."""
+    """An image in a file, from byte `offset` on. The file is opened at the first read and stays open. Any thread may
+    read."""
 
     def __init__(self, path: str | Path, offset: int = 0) -> None:
         self._path = Path(path)
         self._offset = offset
         self._fd: int | None = None
+        self._opening = Lock()
 
     def read(self, offset: int, length: int) -> memoryview:
         """See `Source.read`.
@@ -53,10 +60,9 @@ class FileSource:
         length = len(view)
         done = 0
         try:
-            if self._fd is None:
-                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._open()
             while done < length:
-                count = os.preadv(self._fd, [view[done:]], self._offset + offset + done)
+                count = os.preadv(fd, [view[done:]], self._offset + offset + done)
                 if count == 0:
                     break
                 done += count
@@ -64,6 +70,19 @@ class FileSource:
             raise StorageError(f"{self._path} cannot be read: {error.strerror}") from error
         if done < length:
             raise CorruptError(f"{self._path} ends {length - done} bytes short of {self._offset + offset + length}")
+
+    def will_read(self, offset: int, length: int) -> None:
+        """Have the system begin to read a range that is read soon. A hint: nothing comes of it where that fails."""
+        with suppress(OSError):
+            fd = self._open()
+            for start in range(self._offset + offset, self._offset + offset + length, _HINT_BYTES):
+                os.posix_fadvise(fd, start, _HINT_BYTES, os.POSIX_FADV_WILLNEED)
+
+    def _open(self) -> int:
+        with self._opening:
+            if self._fd is None:
+                self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            return self._fd
 
     def close(self) -> None:
         """Close the file; a later read opens it again."""

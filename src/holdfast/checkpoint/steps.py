@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import xxhash
 
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, decode_root
@@ -20,11 +21,27 @@ from holdfast.errors import CheckpointError, CorruptError, FenceError, StorageEr
 logger = logging.getLogger(__name__)
 
 HISTORY_NAME = ".holdfast-history"
+TAG_NAME = "tag"
+"""In a step directory: a tag that it was given after its commit."""
 MAX_SMALL_BYTES = 1 << 16
 """Roots and history files are smaller."""
 
 _STEP = re.compile(r"step-(\d{8,18})", re.ASCII)
 _HISTORY = re.compile(r"[0-9a-f]{32}", re.ASCII)
+
+
+class _LateTag(msgspec.Struct, frozen=True, kw_only=True):
+    """The content of `TAG_NAME`, as JSON."""
+
+    tag: str
+    version: str
+    """Of the root beside it."""
+    digest: str
+    """xxh3_128 of tag and version."""
+
+    @classmethod
+    def of(cls, tag: str, version: Version) -> _LateTag:
+        return cls(tag=tag, version=str(version), digest=xxhash.xxh3_128_hexdigest(f"{tag}\0{version}".encode()))
 
 
 class StepInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,7 +127,8 @@ def read_step_info(path: Path, step: int | None = None, *, storage: Storage | No
         CorruptError: the root is damaged, or is of another step.
     """
     path = place(path)
-    root, corrected = decode_root((storage or storage_of(path)).read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
+    storage = storage or storage_of(path)
+    root, corrected = decode_root(storage.read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
     if corrected:
         logger.warning("%s: the root record had wrong bytes, which were corrected; check the disk", path)
     if step is not None and root.version.step != step:
@@ -121,12 +139,54 @@ def read_step_info(path: Path, step: int | None = None, *, storage: Storage | No
         complete=True,
         version=root.version,
         world_size=root.world_size,
-        tag=root.tag,
+        tag=root.tag if root.tag is not None else _late_tag(storage, path, root.version),
         metrics=root.metrics,
         size_bytes=root.size_bytes,
         time=root.time,
         history=root.history,
     )
+
+
+def tag_step(path: str | Path, tag: str, *, storage: Storage | None = None) -> StepInfo:
+    """Give a complete step a name. Any process; of several the first one counts, like a root it is never changed.
+
+    Raises:
+        StorageError: there is no root, the step has another tag, or it cannot be written.
+        CorruptError: the root is damaged.
+    """
+    path = place(path)
+    storage = storage or storage_of(path)
+    info = read_step_info(path, storage=storage)
+    if info.tag is None:
+        assert info.version is not None
+        record = msgspec.json.encode(_LateTag.of(tag, info.version))
+        try:
+            storage.write(path / TAG_NAME, [record], exclusive=True)
+        except StorageError:
+            if read_step_info(path, storage=storage).tag is None:
+                raise
+        info = read_step_info(path, storage=storage)  # again: retention may have taken it meanwhile
+    if info.tag != tag:
+        raise StorageError(f"{path} is tagged {info.tag!r}, which is never changed: it cannot be tagged {tag!r} too")
+    return info
+
+
+def _late_tag(storage: Storage, path: Path, version: Version) -> str | None:
+    """What `tag_step` wrote; None where it wrote nothing. What is damaged counts as nothing: the state is sound."""
+    try:
+        data = storage.read(path / TAG_NAME, limit=MAX_SMALL_BYTES)
+        found = msgspec.json.decode(data, type=_LateTag)
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            logger.warning("the tag of %s cannot be read: %s", path, error)
+        return None
+    except msgspec.MsgspecError as error:
+        logger.warning("%s does not parse, the step counts as not tagged: %s", path / TAG_NAME, error)
+        return None
+    if found != _LateTag.of(found.tag, version):
+        logger.warning("%s is damaged or of another version, the step counts as not tagged", path / TAG_NAME)
+        return None
+    return found.tag
 
 
 def abandon_after(

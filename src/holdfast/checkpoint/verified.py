@@ -50,6 +50,12 @@ class OpenImage:
         self.damaged = False
         """A block did not match its checksum."""
         self._cache: OrderedDict[int, memoryview] = OrderedDict()
+        self._objects: memoryview | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether `meta` needs no reading."""
+        return self._meta is not None
 
     @property
     def meta(self) -> ImageMeta:
@@ -123,7 +129,7 @@ class OpenImage:
             CorruptError: one does not match its checksum; names image and block.
             StorageError, PeerError: the source cannot give them.
         """
-        start, length = self._extent(first, end - 1)
+        start, length = self.extent(first, end)
         if into is not None and len(into) >= length and isinstance(self.source, FileSource):
             data = into[:length]
             self.source.read_into(start, data)
@@ -133,6 +139,11 @@ class OpenImage:
         for block in range(first, end):
             self._check(block, data[(block - first) * size : (block - first + 1) * size])
         return data
+
+    def will_read(self, first: int, end: int) -> None:
+        """`blocks` will be called for these."""
+        if isinstance(self.source, FileSource):
+            self.source.will_read(*self.extent(first, end))
 
     def header(self) -> memoryview:
         """The bytes of the header, for `adopt` of another rank's.
@@ -153,7 +164,18 @@ class OpenImage:
 
     def objects_blob(self) -> memoryview:
         """The used part of the objects blob."""
+        if self._objects is not None:
+            return self._objects
         return self.range(self.meta.objects_offset, self.meta.objects_bytes)
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether `objects_blob` needs no reading."""
+        return self._objects is not None
+
+    def adopt_objects(self, blob: memoryview) -> None:
+        """Take the used part of the objects blob, which somebody has read and verified."""
+        self._objects = blob
 
     def verify(self) -> None:
         """Read everything once.
@@ -170,6 +192,10 @@ class OpenImage:
         """Close the source."""
         self._cache.clear()
         self.source.close()
+
+    def extent(self, first: int, end: int) -> tuple[int, int]:
+        """Where whole blocks lie: first byte, from the start of the image, and how many."""
+        return self._extent(first, end - 1)
 
     def _extent(self, first: int, last: int) -> tuple[int, int]:
         meta = self.meta

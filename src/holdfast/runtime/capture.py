@@ -33,7 +33,7 @@ from holdfast.runtime.names import Named, read_tree
 from holdfast.runtime.optimizer_restore import OptimizerFiller, OptimizerPlan, plan_restore
 from holdfast.runtime.optimizer_state import Flats, OptimizerPart
 from holdfast.runtime.pieces import OwnedPiece, PieceTable
-from holdfast.runtime.reader import StateReader
+from holdfast.runtime.reader import Fetcher, OwnFetcher, StateReader
 from holdfast.runtime.rng import RngState, cuda_devices, read_rng, write_rng
 from holdfast.runtime.unsynchronised import unsynchronised
 
@@ -189,11 +189,15 @@ class TrainingState:
             records[lifted.name] = lifted.record()
         return records
 
-    def restore(self, catalog: Catalog) -> int:
+    def restore(self, catalog: Catalog, fetcher: Fetcher | None = None) -> int:
         """Load a saved state in place and return its step (completed steps).
 
         State that is saved and missing in a live optimizer is created; state that was absent is removed. Everything is
         checked first: where the state does not fit, nothing has been touched.
+
+        Args:
+            catalog: the saved state.
+            fetcher: reads it; None: this rank does, for itself.
 
         Raises:
             MismatchError: missing or unexpected names, other shapes or dtypes, other parameter groups.
@@ -213,6 +217,9 @@ class TrainingState:
         if reader.has_object(UNSYNCHRONISED):
             reader.object(UNSYNCHRONISED)  # for those who compare images
         uneven = bool((session or {}).get("uneven"))
+        fetcher = fetcher or OwnFetcher(catalog)
+        all_ranks = uneven or any(lifted.wants_all_ranks(reader) for lifted in self._lifted())
+        fetcher.objects(range(len(catalog.images)) if all_ranks else ())
         tensors = self._plan_models(reader, uneven=uneven)
         plans = self._plan_optimizers(reader, uneven=uneven)
         for lifted in self._lifted():
@@ -224,10 +231,15 @@ class TrainingState:
                 module.reshard()
         for saved_name, live in tensors:
             reader.fill(saved_name, live)
-        for part, plan in plans:
-            OptimizerFiller(part, plan, reader).restore()
-        for lifted in self._lifted():
-            lifted.restore(reader)
+        fillers = [OptimizerFiller(part, plan, reader) for part, plan in plans]
+        for filler in fillers:
+            filler.begin()
+        hand_over = [lifted.begin(reader) for lifted in self._lifted()]
+        reader.read(fetcher)
+        for filler in fillers:
+            filler.end()
+        for hand in hand_over:
+            hand()
         self.buckets.restored(buckets)
         self._rng = rng
         self.restore_rng()

@@ -3,7 +3,7 @@ one object."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,34 +73,43 @@ class Lifted:
         if saved is not None:
             reader.use(placeholder_names(saved[0]) - saved[1].keys())
 
-    def restore(self, reader: StateReader) -> None:
-        """Hand the saved tree of this rank to the object."""
-        live = split_tensors(self.name, self._read())[1]
-        self._write(self.saved_tree(reader, live=live))
+    def begin(self, reader: StateReader) -> Callable[[], None]:
+        """Ask for the saved tree of this rank; what is returned hands it to the object, once all is read."""
+        tree = self.saved_tree(reader, live=split_tensors(self.name, self._read())[1])
+        return lambda: self._hand(tree())
+
+    def _hand(self, tree: Tree) -> None:
+        self._write(tree)
+
+    def wants_all_ranks(self, reader: StateReader) -> bool:
+        """Whether `begin` looks at the objects of all old ranks."""
+        return False
 
     def saved_tree(
         self, reader: StateReader, *, live: dict[str, torch.Tensor] | None = None, rank: int | None = None
-    ) -> Tree:
-        """The saved tree with its tensors: on the devices and meshes of `live` where names agree, else on the CPU.
+    ) -> Callable[[], Tree]:
+        """Ask for the tensors of the saved tree; what is returned gives it, once all is read.
 
         Args:
-            live: tensors of the object as it is.
+            live: tensors of the object as it is: where names agree, the saved ones come to their devices and meshes,
+                else to the CPU.
             rank: take the state of this old rank.
         """
         saved = reader.object(self.name) if rank is None else reader.object_of(self.name, rank)
         empty: dict[str, Any] = saved[1]
-        made: dict[str, torch.Tensor] = {}
+        likes = live or {}
+        made = {
+            name: _empty(*empty[name]) if name in empty else _ask_like(reader, name, likes.get(name), rank)
+            for name in sorted(placeholder_names(saved[0]))
+        }
 
-        def get(name: str) -> torch.Tensor:
-            if name not in made:
-                if name in empty:
-                    dtype, shape = empty[name]
-                    made[name] = torch.empty(tuple(shape), dtype=torch_dtype(dtype))
-                else:
-                    made[name] = _read_like(reader, name, (live or {}).get(name), rank)
-            return made[name]
+        def tree() -> Tree:
+            there = {
+                name: tensor if name in empty else _moved(tensor, likes.get(name)) for name, tensor in made.items()
+            }
+            return join_tensors(saved[0], there.__getitem__)
 
-        return join_tensors(saved[0], get)
+        return tree
 
 
 class LiftedPerRank(Lifted):
@@ -127,19 +136,30 @@ class LiftedPerRank(Lifted):
         if reader.resized and self._on_resize is None:
             raise reader.resize_error(self.name)
 
-    def restore(self, reader: StateReader) -> None:
-        """Hand this rank's state, or what `on_resize` makes of all, to the object."""
-        if not reader.resized or self._on_resize is None:
-            super().restore(reader)
-            return
-        states = [self.saved_tree(reader, rank=rank) for rank in range(reader.catalog.world_size)]
-        self._write(self._on_resize(states, reader.session_rank, reader.world_size))
+    def wants_all_ranks(self, reader: StateReader) -> bool:
+        """Where the world has another size."""
+        return reader.resized
+
+    def begin(self, reader: StateReader) -> Callable[[], None]:
+        """The same with this rank's state, or with what `on_resize` makes of all."""
+        on_resize = self._on_resize
+        if not reader.resized or on_resize is None:
+            return super().begin(reader)
+        trees = [self.saved_tree(reader, rank=rank) for rank in range(reader.catalog.world_size)]
+        return lambda: self._hand(on_resize([tree() for tree in trees], reader.session_rank, reader.world_size))
 
 
-def _read_like(reader: StateReader, name: str, live: torch.Tensor | None, rank: int | None) -> torch.Tensor:
+def _empty(dtype: str, shape: Sequence[int]) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=torch_dtype(dtype))
+
+
+def _ask_like(reader: StateReader, name: str, live: torch.Tensor | None, rank: int | None) -> torch.Tensor:
     if is_dtensor(live) and tuple(live.shape) == reader.record(name).shape:
         tensor = torch.empty_like(live, dtype=torch_dtype(reader.record(name).dtype))
         reader.fill(name, tensor)
         return tensor
-    whole = reader.read_whole(name, rank=rank)
-    return whole if live is None or is_dtensor(live) else whole.to(live.device)
+    return reader.whole(name, rank=rank)
+
+
+def _moved(tensor: torch.Tensor, live: torch.Tensor | None) -> torch.Tensor:
+    return tensor if live is None or is_dtensor(live) else tensor.to(live.device)

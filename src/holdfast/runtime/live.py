@@ -26,11 +26,12 @@ from holdfast.runtime.census import Census, HolderWatch, meet
 from holdfast.runtime.huddle import Huddle, session_name
 from holdfast.runtime.init_from import init_weights
 from holdfast.runtime.mode import Context, Mode
-from holdfast.runtime.requests import LiveSave, Wanted, first_wanted, persisted_of
+from holdfast.runtime.requests import LiveSave, Wanted, first_wanted, name_stored, persisted_of
 from holdfast.runtime.results import Persisted, Restored, SaveHandle
 from holdfast.runtime.say import plural, say, size
 from holdfast.runtime.snapshotter import Snapshotter
 from holdfast.runtime.storage_tier import StorageTier
+from holdfast.runtime.stored import StoredStates
 from holdfast.snapshot.client import SnapshotClient
 from holdfast.snapshot.control import Phase, stack_file
 from holdfast.snapshot.copier import Ticket
@@ -73,6 +74,14 @@ class LiveMode(Mode):
         name = f"holdfast/{environment.generation}/{session_name(context.ranks)}"
         self._huddle = Huddle(self._ranks, name)
         self._client = SnapshotClient.connect(environment, timeout=_OPEN_TIMEOUT)
+        self._stored = StoredStates(
+            context.state,
+            self._ranks,
+            name,
+            session_rank=context.session_rank,
+            tagger=self._client.tagger,
+            together=self._client.tagger is not None,
+        )
         self._shots = Snapshotter(
             context.state,
             node_of=environment.node_of,
@@ -228,6 +237,7 @@ class LiveMode(Mode):
         try:
             if not failed:
                 self._finish(step)
+                self._name_late(step)
                 outcome = "done"
         finally:
             for request in self._requests:
@@ -278,8 +288,11 @@ class LiveMode(Mode):
             return ""
         try:
             self._context.injector.at(When.RESTORE, restore.step)
-            with self._client.catalog(restore) as catalog:
-                self._step = self._context.state.restore(catalog)
+            if restore.path is not None:
+                self._step = self._stored.restore(place(restore.path))
+            else:
+                with self._client.catalog(restore) as catalog:
+                    self._step = self._context.state.restore(catalog)
         except (CorruptError, StorageError, PeerError) as error:
             return str(error)
         return ""
@@ -490,6 +503,15 @@ class LiveMode(Mode):
         with self.section(_PERSIST_TIMEOUT if persist else _GRANT_TIMEOUT):
             self._final_version(step, persist=persist)
         self._listen()
+
+    def _name_late(self, step: int) -> None:
+        """Answer saves that were asked for too late for any other step than the final one, which is in storage."""
+        directory = self._context.options.checkpoint_dir
+        stored = self._stored_step if self._storage is None else self._storage.saved_step
+        if directory is not None and stored == step:
+            for request in self._requests:
+                if not request.done():
+                    request.answer(name_stored(directory, step, request.wanted.tag))
 
     def _final_version(self, step: int, *, persist: bool) -> None:
         """Copy the final step wherever it is granted (again, where another rank missed it) until it is safe."""

@@ -159,16 +159,22 @@ class OptimizerFiller:
         self._part = part
         self._plan = plan
         self._reader = reader
+        self._groups: list[Group] = []
+        """Saved hyperparameters, from `begin` on."""
 
-    def restore(self) -> None:
-        """State and hyperparameters, in place where they exist."""
+    def begin(self) -> None:
+        """Make state where there is none, and ask the reader for what belongs into it and into hyperparameters."""
         for optimizer in self._part.optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     self._restore_parameter(optimizer.state, parameter, group)
         self._restore_shared()
-        for live, saved in zip(self._part.groups(), self._plan.groups, strict=True):
-            self._restore_group(live, saved.values, saved.rank)
+        self._groups = [self._group(saved.values, saved.rank) for saved in self._plan.groups]
+
+    def end(self) -> None:
+        """All is read: set hyperparameters, in place where they exist."""
+        for live, saved in zip(self._part.groups(), self._groups, strict=True):
+            _restore_group(live, saved)
 
     def _restore_parameter(self, states: dict[Any, Any], parameter: torch.Tensor, group: Group) -> None:
         if self._part.flat_parts(parameter):
@@ -252,7 +258,7 @@ class OptimizerFiller:
     def _restore_shared(self) -> None:
         for key, tree in self._plan.leftovers.shared.items():
             states: dict[Any, Any] = self._part.optimizers[0].state
-            states[key] = join_tensors(tree, self._reader.read_whole)
+            states[key] = join_tensors(tree, self._reader.whole)
 
     def _tensor(self, name: str, key: str | None, live: object, parameter: torch.Tensor, group: Group) -> torch.Tensor:
         empty = self._plan.leftovers.empty.get(name)
@@ -291,17 +297,22 @@ class OptimizerFiller:
             return torch.device("cpu")
         return parameter.device
 
-    def _restore_group(self, live: Group, saved: Group, rank: int) -> None:
-        for key, value in join_tensors(saved, lambda name: self._reader.read_whole(name, rank=rank)).items():
-            ours = live.get(key)
-            if isinstance(ours, torch.Tensor):
-                # kept as the same tensor: captured graphs and schedulers hold on to it
-                with torch.no_grad():
-                    ours.copy_(torch.as_tensor(value))
-            elif isinstance(value, torch.Tensor) and isinstance(ours, float):
-                live[key] = value.item()
-            else:
-                live[key] = value
+    def _group(self, saved: Group, rank: int) -> Group:
+        joined: Group = join_tensors(saved, lambda name: self._reader.whole(name, rank=rank))
+        return joined
+
+
+def _restore_group(live: Group, saved: Group) -> None:
+    for key, value in saved.items():
+        ours = live.get(key)
+        if isinstance(ours, torch.Tensor):
+            # kept as the same tensor: captured graphs and schedulers hold on to it
+            with torch.no_grad():
+                ours.copy_(torch.as_tensor(value))
+        elif isinstance(value, torch.Tensor) and isinstance(ours, float):
+            live[key] = value.item()
+        else:
+            live[key] = value
 
 
 def _empty_dtensor(

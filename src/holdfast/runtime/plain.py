@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from holdfast.checkpoint.commit import abandon_after, list_steps, open_checkpoint
+from holdfast.checkpoint.commit import abandon_after, list_steps
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.saving import Ranks
 from holdfast.checkpoint.version import GenerationId, new_nonce
@@ -22,6 +22,7 @@ from holdfast.runtime.results import Persisted, Restored, SaveHandle
 from holdfast.runtime.say import plural, say
 from holdfast.runtime.storage_tier import StorageTier
 from holdfast.runtime.store_agreement import StoreAgreement
+from holdfast.runtime.stored import StoredStates
 from holdfast.snapshot.reports import Agreed
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class PlainMode(Mode):
         self._ranks = Ranks.alone() if context.alone else Ranks.of(context.process_group)
         self._name = f"holdfast/{session_name(context.ranks)}"
         self._huddle = Huddle(self._ranks, self._name)
+        self._stored = StoredStates(context.state, self._ranks, self._name, session_rank=context.session_rank)
         self._agreement: StoreAgreement | None = None
         """Of several ranks, from the end of `open` to `close`."""
         self._requests: dict[str, LiveSave] = {}
@@ -136,8 +138,9 @@ class PlainMode(Mode):
         wanted = self._gathered() if not self._context.alone else None
         if wanted is None or tier.saved_step == step:
             tier.finish(step, persist=self._persist_end)
-            late = StorageError(f"step {step} is in storage already; ask before its end for a tag")
-            self._answer(set(self._requests), late)
+            for request in self._requests.values():
+                request.answer(tier.name(step, request.wanted.tag))
+            self._requests.clear()
         else:
             self._answer(set(self._requests), tier.save(step, tag=wanted.tag, metrics=wanted.metrics))
 
@@ -178,8 +181,7 @@ class PlainMode(Mode):
         """Restore from `path`; what is wrong with it, "" where nothing is. Another model's state raises."""
         try:
             self._context.injector.at(When.RESTORE, 0)
-            with open_checkpoint(path) as catalog:
-                self._step = self._context.state.restore(catalog)
+            self._step = self._stored.restore(path)
         except (CorruptError, StorageError) as error:
             return str(error)
         return ""

@@ -1,13 +1,14 @@
-"""Reads a saved state into live tensors: first checks that everything fits, then fills."""
+"""Reads a saved state into live tensors: first checks that it fits, then collects what is wanted, then reads that."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.catalog import Catalog, TensorRecord
 from holdfast.checkpoint.objects import decode, join_tensors
 from holdfast.checkpoint.tensors import dtype_name, empty_for, tensor_bytes
@@ -17,11 +18,60 @@ from holdfast.runtime.layout import FlatRange, Layout, layout_of, local_part, pl
 _SHOWN = 6
 
 
+class Region(NamedTuple):
+    """A part of a saved tensor, and the live memory that takes it."""
+
+    name: str
+    box: Box
+    view: torch.Tensor
+    """Detached; of the shape of `box` and the saved dtype, on any device, with any strides."""
+    rank: int | None
+    """Of a per-rank tensor: the old rank whose it is."""
+
+
+class Fetcher(Protocol):
+    """How bytes come from a catalog. These two methods are the whole surface; all ranks call them in the same order."""
+
+    def objects(self, images: Iterable[int]) -> None:
+        """The objects of these images will be looked at, beside this rank's own and the first's; called once."""
+        ...
+
+    def fetch(self, regions: Sequence[Region]) -> None:
+        """Fill the regions; called once, when everything has been checked.
+
+        Raises:
+            CorruptError: no image holds sound bytes of one.
+        """
+        ...
+
+
+class OwnFetcher:
+    """Each rank reads for itself."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def objects(self, images: Iterable[int]) -> None:
+        """They are read when they are looked at."""
+
+    def fetch(self, regions: Sequence[Region]) -> None:
+        """See `Fetcher.fetch`."""
+        for name, box, view, rank in regions:
+            if view.device.type == "cpu" and view.is_contiguous() and not view.is_conj() and not view.is_neg():
+                self._catalog.read(name, box, tensor_bytes(view), rank=rank)
+                torch.autograd.graph.increment_version(view)
+            else:
+                staging = empty_for(dtype_name(view.dtype), box.lengths)
+                self._catalog.read(name, box, tensor_bytes(staging), rank=rank)
+                with torch.no_grad():
+                    view.copy_(staging)
+
+
 class StateReader:
     """A catalog as one rank reads it. Used by the training thread, for one restore.
 
-    The checks (`expect`, `use`, `object`) come first and note what does not fit; `verify` raises once, with all of it;
-    only then `fill` and `read_whole` touch anything.
+    The checks (`expect`, `use`, `object`) come first and note what does not fit; `verify` raises once, with all of it.
+    Only then `fill` and `whole` collect what is wanted, and `read` reads all of it.
     """
 
     def __init__(
@@ -48,6 +98,7 @@ class StateReader:
         self._used_objects: set[str] = set()
         self._missing: list[str] = []
         self._wrong: list[str] = []
+        self._regions: list[Region] = []
 
     @property
     def resized(self) -> bool:
@@ -153,34 +204,30 @@ class StateReader:
         return ((self.session_rank + step) % world_size for step in range(world_size))
 
     def fill(self, name: str, live: torch.Tensor | FlatRange) -> None:
-        """Overwrite the local part of a live tensor with what is saved.
+        """The local part of a live tensor is to be overwritten with what is saved."""
+        self._want(name, local_part(live).detach(), layout_of(name, live), self.source_rank(name))
 
-        Raises:
-            CorruptError: no image holds sound bytes of it.
-        """
-        local = local_part(live).detach()
-        self._fill_local(name, local, layout_of(name, live), self.source_rank(name))
-
-    def read_whole(self, name: str, *, rank: int | None = None) -> torch.Tensor:
-        """A new CPU tensor of the whole saved tensor (of old rank `rank`, for per-rank ones; default this rank's)."""
+    def whole(self, name: str, *, rank: int | None = None) -> torch.Tensor:
+        """A new CPU tensor that `read` makes the whole saved tensor (of old rank `rank`, for per-rank ones; default
+        this rank's)."""
         rank = self.source_rank(name) if rank is None else rank
         record = self.catalog.tensor(name, rank=rank)
         tensor = empty_for(record.dtype, record.shape)
-        self._fill_local(name, tensor, plain_layout(record.shape), rank)
+        self._want(name, tensor, plain_layout(record.shape), rank)
         return tensor
 
-    def _fill_local(self, name: str, local: torch.Tensor, layout: Layout, rank: int) -> None:
+    def read(self, fetcher: Fetcher) -> None:
+        """Read all that was asked for.
+
+        Raises:
+            CorruptError: no image holds sound bytes of something.
+        """
+        regions, self._regions = self._regions, []
+        fetcher.fetch(regions)
+
+    def _want(self, name: str, local: torch.Tensor, layout: Layout, rank: int) -> None:
         from_rank = rank if self.catalog.tensors[name].per_rank else None
-        for box in layout.boxes:
-            view = layout.view(local, box)
-            if view.device.type == "cpu" and view.is_contiguous() and not view.is_conj() and not view.is_neg():
-                self.catalog.read(name, box, tensor_bytes(view), rank=from_rank)
-                torch.autograd.graph.increment_version(view)
-            else:
-                staging = empty_for(dtype_name(view.dtype), box.lengths)
-                self.catalog.read(name, box, tensor_bytes(staging), rank=from_rank)
-                with torch.no_grad():
-                    view.copy_(staging)
+        self._regions += [Region(name, box, layout.view(local, box), from_rank) for box in layout.boxes]
 
 
 def placeholder_names(tree: Any) -> set[str]:  # Any: a tree with placeholders

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from holdfast.checkpoint.places import place
-from holdfast.errors import FenceError, PeerTimeout, StorageError
+from holdfast.checkpoint.steps import read_step_info, step_dir_name, tag_step
+from holdfast.errors import CheckpointError, FenceError, PeerTimeout, StorageError
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.results import Persisted
 
@@ -43,6 +45,22 @@ def first_wanted(huddle: Huddle, mine: Sequence[Wanted]) -> Wanted | None:
     said = huddle.gather(msgspec.json.encode(mine).decode())
     asked = [wanted for text in said for wanted in msgspec.json.decode(text, type=list[Wanted])]
     return min(asked, key=lambda wanted: wanted.tag is None, default=None)
+
+
+def name_stored(directory: Path, step: int, tag: str | None) -> Persisted | StorageError:
+    """What becomes of a save of a step that is in storage already: its tag names that. Any rank, for itself.
+
+    Args:
+        directory: of the step directories.
+        step: that is there.
+        tag: that it is to have; None: whichever it has.
+    """
+    path = directory / step_dir_name(step)
+    try:
+        info = read_step_info(path, step) if tag is None else tag_step(path, tag)
+    except CheckpointError as error:
+        return error if isinstance(error, StorageError) else StorageError(str(error))
+    return Persisted(step=step, path=path, tag=info.tag)
 
 
 class LiveSave:

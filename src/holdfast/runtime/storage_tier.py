@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,11 +23,9 @@ from holdfast.errors import CheckpointError, PeerTimeout, StorageError
 from holdfast.runtime.census import meet
 from holdfast.runtime.huddle import Huddle
 from holdfast.runtime.mode import Context
+from holdfast.runtime.requests import Wanted, name_stored
 from holdfast.runtime.results import Persisted, SaveHandle
 from holdfast.runtime.say import say
-
-if TYPE_CHECKING:
-    from holdfast.runtime.requests import Wanted
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +52,8 @@ class _SaveAtBoundary:
                 raise error
 
     def step(self) -> int | None:
-        """The step that is saved."""
-        return self.at
+        """The step that is saved: another one where nothing has come after the last."""
+        return self.outcome.step if isinstance(self.outcome, Persisted) else self.at
 
 
 class StorageTier:
@@ -126,7 +123,7 @@ class StorageTier:
         requests, self._requests = self._requests, []
         if self.saved_step == step:
             for request in requests:
-                request.outcome = StorageError(f"step {step} is in storage already; ask before its end for a tag")
+                request.outcome = self.name(step, request.tag)
         elif requests or persist:
             wanted = [(request.tag, request.metrics) for request in requests] or [(None, {})]
             tag, metrics = min(wanted, key=lambda one: one[0] is None)
@@ -134,6 +131,10 @@ class StorageTier:
             for request in requests:
                 same = request.tag in (None, tag)
                 request.outcome = saved if same else StorageError(f"step {step} was saved as {tag}")
+
+    def name(self, step: int, tag: str | None) -> Persisted | StorageError:
+        """What becomes of a save of `step`, which is in storage: its tag names that."""
+        return name_stored(self._directory, step, tag)
 
     def _is_due(self, previous: int, step: int) -> bool:
         options = self._context.options

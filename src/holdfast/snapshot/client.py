@@ -26,6 +26,7 @@ from typing import Final
 import zmq
 
 from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.handing import Tagger
 from holdfast.checkpoint.version import Version
 from holdfast.environment import WorkerEnvironment, encrypts_all, job_token
 from holdfast.errors import (
@@ -149,6 +150,11 @@ class SnapshotClient:
         client._part.enter(environment.generation, os.getpid())
         client._thread.start()
         return client
+
+    @property
+    def tagger(self) -> Tagger | None:
+        """See `JobKeys.between_workers`."""
+        return self._keys.between_workers()
 
     # --- opening
 

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import hmac
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -119,6 +119,11 @@ class JobKeys:
         if kind == POLY1305 and poly1305 is not None:
             return poly1305(key, data)
         return hmac.digest(key, data, "sha256")[:_TAG_BYTES]
+
+    def between_workers(self) -> Callable[[bytes, memoryview], bytes] | None:
+        """Makes the tags of what workers send each other; None where they are to send nothing: all bulk data is to be
+        encrypted, and they have no CURVE between them."""
+        return None if self.encrypt_all else functools.partial(self.tag, self.kinds[0])
 
     def sound(self, kind: str, request: Buffer, data: Buffer, tag: Buffer) -> bool:
         """Whether `tag` is the tag of `data`."""

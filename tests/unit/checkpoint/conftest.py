@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from tools_states import Tool
 
 from holdfast.checkpoint.places import place
 from support.s3 import S3, s3_server
@@ -28,9 +29,16 @@ def s3(s3_of_session: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """The server, without faults and requests of other tests, and the environment that finds it."""
     s3_of_session.rules.clear()
     s3_of_session.requests.clear()
+    s3_of_session.got.clear()
     for name, value in s3_of_session.environment().items():
         monkeypatch.setenv(name, value)
     return s3_of_session
+
+
+@pytest.fixture
+def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
+    """The command line of the offline tools."""
+    return Tool(capsys)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from holdfast.checkpoint.index import ImageRecord, decode_index, encode_index
 from holdfast.checkpoint.objects import ObjectRecord, encode
 from holdfast.checkpoint.root import ROOT_BYTES, decode_root, encode_root
 from holdfast.checkpoint.source import MemorySource
+from holdfast.checkpoint.steps import read_step_info, tag_step
 from holdfast.checkpoint.storage import PosixStorage, Storage
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CheckpointError, CorruptError, FenceError, MismatchError, StorageError, UsageError
@@ -563,3 +564,28 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         storage.read(tmp_path / "large", limit=10)
     with pytest.raises(StorageError, match="cannot be removed"):
         storage.remove(tmp_path / "absent")
+
+
+def test_a_step_is_tagged_after_its_commit_and_keeps_that_tag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    step, tagged = _save(tmp_path / "step-00000100"), _save(tmp_path / "other", tag="at once")
+    root = (step / "root").read_bytes()
+    assert tag_step(step, "late").tag == tag_step(step, "late").tag == "late"
+    assert [info.tag for info in list_steps(tmp_path)] == ["late"]
+    assert (step / "root").read_bytes() == root
+    for path in (step, tagged):
+        with pytest.raises(StorageError, match="is tagged"):
+            tag_step(path, "another")
+    with pytest.raises(StorageError, match="does not exist"):
+        tag_step(tmp_path / "step-00000099", "late")
+    # A damaged one, or one that another version left, is none; the step is there all the same.
+    sound = (step / "tag").read_bytes()
+    for damage in (sound.replace(b"late", b"lame"), sound[:-3], b""):
+        caplog.clear()
+        (step / "tag").write_bytes(damage)
+        assert [(info.complete, info.tag) for info in list_steps(tmp_path)] == [(True, None)]
+        assert str(step) in caplog.text
+    (tagged / "tag").write_bytes(sound)
+    assert read_step_info(tagged).tag == "at once"
+    newer = _save(tmp_path / "newer", VERSION.generation.at(VERSION.step + 1))
+    (newer / "tag").write_bytes(sound)
+    assert read_step_info(newer).tag is None

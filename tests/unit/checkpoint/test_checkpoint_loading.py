@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch.distributed as dist
 
 import holdfast.checkpoint
 from holdfast.checkpoint import FlatRange, loading
-from holdfast.checkpoint.handing import Post
+from holdfast.checkpoint.handing import Post, digest
 from holdfast.checkpoint.meeting import Ranks
 from holdfast.checkpoint.objects import split_tensors
 from holdfast.checkpoint.slab import Place, SeenSlab, Slab
@@ -255,6 +258,7 @@ def test_a_slab_is_seen_by_those_who_know_it_on_its_host(tmp_path: Path) -> None
     assert seen.slot(2, 3) is None
     assert seen.slot(-1, 3) is None
     assert seen.slot(1, (4 << 20) + 1) is None
+    assert seen.slot(0, (4 << 20) + 1) is None
     with pytest.raises(TypeError):
         seen.slot(1, 3)[0] = 1  # type: ignore[index]
     place = slab.place
@@ -264,10 +268,39 @@ def test_a_slab_is_seen_by_those_who_know_it_on_its_host(tmp_path: Path) -> None
             Place(place.host, place.pid, place.fd, 3, place.key),
             Place(place.host, place.pid, other.fileno(), place.slots, place.key),
             Place(place.host, place.pid, place.fd, place.slots, b"another"),
+            Place(place.host, place.pid, place.fd, place.slots, b""),
             Place(place.host, 1 << 30, place.fd, place.slots, place.key),
         ):
             assert SeenSlab.see(wrong, "here") is None
     assert SeenSlab.see(place, "there") is None
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert SeenSlab.see(Place(place.host, place.pid, pipe, place.slots, place.key), "here") is None, "nobody waits"
+    os.close(pipe)
     seen.close()
     slab.close()
     assert SeenSlab.see(place, "here") is None
+
+
+def test_what_is_sent_with_another_tag_is_dropped() -> None:
+    tagged: list[bytes] = []
+
+    def tagger(message: bytes, data: memoryview) -> bytes:
+        tagged.append(message)
+        return hashlib.blake2b(message + bytes(data), key=b"of the job").digest()
+
+    unit = Unit(0, 3, 4, 0, (0, 1))
+    with ExitStack() as stack:
+        posts = [Post(rank, "127.0.0.1", "here", of) for rank, of in enumerate((tagger, tagger, digest))]
+        for post in posts:
+            stack.callback(post.close)
+            post.know([other.endpoint for other in posts])
+        for _ in range(2):
+            posts[0].give(1, unit, memoryview(b"abc"))
+            came = posts[1].receive(10_000)
+            assert came is not None
+            assert (came[0].rank, bytes(came[1])) == (0, b"abc")
+        assert tagged[0] == tagged[1] != tagged[2] == tagged[3], "a one-time key is used once"
+        posts[2].give(1, unit, memoryview(b"abc"))
+        assert posts[1].receive(10_000) is None
+        assert posts[1].dropped == 1

@@ -6,9 +6,11 @@ import random
 from collections.abc import Sequence
 from itertools import pairwise, product
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.image import pack_pieces
@@ -113,6 +115,13 @@ def test_many_uneven_pieces_stay_a_list_of_boxes() -> None:
     assert tensor.tiling.images == tuple(range(17))
 
 
+def test_parts_beside_the_whole_of_a_tensor_are_left_out() -> None:
+    boxes = [Box((0,), (3,)), whole((6,)), Box((3,), (3,))]
+    records = [_record(rank, 3, [Piece("w", "int8", (6,), box)]) for rank, box in enumerate(boxes)]
+    [tensor] = build_index(records, version=VERSION, world_size=3).tensors
+    assert tensor.tiling == Grid((6,), EvenImages(1, 0))
+
+
 def test_tensor_that_two_ranks_hold_as_two_things_is_named_with_an_image() -> None:
     shares = [
         Share.of(_record(0, 2, [Piece("a", "int8", (1,), whole((1,))), Piece("b", "int8", (2,), Box((0,), (1,)))])),
@@ -135,6 +144,13 @@ def test_what_is_no_share_is_refused() -> None:
         _Pieces(data.tensors[:1], data.columns),
         _Pieces(data.tensors, {dims + 1: part for dims, part in data.columns.items()}),
     ]
+    for dims, part in data.columns.items():
+        broken.append(_Pieces(data.tensors, {**data.columns, dims: replace(part, image=part.image[8:])}))
+        for column, number in (("tensor", -1), ("tensor", len(data.tensors)), ("image", -1), ("image", 1)):
+            numbers = numpy.frombuffer(getattr(part, column), "<i8").copy()
+            numbers[0] = number
+            changed = replace(part, **{column: numbers.tobytes()})
+            broken.append(_Pieces(data.tensors, {**data.columns, dims: changed}))
     wrong = [b"", b"\0" * 40, *(pieces.encode() for pieces in broken)]
     for other in [*(Share(share.images, pieces) for pieces in wrong), Share([], share.pieces)]:
         with pytest.raises(CorruptError):

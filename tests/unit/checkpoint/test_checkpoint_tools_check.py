@@ -30,11 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 
 @pytest.fixture
-def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
-    return Tool(capsys)
-
-
-@pytest.fixture
 def steps(tmp_path: Path) -> Path:
     for step in (10, 20, 30):
         holdfast.checkpoint.save({**training_state(), "step": step}, tmp_path / "c" / f"step-{step:08d}")

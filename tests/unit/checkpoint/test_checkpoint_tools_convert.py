@@ -22,11 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 
 @pytest.fixture
-def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
-    return Tool(capsys)
-
-
-@pytest.fixture
 def source(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoints" / "step-00000007"
     holdfast.checkpoint.save(training_state(), path)

@@ -21,11 +21,6 @@ from holdfast.checkpoint.tools.states import SavedTensor
 from holdfast.errors import UsageError
 
 
-@pytest.fixture
-def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
-    return Tool(capsys)
-
-
 def _state() -> dict[str, Any]:
     return {
         "wq": torch.arange(60.0).reshape(10, 6), "norm": torch.arange(7.0), "scale": torch.tensor(3.0),

@@ -10,12 +10,8 @@ from tools_states import Tool, listing, loaded, same, training_state
 
 import holdfast.checkpoint
 from holdfast.checkpoint.storage import storage_of
+from holdfast.errors import CorruptError
 from support.s3 import S3
-
-
-@pytest.fixture
-def tool(capsys: pytest.CaptureFixture[str]) -> Tool:
-    return Tool(capsys)
 
 
 @pytest.fixture
@@ -89,3 +85,33 @@ def test_an_unfinished_step_is_set_aside(tool: Tool, runs: Path, source: Path) -
     assert [entry.name[:11] for entry in storage_of(runs).list(runs)] == ["incomplete-"]
     assert "no complete" in tool.refused("inspect", runs, code=2)
     assert torch.is_tensor(training_state()["model"]["0.weight"])
+
+
+@pytest.mark.parametrize("command", ["load", "verify", "copy", "reshard", "edit"])
+def test_each_byte_of_an_object_is_read_once_and_verified_on_the_way(
+    tool: Tool, s3: S3, runs: Path, command: str
+) -> None:
+    step = runs / "step-00000001"
+    state = {"w": torch.arange(2_500_000.0).reshape(2500, 1000), "few": torch.ones(3)}
+    holdfast.checkpoint.save(state, step)
+    size = sum(entry.size_bytes for entry in storage_of(step).list(step) if entry.name.endswith(".safetensors"))
+    s3.got.clear()
+    if command == "load":
+        found = holdfast.checkpoint.load({name: torch.zeros_like(tensor) for name, tensor in state.items()}, step)
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    else:
+        options = {"reshard": ("--world", "2", "--workers", "1"), "edit": ("--drop", "few")}.get(command, ())
+        tool.works(command, step, *([] if command == "verify" else [runs / "new"]), *options)
+    # Beside them the header, which is looked at before, and blocks at the edges: of the objects, and of the halves.
+    assert size <= s3.got_of(str(step), ".safetensors") <= size + 3 * (1 << 20)
+    # One block is damaged: whoever reads must see it.
+    name = next(entry for entry in storage_of(step).list(step) if entry.name.endswith(".safetensors"))
+    data = bytearray(storage_of(step).read(step / name.name, limit=name.size_bytes))
+    data[size // 2] ^= 1
+    storage_of(step).write(step / name.name, [data])
+    if command == "load":
+        with pytest.raises(CorruptError):
+            holdfast.checkpoint.load({name: torch.zeros_like(tensor) for name, tensor in state.items()}, step)
+    else:
+        assert tool(command, step, *([] if command == "verify" else [runs / "again"]), *options) == 1
+        assert not storage_of(runs).list(runs / "again") or command == "verify"

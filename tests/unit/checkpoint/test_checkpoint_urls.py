@@ -12,6 +12,7 @@ import holdfast
 import holdfast.checkpoint as hc
 from holdfast.checkpoint.commit import abandon_after, history_id, list_steps, newest_step, open_checkpoint
 from holdfast.checkpoint.retention import Retention
+from holdfast.checkpoint.steps import tag_step
 from holdfast.errors import CorruptError, StorageError
 from support.s3 import S3
 
@@ -57,6 +58,18 @@ def test_saves_loads_lists_and_retention(s3: S3, runs: Path) -> None:
     assert newest.step == 2
     with open_checkpoint(str(newest.path)) as catalog:
         catalog.verify()
+
+
+def test_a_step_is_tagged_later_once_also_where_the_answer_is_lost(s3: S3, runs: Path) -> None:
+    for step in (1, 2):
+        hc.save(_state(step), f"{runs}/step-{step:08d}")
+    rule = s3.fail("lost", "PUT", "tag")
+    assert tag_step(runs / "step-00000001", "first").tag == "first"
+    assert rule.fired == 1
+    with pytest.raises(StorageError, match="is tagged 'first'"):
+        tag_step(runs / "step-00000001", "second")
+    assert [info.tag for info in list_steps(runs)] == ["first", None]
+    assert Retention(last=1).apply(runs) == []
 
 
 def test_damage_in_an_object_is_found(runs: Path) -> None:

@@ -29,6 +29,7 @@ WITH_TORCH = {
     "holdfast.checkpoint.dcp",
     "holdfast.checkpoint.fsdp1",
     "holdfast.checkpoint.held",
+    "holdfast.checkpoint.joint",
     "holdfast.checkpoint.layout",
     "holdfast.checkpoint.loading",
     "holdfast.checkpoint.sinks",

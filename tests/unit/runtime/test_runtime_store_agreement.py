@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
 
+import msgspec
 import pytest
 import torch.distributed as dist
 
 from holdfast.checkpoint.saving import Ranks
 from holdfast.errors import PeerError, PeerTimeout
 from holdfast.runtime.store_agreement import StoreAgreement
-from holdfast.snapshot.reports import Agreed
+from holdfast.snapshot.reports import Agreed, RankState
 
 PATIENCE = timedelta(seconds=60)
 Body = Callable[[int, int, StoreAgreement], None]
@@ -138,3 +139,52 @@ def test_a_store_that_is_gone_stops_requests_and_not_training(caplog: pytest.Log
         while "learns of no further saves" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.005)
     assert "learns of no further saves" in caplog.text
+
+
+class Mortal:
+    """A store that is lost when something is set. Not one of torch's, so that it is not cloned."""
+
+    def __init__(self, lost_when: Callable[[str, bytes], bool]) -> None:
+        self._store = dist.HashStore()
+        self._lost_when = lost_when
+        self._is_lost = False
+
+    def set(self, key: str, value: bytes) -> None:
+        self._answering().set(key, value)
+        self._is_lost = self._lost_when(key, value)
+
+    def get(self, key: str) -> bytes:
+        return bytes(self._answering().get(key))
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._answering().add(key, amount))
+
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._answering().check(keys))
+
+    def _answering(self) -> dist.Store:
+        if self._is_lost:
+            raise RuntimeError("Connection reset by peer")
+        return self._store
+
+
+def test_a_store_that_goes_is_an_error_of_who_waits_at_a_proposed_step() -> None:
+    def has_acknowledged(key: str, value: bytes) -> bool:
+        return key.endswith("rank/0") and msgspec.json.decode(value, type=RankState).acknowledged > 0
+
+    store = Mortal(has_acknowledged)
+    limit = timedelta(seconds=5)
+    first = StoreAgreement(Ranks(0, 2, store), "session", timeout=limit)
+    second = StoreAgreement(Ranks(1, 2, store), "session", timeout=limit)
+    with closing(first), closing(second):
+        first.request("stop", persist=False, metrics={})
+        with pytest.raises(PeerError, match="does not answer"):
+            go_on_alone(first)
+
+
+def test_a_rank_that_has_not_trained_yet_stands_at_the_restored_step() -> None:
+    store = dist.HashStore()
+    with closing(StoreAgreement(Ranks(1, 2, store), "session", first_step=50, timeout=PATIENCE)) as agreement:
+        agreement.request("stop", persist=False, metrics={})
+        published = msgspec.json.decode(store.get("session/rank/1"), type=RankState)
+    assert published.step == 50

@@ -38,6 +38,8 @@ GENERATION = GenerationId(incarnation=1, nonce="0123abcd", generation=4)
 class PlayedDaemon:
     """The surface of `SnapshotClient`, with the daemon's answers as plain attributes."""
 
+    tagger = None
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.granted: dict[int, int] = {}
@@ -397,6 +399,18 @@ def test_tagged_save_is_made_by_the_ranks_where_there_turns_out_to_be_no_memory(
     saved = {info.step: (info.tag, info.metrics) for info in list_steps(tmp_path / "checkpoints") if info.complete}
     assert saved == {20: ("kept", {"loss": 0.5}), 23: ("late", {}), 25: ("last", {})}
     assert (handle.step, handle.result().step, late.result().step, last.result().step) == (20, 20, 23, 25)
+
+
+def test_tag_asked_for_after_the_last_step_names_what_is_in_storage(daemon: PlayedDaemon, tmp_path: Path) -> None:
+    daemon.ready = ()
+    job = Job(checkpoint_dir=tmp_path / "checkpoints", persist_every=5)
+    with job.session as session:
+        for _ in session.steps(5):
+            job.body()
+        assert [info.tag for info in list_steps(tmp_path / "checkpoints")] == [None]
+        handle = session.save(tag="late")
+    assert (handle.step, handle.result().tag) == (5, "late")
+    assert [info.tag for info in list_steps(tmp_path / "checkpoints")] == ["late"]
 
 
 def test_save_that_nobody_made_is_answered_when_the_session_ends(daemon: PlayedDaemon, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from holdfast.checkpoint.commit import list_steps
-from holdfast.errors import CorruptError, MismatchError, PeerTimeout, UsageError
+from holdfast.errors import CorruptError, MismatchError, PeerTimeout, StorageError, UsageError
 from holdfast.runtime.init_from import InitFrom
 from holdfast.runtime.results import Persisted
 from holdfast.runtime.session import Session, restore_point
@@ -180,6 +180,23 @@ def test_tagged_save_is_made_at_the_end_of_its_body_and_resumed_by_its_tag(tmp_p
     assert restored is not None
     assert restored.step == 2
     assert_same(again, undisturbed(3))
+
+
+def test_tag_asked_for_when_the_last_step_is_in_storage_names_it(tmp_path: Path) -> None:
+    job = Job()
+    with job.session(tmp_path, persist_every=4, keep=1) as session:
+        for _ in session.steps(4):
+            job.body()
+        assert steps_in(tmp_path) == [4]
+        handles = [session.save(tag="final"), session.save(), session.save(tag="other")]
+    assert [(handle.step, handle.result().tag) for handle in handles[:2]] == [(4, "final"), (4, "final")]
+    with pytest.raises(StorageError, match="tagged 'final'"):
+        handles[2].result()
+    assert Job().run(tmp_path, 5, keep=1).restored is not None
+    assert steps_in(tmp_path) == [4, 5]
+    restored = Job().run(tmp_path / "elsewhere", 5, resume=str(tmp_path / "step-00000004")).restored
+    assert restored is not None
+    assert Job().run(tmp_path, 5, resume="final").restored == restored
 
 
 def test_stop_ends_after_the_body_and_saves_unless_told_not_to(tmp_path: Path) -> None:

@@ -84,3 +84,15 @@ def test_a_token_file_is_private_and_a_token_is_long(tmp_path: Path) -> None:
         read_token(tmp_path / "missing")
     with pytest.raises(UsageError, match="at least 16"):
         JobKeys("short")
+
+
+def test_workers_send_each_other_tagged_data_or_none() -> None:
+    data = memoryview(b"bulk")
+    tagger = JobKeys(TOKEN).between_workers()
+    assert tagger is not None
+    assert tagger(b"message", data) == JobKeys(TOKEN).tag(POLY1305, b"message", data)
+    assert tagger(b"message", data) != tagger(b"another", data)
+    assert JobKeys(TOKEN, encrypt_all=True).between_workers() is None
+    without = JobKeys("", encrypt_all=True).between_workers()
+    assert without is not None
+    assert without(b"message", data) == JobKeys().tag(XXH3, b"", data)

@@ -1,20 +1,22 @@
 """Makes one of our checkpoints from a plan, part by part, and goes on with one that was interrupted.
 
 An image file is written to a temporary name, data first, its header last, and gets its name when it is durable. An
-object cannot be filled in later: for it the data is read twice, for its checksums and to be written. The generation in
-the names comes from the source and the options: an image that is there already under its name, and matches plan and
-checksums, is kept; what another source or other options left is removed after the commit.
+object cannot be filled in later: it is made as a file without a name first (in TMPDIR, else /var/tmp) and sent from
+there, so that the source is read once, wherever it lies. The generation in the names comes from the source and the
+options: an image that is there already under its name, and matches plan and checksums, is kept; what another source or
+other options left is removed after the commit.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import xxhash
 
@@ -29,10 +31,11 @@ from holdfast.checkpoint.places import UrlPath
 from holdfast.checkpoint.steps import StepInfo
 from holdfast.checkpoint.storage import TEMPORARY_PREFIX, make_folders, refuse, storage_of, sync_folder
 from holdfast.checkpoint.tools.parallel import LEAST_MEMORY_BYTES, in_parallel, share_of
-from holdfast.checkpoint.tools.units import Progress
+from holdfast.checkpoint.tools.units import Progress, human
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.errors import CheckpointError, UsageError
+from holdfast.environment import spool_folder
+from holdfast.errors import CheckpointError, StorageError, UsageError
 
 _WRITE_BUFFER_BYTES = 4 << 20
 _RESERVED_BYTES = 48 << 20
@@ -89,8 +92,7 @@ def build_checkpoint(build: Build) -> StepInfo:
     refuse_committed(storage_of(build.directory), build.directory)
     nonce = f"{xxhash.xxh3_64_intdigest(build.identity.encode()) & 0xFFFFFFFF:08x}"
     version = GenerationId(incarnation=1, nonce=nonce, generation=1).at(build.step)
-    passes = 2 if isinstance(build.directory, UrlPath) else 1
-    total = sum(piece.size_bytes for pieces in build.images for piece in pieces) * passes
+    total = sum(piece.size_bytes for pieces in build.images for piece in pieces)
     records: dict[int, ImageRecord] = {}
     with Progress("writing", total) as progress:
 
@@ -157,12 +159,7 @@ class _Image:
         try:
             make_folders(path.parent)
             with open(temporary, "xb", buffering=_WRITE_BUFFER_BYTES) as file:
-                file.seek(self._layout.data_start)
-                checksums = block_checksums(_into(file, self._data()), self._layout.block_bytes)
-                header = self._header(checksums)
-                file.seek(0)
-                file.write(header)
-                file.flush()
+                meta = self._fill(file)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             sync_folder(path.parent)
@@ -171,12 +168,29 @@ class _Image:
         finally:
             with suppress(OSError):
                 os.unlink(temporary)
-        return self._meta(header, checksums)
+        return meta
 
     def _upload(self) -> ImageMeta:
-        checksums = block_checksums(self._data(), self._layout.block_bytes)
+        folder = spool_folder()
+        try:
+            with tempfile.TemporaryFile(buffering=_WRITE_BUFFER_BYTES, dir=folder) as file:
+                meta = self._fill(file)
+                storage_of(self._path).write(self._path, _Parts(file.fileno(), meta.size_bytes))
+        except OSError as error:
+            raise StorageError(
+                f"{self._path} cannot be prepared in {folder}: {error.strerror or error}; set TMPDIR to a folder with "
+                f"{human(self._layout.size_bytes)} of room for each worker"
+            ) from error
+        return meta
+
+    def _fill(self, file: IO[bytes]) -> ImageMeta:
+        """Write the data, then the header before it."""
+        file.seek(self._layout.data_start)
+        checksums = block_checksums(_into(file, self._data()), self._layout.block_bytes)
         header = self._header(checksums)
-        storage_of(self._path).write(self._path, _Again(lambda: _with_header(header, self._data())))
+        file.seek(0)
+        file.write(header)
+        file.flush()
         return self._meta(header, checksums)
 
     def _data(self) -> Iterator[memoryview]:
@@ -212,22 +226,18 @@ class _Image:
         )
 
 
-class _Again:
-    """Chunks that can be had again, which an upload that failed needs."""
+class _Parts:
+    """The bytes of a file; can be had again, which an upload that failed needs."""
 
-    def __init__(self, make: Callable[[], Iterator[bytes | memoryview]]) -> None:
-        self._make = make
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        self._fd, self._size_bytes = fd, size_bytes
 
-    def __iter__(self) -> Iterator[bytes | memoryview]:
-        return self._make()
-
-
-def _with_header(header: bytes, data: Iterator[memoryview]) -> Iterator[bytes | memoryview]:
-    yield header
-    yield from data
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, self._size_bytes, _WRITE_BUFFER_BYTES):
+            yield os.pread(self._fd, min(_WRITE_BUFFER_BYTES, self._size_bytes - start), start)
 
 
-def _into(file: BinaryIO, data: Iterator[memoryview]) -> Iterator[memoryview]:
+def _into(file: IO[bytes], data: Iterator[memoryview]) -> Iterator[memoryview]:
     for part in data:
         file.write(part)
         yield part

@@ -12,7 +12,7 @@ import xxhash
 from holdfast.checkpoint.commit import open_checkpoint, read_step_info, refuse_committed
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, Root, decode_root, encode_root
-from holdfast.checkpoint.steps import MAX_SMALL_BYTES
+from holdfast.checkpoint.steps import MAX_SMALL_BYTES, tag_step
 from holdfast.checkpoint.storage import Storage, remove_leftovers, storage_of
 from holdfast.checkpoint.tools.native import open_native
 from holdfast.checkpoint.tools.parallel import in_parallel, workers_within
@@ -68,6 +68,9 @@ def copy_checkpoint(source: Path, destination: Path, *, workers: int = 1) -> Non
         target.write(destination / copy_of.name, [data])
     remove_leftovers(target, destination)
     target.write(destination / ROOT_NAME, [encode_root(root)], exclusive=True)
+    tag = read_step_info(source).tag
+    if tag is not None:
+        tag_step(destination, tag)  # nothing, where the root has it
 
 
 def _sound_index(storage: Storage, source: Path, root: Root) -> bytes:
