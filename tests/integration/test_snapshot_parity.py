@@ -224,6 +224,29 @@ def test_a_storage_that_hangs_when_it_is_listed_keeps_no_job_from_its_memory(
     assert job.finish()[0].event("persisted")["step"] == step + 300
 
 
+def test_what_was_restored_is_protected_before_any_step_is_done(make: Callable[..., list[Node]]) -> None:
+    """Two nodes with one parity: after the first loss nothing is left that the second one could not take."""
+    first, second = make("ab")
+    job = Job([first, second], 1)
+    job.start(plan(2))
+    protected(first, 0)
+    job.end()
+    rest([first, second])
+    lose(second)
+    [third] = make("c")
+    job.restart([first, third], plan(2, step_s=600.0))
+    step = first.expect(RestoreChosen).step
+    assert protected(first, step - 1) == step
+    for worker in job.workers:
+        worker.kill()
+    rest([first, third])
+    lose(first)
+    [fourth] = make("d")
+    job.restart([third, fourth], plan(2, until=1))
+    for worker in job.finish():
+        assert (worker.event("restored")["tier"], worker.event("restored")["step"]) == ("peers", step)
+
+
 def test_flipped_bits_are_noticed_and_routed_around(
     make: Callable[..., list[Node]], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
