@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +17,7 @@ from holdfast.checkpoint.tensors import contiguous_on_cpu, layout_shard, plain_s
 StateTensor = torch.Tensor | FlatRange
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """The local part of a tensor of the state."""
 
     tensor: torch.Tensor
@@ -52,21 +50,26 @@ def signature(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: A
     parts: list[Hashable] = [ranks.rank, ranks.world_size, id(process_group)]
     for name, tensor in tensors.items():
         if isinstance(tensor, FlatRange):
-            place: Hashable = (tensor.start, tensor.numel(), tensor.holders)
+            parts += (name, tensor.dtype, tensor.shape, tensor.start, tensor.numel(), tensor.holders)
         elif is_dtensor(tensor):
-            place = (tensor.device_mesh, tensor.placements, local_part(tensor).shape)
+            # Mesh, placements, shape and dtype in one, which knows its hash: properties of a DTensor take long.
+            parts += (name, tensor._spec, tensor._local_tensor.shape)
         else:
-            place = None
-        parts.append((name, tensor.dtype, tuple(tensor.shape), place))
+            parts += (name, tensor.dtype, tensor.shape)
     return tuple(parts)
 
 
 def hold_again(tensors: Mapping[str, StateTensor], before: list[tuple[Layout, Shard]]) -> list[Held]:
     """What `hold` gives, where a state of the same `signature` was held before."""
     return [
-        Held(local_part(tensor).detach(), layout, shard)
+        Held(_detached(local_part(tensor)), layout, shard)
         for tensor, (layout, shard) in zip(tensors.values(), before, strict=True)
     ]
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """Only where it is not: one among thousands takes microseconds."""
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def hold(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: Any) -> list[Held]:
@@ -88,7 +91,7 @@ def hold(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: Any) -
             shard = _in_group(layout_shard(name, tensor, layout, rank=_global_rank(ranks)), process_group)
         else:
             shard = plain_shard(name, tensor, holders=everyone)
-        held.append(Held(local_part(tensor).detach(), layout, shard))
+        held.append(Held(_detached(local_part(tensor)), layout, shard))
     return held
 
 
