@@ -34,10 +34,10 @@ from holdfast.launcher.notices import HealthCheck, NoticeFile
 from holdfast.launcher.orders import OURS, holdfast_variables, start_message, worker_spec
 from holdfast.launcher.processes import Guard, reap_orphans
 from holdfast.launcher.rehearsal import Rehearsal, StepReader
+from holdfast.launcher.reserves import Reserve
 from holdfast.launcher.seats import RunRecord, Seat
 from holdfast.launcher.sessions import SessionBook
 from holdfast.launcher.signals import SignalPipe
-from holdfast.launcher.standby import SPARE_MODULES, Standby, can_stand_by, user_path
 from holdfast.launcher.timeline import signal_name
 from holdfast.launcher.vigil import DumpStacks, Vigil, WorkerHangs
 from holdfast.launcher.watching import NodeWatch
@@ -126,7 +126,14 @@ class Agent:
         )
         self._group: WorkerGroup | None = None
         self._generation: GenerationId | None = None
-        self._standby = self._make_standby()
+        self._reserve = Reserve(
+            launch,
+            seat=seat,
+            guard=guard,
+            num_workers=self._spec.num_workers,
+            wanted=link is not None and self._spec.numa_options is None,
+            write=self._write,
+        )
         self._starting: tuple[Plan, Place, StartGeneration | None] | None = None
         self._old_groups: deque[WorkerGroup] = deque(maxlen=1)
         self._steps = StepReader(seat.arena) if link is not None else None
@@ -159,8 +166,7 @@ class Agent:
         self._watch.close()
         if self._steps is not None:
             self._steps.close()
-        if self._standby is not None:
-            self._standby.close()
+        self._reserve.close()
         if self._link is not None:
             self._link.finish(5.0)
         self._council.close()
@@ -195,20 +201,6 @@ class Agent:
             self._sessions.begin(self._generation)
             self._session_changed()
 
-    def _make_standby(self) -> Standby | None:
-        launch = self._launch
-        if not launch.hold.standby or self._link is None or self._spec.numa_options is not None:
-            return None  # without a Session there is no first finished step to warm up for
-        if not can_stand_by(launch.arguments):
-            return None
-        return Standby(
-            launch.command,
-            guard=self._guard,
-            names=self._seat.directory / "imports",
-            log=self._seat.directory / "standby.log",
-            user_path=user_path(launch.arguments),
-        )
-
     # --- the loop
 
     def _done(self) -> bool:
@@ -230,8 +222,7 @@ class Agent:
             self._do(self._council.hear())
         if self._link is not None:
             self._hear_daemon(self._link)
-        if self._standby is not None:
-            self._hear_standby(self._standby)
+        self._reserve.hear()
         if self._group is not None and self._rehearsal.due:
             self._rehearsal.fire(self._group.pids(), self._steps, self._link.pid if self._link is not None else 0)
         now = time.monotonic()
@@ -255,8 +246,8 @@ class Agent:
             poller.register(self._link.socket, zmq.POLLIN)
             if self._link.pidfd is not None:
                 poller.register(self._link.pidfd, zmq.POLLIN)
-        if self._standby is not None and self._standby.descriptor is not None:
-            poller.register(self._standby.descriptor, zmq.POLLIN)
+        if self._reserve.descriptor is not None:
+            poller.register(self._reserve.descriptor, zmq.POLLIN)
         return dict(poller.poll(math.ceil(self._timeout_s() * 1000)))
 
     def _timeout_s(self) -> float:
@@ -382,8 +373,7 @@ class Agent:
         self._tell(lambda machine: machine.stuck(generation, text, time.monotonic()))
 
     def _reap_orphans(self) -> None:
-        own = {self._guard.pid}
-        own |= self._standby.pids if self._standby is not None else set()
+        own = {self._guard.pid} | self._reserve.pids
         own |= {self._link.pid} if self._link is not None else set()
         reap_orphans(frozenset(own))
 
@@ -431,28 +421,12 @@ class Agent:
         self._tell(lambda machine: machine.session(state, time.monotonic()))
 
     def _warm_up(self) -> None:
-        """Everything that the script needs for a step has been imported: the standby may import it too."""
-        all_stepped = self._sessions.state.first_step == self._spec.num_workers
-        if self._standby is not None and self._group is not None and all_stepped:
-            self._standby.warm_up(self._group.common_variables())
-            self._standby.hold(self._spec.num_workers)
+        if self._group is not None and self._sessions.state.first_step == self._spec.num_workers:
+            self._reserve.stepped(self._group.common_variables())
 
     def _warm_up_spare(self) -> None:
-        """A node that waits until it is needed should not have to import torch then."""
-        if self._standby is not None and self._group is None and self._starting is None and self._council.waits:
-            self._standby.warm_up(self._inherited, SPARE_MODULES)
-
-    def _hear_standby(self, standby: Standby) -> None:
-        change = standby.changed()
-        if change is None:
-            return
-        word = "ready" if change.ready else "failed"
-        self._write(events.StandbyEvent(change=word, pid=change.pid, modules=change.num_modules, text=change.text))
-        if not change.ready:
-            say(f"no standby for restarts: {change.text}")
-            self._standby = None
-            return
-        standby.hold(self._spec.num_workers)
+        if self._group is None and self._starting is None and self._council.waits:
+            self._reserve.waits(self._inherited)
 
     def _refused(self, message: Refused) -> None:
         self._write(events.Noticed(severity="error", text=message.reason))
@@ -564,7 +538,7 @@ class Agent:
                 for local_rank in range(self._spec.num_workers)
             },
             inherited=self._inherited,
-            standby=self._standby,
+            standby=self._reserve.standby,
         )
         try:
             group.start()

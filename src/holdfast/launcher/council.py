@@ -81,14 +81,15 @@ class Council:
         alone = launch.meeting.max_nodes == 1
         store = launch.hold.claim_store
         self._desk = ClaimDesk(ClaimStore(store), say) if store and not alone else None
-        self._channel = None if alone else Channel(context, address, JobKeys(job_token()))
+        endpoints = () if alone else tuple(_join(host, port) for host, port in launch.meeting.endpoints)
+        self._channel = None if alone else Channel(context, address, JobKeys(job_token()), endpoints)
         self._ports = () if alone else self._own_ports()
         endpoint = 0 if alone else self._serve()
         terms = Terms(
             node=node_info(launch, self._channel.address if self._channel is not None else ""),
             limits=launch.limits,
             make_leader=self._make_leader,
-            endpoints=() if alone else tuple(_join(host, port) for host, port in launch.meeting.endpoints),
+            endpoints=endpoints,
             may_found=launch.may_lead is not False,
         )
         self.node = terms.node

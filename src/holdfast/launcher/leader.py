@@ -80,7 +80,7 @@ class Leader(FormingLeader):
         if self._phase == CLAIMING and run is not None and run.generation == claim.generation:
             if won:
                 self._fenced_until = now + FENCE_S if run.follows is None and self._standing is not None else now
-                self._standing = claim
+                self._standing = run.known = claim
                 self._phase = FORMING
                 self._out.append(HostStore(run.generation))
             else:
@@ -115,6 +115,9 @@ class Leader(FormingLeader):
             if self._roster.nodes.pop(info.node_id, None) is not None:
                 self._note("node_left", f"{info.host} (agent {info.pid})")
             return
+        self._growths = max(self._growths, report.growths)
+        if report.grown_ago_s:
+            self._grown = max(now - report.grown_ago_s, self._grown or 0.0)
         reason = self._roster.heard(report, now)
         if reason is None:
             self._unsent = True
@@ -230,7 +233,7 @@ class Leader(FormingLeader):
         """End the generation for a larger one: at an agreed step, where there is a Session to agree on one."""
         if any(report.session.closed for report in current):
             return  # the script is about to end
-        self._grown = now
+        self._grown, self._growths = now, self._growths + 1
         if self._session:
             self._regroup_since = now
             self._note("asked_to_grow", "a node joined: the world grows at an agreed step")

@@ -71,7 +71,7 @@ class FormingLeader(LeaderState):
                 return
             self._note_waiting(self._standing, present)
         assert self._enough_since is not None, "there are enough"
-        newcomers = sum(node.report.standing is None for node in candidates)
+        newcomers = sum(self._is_new(node.report) for node in candidates)
         remembered = max([node.report.daemon.nodes for node in candidates])
         if self._standing is not None:
             remembered = max(remembered, len(self._standing.members))
@@ -134,9 +134,9 @@ class FormingLeader(LeaderState):
             generation=GenerationId(incarnation=self._incarnation, nonce=self._nonce, generation=number),
             places=places(infos, ranks, {n.report.node.node_id: n.report.daemon.endpoint for n in chosen}),
             follows=follows,
+            known=self._standing,
             ids=frozenset(ranks),
         )
-        self._formed = now
         self._fresh = follows is None
         self._restarts = follows.restart_count + 1 if follows is not None else 0
         self._session = False
@@ -147,13 +147,15 @@ class FormingLeader(LeaderState):
             self._claims_next = now
         else:
             self._phase = FORMING
+            self._proposals.add(self._run.generation)
             self._out.append(HostStore(self._run.generation))
 
     def _succeed(self, chosen: list[Node], standing: Standing) -> int:
         """The next number of the incarnation; that incarnation must look newer than any that the nodes come from."""
         old = standing.generation
         self._nonce, self._run_id = old.nonce, standing.run_id
-        self._incarnation = max(old.incarnation, newest_incarnation(chosen, other_than=old.nonce) + 1)
+        others = newest_incarnation(chosen, other_than=old.nonce) + 1
+        self._incarnation = max(old.incarnation, self._incarnation, others)
         return old.generation + 1 if self._claims else self._ballot
 
     def _found_incarnation(self, chosen: list[Node]) -> int:
@@ -181,28 +183,26 @@ class FormingLeader(LeaderState):
         self._gather_again(now)
 
     def _advance_forming(self, now: float) -> None:
-        """Run, once there is a store, and all whose vote was needed start the generation or know of it."""
+        """Run, once there is a store, and enough of those who have a vote have accepted the proposal."""
         run = self._run
         assert run is not None
-        if any(not self._is_ready(node) for node in self._members()):
+        ready = {node_id for node_id, node in self._roster.nodes.items() if self._is_ready(node)}
+        votes = {node_id for node_id in ready if self._has_accepted(self._roster.nodes[node_id], run)}
+        if not run.ids <= ready or self._standing is not run.known or not self._may_run(run, ready):
             self._gather_again(now)
-        elif run.store and self._is_known(run) and now >= self._fenced_until:
+        elif run.store and self._may_run(run, votes) and now >= self._fenced_until:
+            self._proposals.discard(run.generation)
             self._standing = self._run_standing()
             self._phase = Phase.RUN
             self._note("forming", f"{len(run.places)} nodes, {sum(p.num_ranks for p in run.places)} ranks")
-        elif now - self._formed > self._limits.join_timeout_s:
-            reason = f"nodes whose vote {run.generation} needs were lost before they knew of it"
-            self._end(Verdict(kind="stopped", reason=reason))
 
-    def _is_known(self, run: Run) -> bool:
-        if run.follows is None or self._claims:
-            return True
-        told = {
-            node_id
-            for node_id, node in self._roster.nodes.items()
-            if node.report.standing is not None and node.report.standing.generation == run.generation
-        }
-        return may_follow(run.follows, run.ids | told, self._limits, store=False)
+    def _may_run(self, run: Run, votes: set[str]) -> bool:
+        """Whether so many votes are enough for a generation that was chosen."""
+        return run.follows is None or self._claims or may_follow(run.follows, votes, self._limits, store=False)
+
+    def _has_accepted(self, node: Node, run: Run) -> bool:
+        standing = node.report.standing
+        return standing is not None and standing.generation == run.generation
 
     def _gather_again(self, now: float) -> None:
         """A generation that nobody has started yet is given up."""

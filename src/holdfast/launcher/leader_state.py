@@ -31,6 +31,8 @@ class Run:
     places: tuple[Place, ...]
     follows: Standing | None
     """The generation before; None for the first one of an incarnation."""
+    known: Standing | None = None
+    """Newest generation that the leader knew when it chose this one, or the claim for it."""
     store: str = ""
     running_noted: bool = False
     stop_sequence: int = 0
@@ -86,6 +88,8 @@ class LeaderState:
         """The one before `_run`, to go back to."""
         self._standing: Standing | None = None
         """Newest generation that anybody here knows."""
+        self._proposals: set[GenerationId] = set()
+        """What this leader has proposed and not let run; never what it has claimed."""
         self._incarnation = 0
         self._fresh = True
         self._restarts = 0
@@ -103,10 +107,12 @@ class LeaderState:
         self._leaving: set[str] = set()
         """Nodes that get no place any more, beside those that say so themselves."""
         self._seen_session = False
+        self._growths = 0
         self._grown: float | None = None
+        """When the world last grew, or was about to."""
         self._waiting_noted = ""
         self._begun = now
-        self._gather_since = self._formed = now
+        self._gather_since = now
         self._enough_since: float | None = None
         self._stop_deadline: float | None = None
         self._session = False
@@ -139,17 +145,36 @@ class LeaderState:
         for node in self._roster.nodes.values():
             report = node.report
             self._budget.carry_over(report.failures)
-            if report.standing is not None and self._is_newer(report.standing):
-                self._standing = report.standing
+            standing = self._known_to(report)
+            if standing is not None and self._is_newer(standing):
+                self._standing = standing
         rivals = [
             node.report.promised + (node.report.promised_to != self._leader_id)
             for node in self._roster.nodes.values()
             if node.report.promised >= self._ballot
         ]
-        number = self._standing.generation.generation if self._standing is not None and self._ours() else 0
+        number = self._newest_number() if self._standing is not None and self._ours() else 0
         needed = max([number + 1, *rivals]) if self._phase == Phase.GATHER else 0
         if needed > self._ballot:
             self._ballot, self._ballot_since = needed, now
+
+    def _known_to(self, report: Report) -> Standing | None:
+        """Newest generation that the node knows, but for what this leader has proposed and never let run."""
+        standing = report.standing
+        return standing if standing is not None and standing.generation not in self._proposals else None
+
+    def _is_new(self, report: Report) -> bool:
+        """Whether the node never had a place, nor knows who had, but for an incarnation that this leader gave up."""
+        known = report.standing
+        given_up = known is not None and known.generation in self._proposals and not known.bases
+        return known is None or (given_up and report.generation is None)
+
+    def _newest_number(self) -> int:
+        """The largest number in the incarnation: one of two nodes that lost each other is not followed, but counts."""
+        assert self._standing is not None, "a generation is known"
+        nonce = self._standing.generation.nonce
+        seats = [node.report.daemon.generation for node in self._roster.nodes.values()]
+        return max(g.generation for g in (self._standing.generation, *seats) if g is not None and g.nonce == nonce)
 
     def _ours(self) -> bool:
         """Whether a successor of the newest known generation would belong to its incarnation."""
@@ -159,7 +184,7 @@ class LeaderState:
         """Whether it is newer than what is known; a leader with generations of its own heeds no other incarnation."""
         if self._run is not None and standing.generation.nonce != self._nonce:
             return False
-        return self._standing is None or standing.order > self._standing.order
+        return standing.is_news_after(self._standing)
 
     def _is_leaving(self, node: Node) -> bool:
         return node.report.drain in (Drain.READY, Drain.GOING) or node.report.node.node_id in self._leaving
@@ -173,14 +198,17 @@ class LeaderState:
         return {node_id: rank for rank, node_id in enumerate(self._standing.members)}
 
     def _run_standing(self) -> Standing:
-        assert self._run is not None
-        ordered = sorted(self._run.places, key=lambda place: place.node_rank)
+        run = self._run
+        assert run is not None
+        ordered = sorted(run.places, key=lambda place: place.node_rank)
+        before = run.follows if run.generation in self._proposals else None
         return Standing(
-            generation=self._run.generation,
+            generation=run.generation,
             members=tuple(place.node_id for place in ordered),
             addresses=tuple(place.address for place in ordered),
             run_id=self._run_id,
             restart_count=self._restarts,
+            bases=tuple(dict.fromkeys((before.members, *before.bases))) if before is not None else (),
         )
 
     def _read_claims(self, now: float) -> bool:
@@ -247,6 +275,7 @@ class LeaderState:
             generation=run.generation if run is not None and shown else None,
             restart_count=self._restarts,
             failures=self._budget.used,
+            growths=self._growths,
             fresh=run is not None and self._fresh,
             run_id=self._run_id,
             places=run.places if run is not None and shown else (),

@@ -11,8 +11,8 @@ Rules
    ignored: they cannot call anything back.
 3. A leader that is silent for `dead_after_s` is gone: this node's workers end (they could not make progress), and the
    node asks on, for `join_timeout_s`. A leader that answers is followed.
-4. A member promises every ballot once, to one leader, and starts only generations of the newest ballot that it
-   promised.
+4. A member promises every ballot once, to one leader. It accepts only proposals, and starts only generations, of the
+   newest ballot that it promised.
 5. Workers that survive SIGKILL are waited for no longer: the node leaves, and the others miss it as a lost one.
 6. Asked to leave (a notice that this host will be taken away), a node goes on until the leader has a generation end for
    it, and stays without workers until it is released. When its grace is over it is in a hurry, and soon after it goes.
@@ -140,6 +140,8 @@ class Member:
         self._regroup_asked: tuple[GenerationId, bool] | None = None
         self._drain_until = float("inf")
         """When a node that is asked to leave is in a hurry, and then when it goes at last."""
+        self._grown: float | None = None
+        """When this node heard that the world grows, None where it grew last before that."""
         self._lost_leader = ""
         self._left = False
         self._lonely_verdict: Verdict | None = None
@@ -180,30 +182,27 @@ class Member:
         if self._counts(plan):
             self._heard = now
             if self._plan is None or plan.sequence != self._plan.sequence or plan.leader_id != self._plan.leader_id:
-                self._take(plan)
+                self._take(plan, now)
         return self._advance(now)
 
-    def _take(self, plan: Plan) -> None:
+    def _take(self, plan: Plan, now: float) -> None:
         if self._plan is None or self._plan.leader_id != plan.leader_id:
             self._dirty = True
         self._plan = plan
         if plan.ballot > self._report.promised:
             self._update(promised=plan.ballot, promised_to=plan.leader_id)
-        known = [standing for standing in (_standing(plan), plan.proposed) if standing is not None]
-        known = [standing for standing in known if self._is_news(standing)]
-        if known:
-            self._update(standing=max(known, key=lambda standing: standing.order))
+        if plan.growths > self._report.growths:
+            self._grown = now if self._report.standing is not None else None
+            self._update(growths=plan.growths)
+        for standing in (_standing(plan), plan.proposed if self._is_promised(plan) else None):
+            if standing is not None and standing.is_news_after(self._report.standing):
+                self._update(standing=standing)
         self._update(leader_id=plan.leader_id, seen=plan.sequence, failures=max(plan.failures, self._report.failures))
         if self._report.node.node_id in plan.leaving and self._report.drain is Drain.ASKED:
             waited = self._report.session.waiting == self._report.node.num_workers
             self._update(drain=Drain.READY if waited else Drain.GOING)
         if plan.proof and plan.proof != self._report.proof:
             self._out.append(ReadProof(plan.proof))
-
-    def _is_news(self, standing: Standing) -> bool:
-        """Newer than what this node knows; or it has gone over to another incarnation, and started it."""
-        known = self._report.standing
-        return known is None or standing.order > known.order
 
     def led_away(self, now: float) -> list[Instruction]:
         """The leader has yielded to another one, which will call: this is no loss, and nobody has to be missed."""
@@ -358,7 +357,10 @@ class Member:
         if self._dirty or now >= self._next_beat:
             self._dirty = False
             self._next_beat = now + self._limits.heartbeat_s
-            self._report = msgspec.structs.replace(self._report, sequence=self._report.sequence + 1)
+            grown_ago_s = now - self._grown if self._grown is not None else 0.0
+            self._report = msgspec.structs.replace(
+                self._report, sequence=self._report.sequence + 1, grown_ago_s=grown_ago_s
+            )
             self._out.append(SendReport(self._report))
         out, self._out = self._out, []
         return out

@@ -1,48 +1,66 @@
 """Who may go on after a split, and who may found an incarnation. Pure functions; the rules of the architecture.
 
 A generation may be followed only by a side that holds more than half of its members, or exactly half with its lowest
-node. Any two such sides share a member, a member promises itself to one leader at a time, and a version needs all
-members: so of two successors at most one ever makes progress. With
-a claim store one member is enough, because the store lets only one side have the next number. In jobs of at most two
-nodes without a store the survivor goes on: the stated exception.
+node. Any two such sides share a member, and a member promises itself to one leader at a time: so of two successors at
+most one ever runs. With a claim store one member is enough, because the store lets only one side have the next number.
+In jobs of at most two nodes without a store the survivor goes on: the stated exception.
 
 A member is an agent process: a restarted agent has another node id, so it has no vote in the generation it left.
 
 Why two successors of one generation never both make progress
 --------------------------------------------------------------
-Before it forms a generation, a leader has the promise of its nodes to its *ballot*. A member promises each ballot once
-and starts nothing of an older one; the ballot is the generation's number. Let P and P' be two successors of G. The
-sides that formed them share a member x of G (any two sides that may go on do). Say x promised P first. Either x had
-started P, or heard of it as one who has a vote and no place, when it promised P': then it told the leader of P', which
-would have followed P instead of G. Or it never starts P: then P never completes a version, because that takes all its
-members. So numbers are used once, and what was seen as newest by a side that may go on is the newest there is.
+It is Paxos (Lamport, *Paxos Made Simple*), once for each generation: what is decided is its successor, its members are
+the acceptors. Before it forms a generation, a leader has the promise of its nodes to its *ballot*. A member promises
+each ballot once, accepts proposals of that one only, and tells the newest one that it has accepted with every promise.
+The ballot is the generation's number, so numbers are used once.
+
+A generation P that follows G is at first *proposed*. It runs only after a side of G that may go on has accepted it, and
+members that learn of it from then on learn that it *stands*. Until then it carries the members of G as one of its
+*bases*, and who knows it as proposed only may follow it with sides both of P and of all its bases, which have to accept
+what comes next, too. Let P and Q both follow G, Q with the larger number. The side that accepted P and the side that
+promised Q share a member x of G. If x accepted P first, it told the leader of Q, which has followed P instead. If it
+promised Q first, it did not accept P afterwards, and P does not run.
+
+Only its own leader ever lets a proposal run. So a leader that gives its own one up knows that it never ran, and heeds
+it no more: what it proposes next has a larger number, and whoever follows the one given up needs the same bases.
 
 With a claim store the number is that of the claim, which only one side wins.
+
+What this does not cover: fresh agents, which know of no generation, found an incarnation when enough of them have been
+called by nobody for the last-call time. Where ``--nnodes`` allows worlds of half of its largest number and less, or
+there are spares, a generation that has shrunk so far may still run behind a cut cable, or with an agent that is
+suspended for longer than that. Only a claim store tells.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from holdfast.launcher.limits import Limits
 from holdfast.launcher.wire import Standing
 
 
 def may_follow(standing: Standing, present: Collection[str], limits: Limits, *, store: bool) -> bool:
-    """Whether the agents `present` (node ids) may form the successor of `standing`.
+    """Whether the agents `present` (node ids) may form the successor of `standing`, or accept it.
 
     Args:
-        standing: the newest generation that any of them knows; with a store, the newest claim.
+        standing: the newest generation that any of them knows; with a store, the newest claim. Where it is only
+            proposed, they have to be a side of all its bases too.
         present: living agents that have promised themselves to one leader.
         limits: of the job.
         store: there is a claim store, which has to be won besides.
     """
-    votes = sum(member in present for member in standing.members)
+    return all(_decides(members, present, limits, store=store) for members in (standing.members, *standing.bases))
+
+
+def _decides(members: Sequence[str], present: Collection[str], limits: Limits, *, store: bool) -> bool:
+    """Whether `present` are a side of `members` (by node rank) that may go on."""
+    votes = sum(member in present for member in members)
     if store or limits.max_nodes <= 2:
         return votes > 0
-    if 2 * votes == len(standing.members):
-        return standing.members[0] in present
-    return 2 * votes > len(standing.members)
+    if 2 * votes == len(members):
+        return members[0] in present
+    return 2 * votes > len(members)
 
 
 def founders_needed(limits: Limits, *, endpoint: int, remembered: int, store: bool) -> int:

@@ -14,7 +14,7 @@ import msgspec
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import PeerError
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised whenever agents of two releases would misread each other."""
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -96,11 +96,17 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     """host:port of their agents, likewise."""
     run_id: str = ""
     restart_count: int = 0
+    bases: tuple[tuple[str, ...], ...] = ()
+    """Where it is only proposed: the members of the generations before it that have not agreed to it yet."""
 
     @property
     def order(self) -> tuple[int, int, str]:
         """Which of two is newer."""
         return self.generation.incarnation, self.generation.generation, self.generation.nonce
+
+    def is_news_after(self, known: Standing | None) -> bool:
+        """Whether it says more than `known`: a newer generation, or that one is not only proposed any more."""
+        return known is None or (self.order, not self.bases) > (known.order, not known.bases)
 
 
 class StopRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,6 +198,10 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     """Newest generation that the member knows."""
     failures: int = 0
     """Restarts after failures that the member knows of: a new leader goes on counting."""
+    growths: int = 0
+    """Growths of the world that the member knows of."""
+    grown_ago_s: float = 0.0
+    """How long ago it heard of the newest one: a new leader waits as the former one would have. 0: before it came."""
     proof: str = ""
     """Nonce that the member has read from the claim store."""
     daemon: DaemonInfo = DaemonInfo()
@@ -276,10 +286,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, tag="plan"):
     """Node rank of the leader in it; else the number of the endpoint that it serves, after all node ranks."""
     failures: int = 0
     """Restarts after failures so far."""
+    growths: int = 0
+    """Generations so far that ended only to make the world larger."""
     proof: str = ""
     """Nonce in the claim store that every member has to read before it gets a place."""
     proposed: Standing | None = None
-    """A generation that is about to start: those who have a vote and no place in it must know of it before."""
+    """A generation that is about to start: enough of those who have a vote must know of it before."""
     regroup: bool = False
     """The membership shall change at an agreed step."""
     leaves: bool = False

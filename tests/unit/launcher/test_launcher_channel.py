@@ -32,14 +32,18 @@ def channel(made: list[Channel], token: str) -> Channel:
 
 def hears(channel: Channel, limit_ms: int) -> list[object]:
     """What arrives first."""
-    poller = zmq.Poller()
-    for socket in channel.sockets:
-        poller.register(socket, zmq.POLLIN)
-    while poller.poll(limit_ms):
+    while _ready(channel, limit_ms):
         messages: list[object] = list(channel.receive())
         if messages:
             return messages
     return []
+
+
+def _ready(channel: Channel, limit_ms: int) -> bool:
+    poller = zmq.Poller()
+    for socket in channel.sockets:
+        poller.register(socket, zmq.POLLIN)
+    return bool(poller.poll(limit_ms))
 
 
 @pytest.mark.parametrize("token", ["", TOKEN])
@@ -57,6 +61,21 @@ def test_who_has_another_token_or_none_is_not_heard(channels: list[Channel], tok
     assert hears(ours, 300) == []
     friend.send(HELLO, (ours.address,))
     assert hears(ours, 10_000) == [HELLO]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(TOKEN, ""), (TOKEN, OTHER), ("", TOKEN), (TOKEN, TOKEN)])
+def test_who_is_refused_at_an_endpoint_says_it_once(
+    channels: list[Channel], capfd: pytest.CaptureFixture[str], ours: str, theirs: str
+) -> None:
+    endpoint = channel(channels, ours)
+    channels.append(Channel(zmq.Context(), "127.0.0.1", JobKeys(theirs), endpoints=[endpoint.address]))
+    caller = channels[-1]
+    caller.send(HELLO, (endpoint.address,))
+    same = ours == theirs
+    assert hears(endpoint, 10_000 if same else 0) == ([HELLO] if same else [])
+    hears(caller, 500)  # as long as it is turned away again
+    refused = f"{endpoint.address} refuses to talk to this node"
+    assert capfd.readouterr().err.count(refused) == (not same)
 
 
 def test_nothing_is_told_to_who_has_no_token(channels: list[Channel]) -> None:

@@ -1,66 +1,31 @@
-"""The membership machines: rules one by one, then splits and losses, then any schedule of faults, then mutants."""
+"""The membership machines under one leader: rules one by one, in a network without faults."""
 
 from __future__ import annotations
 
+import msgspec
 import pytest
-from membership_simulation import CALM, Chaos, Simulation
 
+from holdfast.checkpoint.version import GenerationId
 from holdfast.launcher import election, leader, leader_forming, leader_orders, leader_state, member, membership, quorum
 from holdfast.launcher.budget import RestartBudget
-from holdfast.launcher.election import Election
 from holdfast.launcher.leader import Leader
 from holdfast.launcher.limits import Limits
 from holdfast.launcher.member import Member
-from holdfast.launcher.membership import Membership
-from holdfast.launcher.wire import NodeInfo, Phase, Plan, Redirect, Rejected, Report, SessionState
-
-SETTLE_S = 60.0
-LOST_S = 5.0
-"""A lost node is missed within 2.5 s, its leader's successor waits for one more, workers take a second to end."""
-
-
-def calm(nodes: int, **settings: object) -> Simulation:
-    return Simulation(1, nodes=nodes, chaos=Chaos(until_s=0.0), **settings)  # type: ignore[arg-type]
-
-
-def running(nodes: int, *, smallest: int | None = None, largest: int | None = None, **settings: object) -> Simulation:
-    """A job whose first generation runs."""
-    limits = Limits(
-        min_nodes=smallest if smallest is not None else nodes,
-        max_nodes=largest or nodes,
-        join_timeout_s=40,
-        last_call_s=3,
-        node_multiple=settings.pop("multiple", 1),  # type: ignore[arg-type]
-        grow_s=settings.pop("grow_s", 600.0),  # type: ignore[arg-type]
-    )
-    simulation = calm(nodes, limits=limits, **settings)
-    simulation.run_until(simulation.whole_generations, 10)
-    return simulation
-
-
-def restart_counts(simulation: Simulation) -> set[int]:
-    return {a.workers.plan.restart_count for a in simulation.agents.values() if a.workers is not None}
-
-
-def leading_node(simulation: Simulation) -> int:
-    (node,) = [agent.node for agent in simulation.agents.values() if agent.leads]
-    return node
-
-
-def by_rank(simulation: Simulation) -> list[int]:
-    """Nodes of the generation that runs, by node rank."""
-    whole = simulation.whole_generations()
-    assert len(whole) == 1, simulation.describe()
-    hosts = {f"host{agent.node}": agent.node for agent in simulation.agents.values()}
-    return [hosts[place.host] for place in simulation.plans[whole[0]].places]
-
-
-def goes_on(simulation: Simulation, nodes: int, within_s: float) -> float:
-    """Seconds until a generation of so many nodes runs."""
-    return simulation.run_until(lambda: simulation.world() == [nodes], within_s)
-
-
-# --- one leader, no faults of the network
+from holdfast.launcher.wire import Phase, Place, Plan, Redirect, Rejected, Report, SessionState, Standing
+from support.membership_jobs import (
+    LOST_S,
+    by_rank,
+    calm,
+    goes_on,
+    growing,
+    kinds,
+    leading_node,
+    node_info,
+    restart_counts,
+    running,
+    with_sessions,
+)
+from support.membership_simulation import CALM, Chaos, Simulation
 
 
 def test_all_nodes_start_the_same_first_generation() -> None:
@@ -106,20 +71,11 @@ def test_growth_waits_for_its_interval_and_for_an_agreed_step() -> None:
     assert [note.kind for _, _, note in simulation.notes].count("asked_to_grow") == 2
 
 
-def kinds(simulation: Simulation) -> list[str]:
-    """How agents have left."""
-    return [agent.left.kind for agent in simulation.ended if agent.left]
-
-
 def test_growth_ends_nobody_before_all_wait_at_the_agreed_step() -> None:
-    simulation = running(3, smallest=2, largest=4, grow_s=0.0)
-    simulation.session, simulation.agreed_after_s = True, 50.0  # steps may be long
-    simulation.fail_worker(simulation.agents[0])  # the generation after it has Sessions
-    simulation.run(5)
-    (before,) = simulation.whole_generations()
-    simulation.boot(3)
-    simulation.run(45)
-    assert simulation.whole_generations() == [before]
+    simulation = growing(agreed_after_s=50.0)  # steps may be long
+    before = simulation.whole_generations()
+    simulation.run(44)
+    assert simulation.whole_generations() == before
     simulation.run(10)
     assert simulation.world() == [4]
     assert {leaves for _, _, leaves in simulation.asked_to_regroup} == {False}
@@ -127,18 +83,27 @@ def test_growth_ends_nobody_before_all_wait_at_the_agreed_step() -> None:
 
 def test_what_was_agreed_is_carried_out_though_the_newcomer_has_gone() -> None:
     """Workers wait at the agreed step: nobody but the leader lets them go on."""
-    simulation = running(3, smallest=2, largest=4, grow_s=0.0)
-    simulation.session, simulation.agreed_after_s = True, 5.0
-    simulation.fail_worker(simulation.agents[0])
-    simulation.run(5)
-    simulation.boot(3)
-    simulation.run_until(lambda: simulation.asked_to_regroup, 3)
+    simulation = growing(agreed_after_s=5.0)
     simulation.lose(3)
     (before,) = simulation.whole_generations()
     simulation.run(10)
     (after,) = simulation.whole_generations()
     assert after.generation > before.generation
     assert simulation.world() == [3]
+
+
+def test_a_new_leader_remembers_when_the_world_last_grew() -> None:
+    simulation = running(3, smallest=2, largest=5, grow_s=60.0, endpoints=4)
+    simulation.boot(3)
+    goes_on(simulation, 4, 10)
+    grown = simulation.now
+    for leaders in range(2):
+        simulation.lose(leading_node(simulation))
+        goes_on(simulation, 3 - leaders, LOST_S)
+    simulation.boot(4)  # who has never heard of a growth does not know when the last one was
+    simulation.run(grown + 55 - simulation.now)
+    assert simulation.world() == [2]
+    goes_on(simulation, 3, 10)
 
 
 def test_a_script_that_is_about_to_end_is_not_restarted_to_grow() -> None:
@@ -152,26 +117,12 @@ def test_a_script_that_is_about_to_end_is_not_restarted_to_grow() -> None:
 
 
 def test_a_stop_while_the_world_is_about_to_grow_ends_the_job_at_the_agreed_step() -> None:
-    simulation = running(3, smallest=2, largest=4, grow_s=0.0, supervised=False)
-    simulation.session, simulation.agreed_after_s = True, 5.0
-    simulation.fail_worker(simulation.agents[0])
-    simulation.run(5)
-    simulation.boot(3)
-    simulation.run_until(lambda: simulation.asked_to_regroup, 3)
+    simulation = growing(agreed_after_s=5.0, supervised=False)
     simulation.ask_stop(1)
     simulation.run(4)
     assert kinds(simulation) == []
     simulation.run(6)
     assert kinds(simulation) == ["stopped"] * 4
-
-
-def with_sessions(simulation: Simulation) -> Simulation:
-    """Restarted, now with Sessions."""
-    simulation.session = True
-    simulation.fail_worker(next(iter(simulation.agents.values())))
-    simulation.run(5)
-    assert len(simulation.whole_generations()) == 1
-    return simulation
 
 
 @pytest.mark.parametrize("rank", range(3))
@@ -401,12 +352,6 @@ def test_an_agent_that_restarts_before_it_was_missed_joins_as_a_new_member() -> 
     assert len({generation.generation for generation in simulation.started}) >= 2
 
 
-def node_info(name: str, rank_hint: int | None = None) -> NodeInfo:
-    return NodeInfo(
-        node_id=name, job="", host=name, pid=1, role="default", num_workers=1, rank_hint=rank_hint, address=name
-    )
-
-
 def machine_of(limits: Limits) -> Leader:
     budget = RestartBudget(max_restarts=0, no_progress=3)
     return Leader(node=node_info("l"), nonce="00000000", run_id="r", limits=limits, budget=budget, now=0.0)
@@ -434,6 +379,53 @@ def test_a_node_that_is_turned_away_leaves_although_it_hears_the_leader() -> Non
     assert [leave.verdict.reason for leave in left] == ["no room"]
 
 
+def test_a_member_starts_and_accepts_only_what_it_has_promised() -> None:
+    machine = Member(node=node_info("n"), limits=Limits(max_nodes=2), now=0.0)
+    machine.planned(Plan(leader_id="new", sequence=1, phase=Phase.GATHER, ballot=5), 0.1)
+    assert (machine.report.promised, machine.report.promised_to) == (5, "new")
+    machine.led_away(0.2)
+    generation = GenerationId(incarnation=1, nonce="0" * 8, generation=4)
+    late = Standing(generation=generation, members=("old", "n"), addresses=("old", "n"))
+    machine.planned(Plan(leader_id="old", sequence=1, phase=Phase.GATHER, ballot=4, proposed=late), 0.3)
+    assert machine.report.standing is None
+    assert not starts(machine.planned(run_of("old", 4, generation), 0.4))
+    assert machine.report.standing == late  # but it stands: all are told so by who follows it
+    after = msgspec.structs.replace(generation, generation=6)
+    assert starts(machine.planned(run_of("new", 6, after), 0.5))
+
+
+def run_of(leader_id: str, ballot: int, generation: GenerationId) -> Plan:
+    """A generation of the leader's node and of `n`."""
+    places = tuple(
+        Place(
+            node_id=name,
+            node_rank=rank,
+            host=name,
+            daemon="",
+            role="default",
+            num_ranks=1,
+            first_global_rank=rank,
+            first_role_rank=rank,
+            role_world_size=2,
+            address=name,
+        )
+        for rank, name in enumerate(("old", "n"))
+    )
+    return Plan(
+        leader_id=leader_id,
+        sequence=2,
+        phase=Phase.RUN,
+        ballot=ballot,
+        generation=generation,
+        newest=generation,
+        places=places,
+    )
+
+
+def starts(instructions: list[member.Instruction]) -> bool:
+    return any(isinstance(instruction, member.StartWorkers) for instruction in instructions)
+
+
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
@@ -445,427 +437,6 @@ def test_a_node_that_is_turned_away_leaves_although_it_hears_the_leader() -> Non
 def test_limits_that_cannot_work_are_refused(numbers: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Limits(**numbers)  # type: ignore[arg-type]
-
-
-# --- losses and splits
-
-
-@pytest.mark.parametrize("endpoints", [1, 2])
-def test_the_loss_of_the_leader_costs_seconds(endpoints: int) -> None:
-    for nodes in (3, 5, 9):
-        simulation = running(nodes, smallest=2, endpoints=endpoints)
-        simulation.lose(leading_node(simulation))
-        assert goes_on(simulation, nodes - 1, LOST_S) > 1.5
-        assert len({agent.membership.plan.leader_id for agent in simulation.agents.values()}) == 1  # type: ignore[union-attr]
-
-
-def test_the_loss_of_the_leader_and_of_its_heir_costs_seconds() -> None:
-    simulation = running(7, smallest=2)
-    first, second = by_rank(simulation)[:2]
-    assert first == leading_node(simulation)
-    simulation.lose(first, second)
-    goes_on(simulation, 5, LOST_S + 1.5)
-
-
-def test_a_node_that_comes_back_at_the_endpoint_of_a_lost_host_is_called_and_joins() -> None:
-    simulation = running(3, smallest=2)
-    simulation.chaos.restart_after_s = (20, 20)
-    simulation.crash(simulation.agents[0])  # the only endpoint
-    goes_on(simulation, 2, LOST_S)
-    (before,) = simulation.whole_generations()
-    goes_on(simulation, 3, 25)
-    (after,) = simulation.whole_generations()
-    assert (before.incarnation, before.nonce) == (after.incarnation, after.nonce)
-
-
-def test_a_newcomer_finds_the_job_at_a_later_endpoint() -> None:
-    simulation = running(3, smallest=2, largest=4, endpoints=2)
-    simulation.lose(0)
-    goes_on(simulation, 2, LOST_S)
-    simulation.boot(3)
-    goes_on(simulation, 3, 10)
-
-
-@pytest.mark.parametrize("claims", [False, True])
-def test_four_nodes_minus_three(claims: bool) -> None:
-    """One of four may go on only where a claim store says that no other side does."""
-    simulation = running(4, smallest=1, claims=claims, supervised=False)
-    last = by_rank(simulation)[2]
-    simulation.lose(*(node for node in range(4) if node != last))
-    if claims:
-        goes_on(simulation, 1, 12)
-        return
-    simulation.run(30)
-    assert simulation.whole_generations() == []
-    assert not simulation.agents[last].left
-    simulation.run(30)
-    assert [agent.left.kind for agent in simulation.ended if agent.left] == ["stopped"]  # the requeue code
-
-
-@pytest.mark.parametrize("lost_rank", [0, 1])
-def test_the_survivor_of_two_nodes_goes_on(lost_rank: int) -> None:
-    simulation = running(2, smallest=1)
-    simulation.lose(by_rank(simulation)[lost_rank])
-    goes_on(simulation, 1, LOST_S)
-    (whole,) = simulation.whole_generations()
-    assert whole.generation == 2 + (lost_rank == 0)  # the lower node takes n+1, the other n+2
-
-
-def test_two_nodes_whose_cable_was_cut_meet_again() -> None:
-    """The stated exception: both go on. When they meet, the one with the lower number joins the other."""
-    simulation = running(2, smallest=1, grow_s=0.0)
-    low, high = by_rank(simulation)
-    simulation.split([low], [high])
-    simulation.run_until(lambda: simulation.world() == [1, 1], 8)
-    assert {g.generation for g in simulation.whole_generations()} == {2, 3}
-    simulation.heal()
-    goes_on(simulation, 2, 8)
-    assert leading_node(simulation) == high
-
-
-def test_with_a_claim_store_only_one_of_two_nodes_goes_on() -> None:
-    simulation = running(2, smallest=1, claims=True)
-    simulation.split([0], [1])
-    goes_on(simulation, 1, 15)
-    simulation.run(15)
-    assert simulation.world() == [1]
-
-
-def test_half_goes_on_only_with_the_lowest_node() -> None:
-    simulation = running(4, smallest=2)
-    ranks = by_rank(simulation)
-    simulation.split(ranks[:2], ranks[2:])
-    goes_on(simulation, 2, LOST_S)
-    assert set(by_rank(simulation)) == set(ranks[:2])
-    simulation.run(20)
-    assert simulation.world() == [2]
-
-
-@pytest.mark.parametrize("alone", range(4))
-def test_three_and_one_part_and_meet_again(alone: int) -> None:
-    simulation = running(4, smallest=2, grow_s=1.0)
-    victim = by_rank(simulation)[alone]
-    simulation.split([node for node in range(4) if node != victim], [victim])
-    goes_on(simulation, 3, LOST_S + 1)
-    assert victim not in by_rank(simulation)
-    simulation.heal()
-    goes_on(simulation, 4, 8)
-
-
-def test_a_claim_whose_winner_dies_at_once_can_be_followed_by_its_other_members_only() -> None:
-    simulation = running(5, smallest=1, claims=True)
-    ranks = by_rank(simulation)
-    simulation.split(ranks[:2], ranks[2:])
-    assert simulation.claims is not None
-    claims = simulation.claims
-    simulation.run_until(lambda: len(claims.records) == 2, 10)
-    winners = claims.newest()
-    assert winners is not None
-    assert len(winners.members) == 3  # the larger side tries first
-    winner = next(agent.node for agent in simulation.agents.values() if agent.leads and agent.node in ranks[2:])
-    simulation.lose(winner)
-    goes_on(simulation, 2, 12)
-    assert set(by_rank(simulation)) == set(ranks[2:]) - {winner}
-    simulation.run(20)
-    assert simulation.world() == [2]  # the losing side, larger than nothing, has not overtaken
-
-
-def test_an_agreed_stop_outlives_the_leader_that_was_asked() -> None:
-    simulation = running(3, smallest=2, supervised=False)
-    asked = next(node for node in simulation.agents if node != leading_node(simulation))
-    old = simulation.agents[leading_node(simulation)]
-    old.paused_until = simulation.now + 1000  # it never hears of the request
-    simulation.ask_stop(asked)
-    simulation.lose(old.node)
-    simulation.run(LOST_S + 5)
-    assert [agent.left.kind for agent in simulation.ended if agent.left] == ["stopped", "stopped"]
-
-
-def test_one_old_node_with_three_newcomers_founds_a_new_incarnation_after_the_last_call() -> None:
-    simulation = running(4)
-    old = by_rank(simulation)[1]
-    (before,) = simulation.whole_generations()
-    simulation.chaos.restart_after_s = (0.5, 1.0)
-    lost = simulation.now
-    for node in [node for node in range(4) if node != old]:
-        simulation.crash(simulation.agents[node])
-    goes_on(simulation, 4, 15)
-    assert simulation.now - lost > simulation.limits.last_call_s
-    (after,) = simulation.whole_generations()
-    assert (after.incarnation, after.nonce != before.nonce) == (2, True)
-
-
-def test_a_restarted_agent_has_no_second_vote() -> None:
-    """Two of five, one of them restarted twice: they are no majority, however often it votes."""
-    simulation = running(5, smallest=1)
-    ranks = by_rank(simulation)
-    simulation.split(ranks[:3], ranks[3:])
-    simulation.chaos.restart_after_s = (0.2, 0.2)
-    for _ in range(2):
-        simulation.crash(simulation.agents[ranks[4]])
-        simulation.run(3)
-    goes_on(simulation, 3, 10)
-    simulation.run(10)
-    assert set(by_rank(simulation)) == set(ranks[:3])
-
-
-def test_a_later_endpoint_founds_only_with_more_than_half_of_the_nodes() -> None:
-    for others, founded in (([1, 2], False), ([1, 2, 3], True)):
-        limits = Limits(min_nodes=1, max_nodes=4, join_timeout_s=300, last_call_s=3)
-        simulation = calm(4, limits=limits, endpoints=2)
-        simulation.gone = set(range(4)) - set(others)
-        simulation.run(30)
-        assert bool(simulation.whole_generations()) == founded
-
-
-def test_a_fresh_agent_at_the_first_endpoint_does_not_overtake_a_generation_that_it_cannot_hear() -> None:
-    """It had a place in a larger generation: the others may be alive behind a cut cable."""
-    simulation = running(4, smallest=1, grow_s=1.0)
-    simulation.split([0], [1, 2, 3])
-    simulation.chaos.restart_after_s = (0.2, 0.2)
-    simulation.crash(simulation.agents[0])
-    goes_on(simulation, 3, 8)
-    simulation.run(20)
-    assert simulation.world() == [3]
-    simulation.heal()
-    goes_on(simulation, 4, 8)
-
-
-def test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_before_that_starts() -> None:
-    simulation = running(4, smallest=1, claims=True, endpoints=2)
-    simulation.split([0], [1, 2, 3])
-    simulation.chaos.restart_after_s = (0.2, 0.2)
-    for node in (1, 2, 3):
-        simulation.crash(simulation.agents[node])
-    goes_on(simulation, 1, 8)
-    assert by_rank(simulation) == [0]
-    goes_on(simulation, 3, 30)
-    assert simulation.whole_generations()[0].incarnation == 2
-
-
-def test_a_one_way_cable_ends_in_one_generation() -> None:
-    for cut in ((0, 1), (1, 0), (2, 1)):
-        simulation = running(4, smallest=2, grow_s=1.0)
-        simulation.cuts = {cut}
-        simulation.run(15)
-        assert len(simulation.whole_generations()) == 1
-        simulation.heal()
-        goes_on(simulation, 4, 15)
-
-
-# --- any schedule
-
-
-def any_schedule(seed: int, nodes: int | None = None) -> Simulation:
-    claims = seed % 4 == 1
-    nodes = nodes or 3 + seed % 5 if seed % 8 else 2
-    largest = nodes - (seed % 3 == 2 and nodes > 3)
-    limits = Limits(
-        min_nodes=max(1, largest - seed % 3),
-        max_nodes=largest,
-        last_call_s=2,
-        join_timeout_s=20,
-        grow_s=(0.5, 30.0)[seed % 2],
-    )
-    # Without a claim store, fresh agents cannot know of a generation that shrank to less than half behind a cut cable.
-    may_split = claims or (largest == nodes and 2 * limits.min_nodes > nodes)
-    chaos = Chaos(
-        until_s=20.0,
-        loss=0.15 * (seed % 3),
-        worker_failures=0.5 / nodes,
-        crashes=0.15 / nodes,
-        splits=0.1 * (seed % 2) if may_split else 0.0,
-        cuts=0.1 * (seed % 4 == 3) if may_split else 0.0,
-    )
-    static = seed % 5 == 0 and limits.min_nodes == nodes
-    simulation = Simulation(
-        seed, nodes=nodes, endpoints=1 + seed % 2, limits=limits, chaos=chaos, claims=claims, node_ranks_given=static
-    )
-    if seed % 6 >= 4:
-        chaos.drains = 0.3 / nodes
-        simulation.session = seed % 6 == 5
-    return simulation
-
-
-def check(seed: int, nodes: int | None = None) -> Simulation:
-    simulation = any_schedule(seed, nodes).run(20.0)
-    simulation.settle(SETTLE_S)
-    return simulation
-
-
-def check_split(seed: int) -> None:
-    """A network that fell apart and stays so: the side that may go on does, within bounded time."""
-    nodes = 3 + seed % 7
-    limits = Limits(min_nodes=1, max_nodes=nodes, last_call_s=2, join_timeout_s=300)
-    simulation = Simulation(seed, nodes=nodes, limits=limits, chaos=Chaos(until_s=0.0), endpoints=1 + seed % 3)
-    simulation.run_until(simulation.whole_generations, 10)
-    dice = simulation.random
-    simulation.sides = {node: dice.randrange(2 + seed % 2) for node in range(nodes)}
-    if seed % 3 == 0:
-        simulation.lose(dice.randrange(nodes))
-    side = simulation.side_that_may_go_on()
-    simulation.run(6)
-    if side is None:
-        assert simulation.whole_generations() == []
-    else:
-        assert set(by_rank(simulation)) == side
-
-
-@pytest.mark.parametrize("block", range(6))
-def test_any_schedule_of_faults_ends_in_one_running_generation(block: int) -> None:
-    for seed in range(block * 30, block * 30 + 30):
-        check(seed)
-
-
-def test_a_voter_that_is_lost_before_it_knew_of_the_next_generation_leaves_nobody_waiting_for_ever() -> None:
-    check(5495)
-
-
-def test_large_jobs_survive_any_schedule_of_faults() -> None:
-    for seed, nodes in ((2, 24), (3, 64)):
-        check(seed, nodes)
-
-
-def test_the_side_that_may_go_on_does() -> None:
-    for seed in range(60):
-        check_split(seed)
-
-
-@pytest.mark.campaign
-@pytest.mark.timeout(7200)
-@pytest.mark.parametrize("block", range(40))
-def test_twenty_thousand_schedules_of_faults(block: int) -> None:
-    for seed in range(block * 500, block * 500 + 500):
-        check(seed, 8 + seed % 57 if seed % 100 == 7 else None)
-        if seed % 5 == 0:
-            check_split(seed)
-
-
-# --- mutants
-
-
-def _start_over_the_living(machine: Member, plan: Plan) -> None:
-    place = next((p for p in plan.places if p.node_id == machine.report.node.node_id), None)
-    if plan.phase is Phase.RUN and place is not None and machine.report.generation != plan.generation:
-        machine._start(plan, place)
-
-
-def _publish_once(machine: Leader, now: float) -> None:
-    plan = machine._plan()
-    if machine._sent is None or leader_state._differ(machine._sent, plan):
-        machine._renew_plan()
-        machine._out.append(leader_orders.Broadcast(machine._sent))
-
-
-_advance = Member._advance
-
-
-def _report_once(machine: Member, now: float) -> list[member.Instruction]:
-    if not machine._dirty:
-        machine._next_beat = now + 1e9
-    return _advance(machine, now)
-
-
-def _any_side(standing: object, present: object, limits: Limits, *, store: bool) -> bool:
-    return True
-
-
-def _half_is_enough(standing: quorum.Standing, present: set[str], limits: Limits, *, store: bool) -> bool:
-    votes = sum(name in present for name in standing.members)
-    return votes > 0 if store or limits.max_nodes <= 2 else 2 * votes >= len(standing.members)
-
-
-def _number_repeats(machine: Leader, chosen: list) -> int:
-    machine._incarnation = 1
-    return 1
-
-
-def _forget(machine: Leader, now: float) -> None:
-    machine._ballot = max(machine._ballot, 1)
-
-
-_everybody = Membership._everybody
-_regroup = Leader._regroup
-
-MUTANTS: dict[str, tuple[object, str, object]] = {
-    "workers start beside old ones": (Member, "_follow", _start_over_the_living),
-    "a lost node is never noticed": (Leader, "_lost", lambda machine, node_id, now: None),
-    "a lost leader is never noticed": (Member, "ticked", lambda machine, now: machine._advance(now)),
-    "a failure is not heeded": (Leader, "_worker_failed", lambda machine, failure, now: None),
-    "an incarnation repeats": (Leader, "_found_incarnation", _number_repeats),
-    "the plan is sent once": (Leader, "_publish", _publish_once),
-    "reports are not repeated": (Member, "_advance", _report_once),
-    "any side may go on": (leader_forming, "may_follow", _any_side),
-    "exactly half may go on without the lowest node": (leader_forming, "may_follow", _half_is_enough),
-    "a new leader knows nothing of the generation before": (Leader, "_learn", _forget),
-    "nobody takes over from a lost leader": (
-        Election,
-        "should_lead",
-        lambda machine, own, *, since, lost, endpoint, now: endpoint == 0,
-    ),
-    "a leader never yields": (Membership, "_yield", lambda machine, plan, now: None),
-    "a leader calls nobody": (
-        Membership,
-        "_everybody",
-        lambda machine, now: [] if machine.leader is not None else _everybody(machine, now),
-    ),
-    "a claim that was lost is used": (
-        Leader,
-        "_claim_lost",
-        lambda machine, run, now: (
-            setattr(machine, "_phase", leader_state.FORMING),
-            machine._out.append(leader_orders.HostStore(run.generation)),
-        ),
-    ),
-    "a promise is given twice": (Member, "_is_promised", lambda machine, plan: True),
-    "a fresh agent founds an incarnation whatever it remembers": (
-        leader_forming,
-        "founders_needed",
-        lambda limits, *, endpoint, remembered, store: limits.min_nodes,
-    ),
-    "a claimed incarnation is not fenced": (leader, "FENCE_S", 0.0),
-    "a generation ends before its workers wait at the agreed step": (
-        Leader,
-        "_regroup",
-        lambda machine, current, now: machine._begin_stop(now, cause="at once"),
-    ),
-    "workers wait for a newcomer that has gone": (
-        Leader,
-        "_regroup",
-        lambda machine, current, now: machine._may_grow(now) and _regroup(machine, current, now),
-    ),
-    "a node that leaves gets a place again": (Leader, "_is_leaving", lambda machine, node: False),
-    "a leader that leaves names no other": (Leader, "_resign", lambda machine, candidates: None),
-    "a node that leaves is never released": (Leader, "_released", lambda machine: ()),
-    "a node leaves before a version is protected without it": (
-        Leader,
-        "_released",
-        lambda machine: tuple(n for n in machine._leaving_ids() if machine._run and n not in machine._run.ids),
-    ),
-    "notices for all drain one after the other": (Leader, "_too_few_would_stay", lambda machine: False),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_the_simulation_catches_the_mutant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, attribute, replacement = MUTANTS[name]
-    monkeypatch.setattr(owner, attribute, replacement)
-    with pytest.raises(AssertionError):  # Violation, Stuck, or an assertion of the machine's own
-        _check_many()
-
-
-def _check_many() -> None:
-    test_a_fresh_agent_at_the_first_endpoint_does_not_overtake_a_generation_that_it_cannot_hear()
-    test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_before_that_starts()
-    test_with_a_claim_store_only_one_of_two_nodes_goes_on()
-    test_growth_ends_nobody_before_all_wait_at_the_agreed_step()
-    test_what_was_agreed_is_carried_out_though_the_newcomer_has_gone()
-    test_a_node_that_is_asked_to_leave_leaves_and_the_others_go_on(0, session=True)
-    test_a_node_stays_until_the_next_generation_has_protected_a_version_or_its_grace_ends()
-    test_notices_for_more_nodes_than_the_job_can_miss_stop_it(1)
-    for seed in range(150):
-        check(seed)
-        check_split(seed)
 
 
 def test_the_machines_know_no_clock() -> None:
