@@ -88,10 +88,6 @@ def test_any_schedule_of_faults_ends_in_one_running_generation(block: int) -> No
         check(seed)
 
 
-def test_a_voter_that_is_lost_before_it_knew_of_the_next_generation_leaves_nobody_waiting_for_ever() -> None:
-    check(5495)
-
-
 def test_large_jobs_survive_any_schedule_of_faults() -> None:
     for seed, nodes in ((2, 24), (3, 64)):
         check(seed, nodes)
@@ -100,11 +96,6 @@ def test_large_jobs_survive_any_schedule_of_faults() -> None:
 def test_the_side_that_may_go_on_does() -> None:
     for seed in range(60):
         check_split(seed)
-
-
-@pytest.mark.parametrize("seed", [7720, 11192])
-def test_two_nodes_that_both_went_on_use_no_number_twice(seed: int) -> None:
-    check(seed)
 
 
 @pytest.mark.campaign

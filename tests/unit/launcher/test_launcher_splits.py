@@ -253,6 +253,8 @@ def test_a_generation_is_newer_than_all_that_its_nodes_remember() -> None:
     low, high = by_rank(simulation)
     simulation.split([low], [high])
     simulation.run_until(lambda: simulation.world() == [1, 1], 8)
+    simulation.fail_worker(simulation.agents[high])
+    simulation.run(3)
     remembered = max(simulation.whole_generations(), key=lambda generation: generation.generation)
     simulation.chaos.restart_after_s = (0.2, 0.2)
     simulation.crash(simulation.agents[high])
@@ -328,3 +330,25 @@ def test_what_a_leader_has_given_up_does_not_bind_it() -> None:
     simulation.loses = lambda sender, receiver, message: False
     goes_on(simulation, 2, LOST_S)
     assert by_rank(simulation) == [maker, voter]
+
+
+def test_a_voter_that_is_lost_before_it_knew_of_the_next_generation_leaves_nobody_waiting_for_ever() -> None:
+    """The vote of the fifth of eight was needed, though it has no place; four are too few to go on."""
+    simulation = running(8, smallest=4, multiple=4, supervised=False)
+    lost: list[int] = []
+
+    def loses(sender: int, receiver: int, message: AgentMessage) -> bool:
+        proposed = message.proposed if isinstance(message, Plan) else None
+        if proposed is None or simulation.agents[receiver].node_id in proposed.members:
+            return False
+        simulation.lose(receiver)
+        lost.append(receiver)
+        return True
+
+    simulation.loses = loses
+    simulation.lose(*by_rank(simulation)[:3])
+    simulation.run(30)
+    assert len(lost) == 1
+    assert (simulation.whole_generations(), kinds(simulation)) == ([], [])
+    simulation.run(30)
+    assert kinds(simulation) == ["stopped"] * 4
