@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 import test_launcher_membership as one_leader
-import test_launcher_splits as splits
+import test_launcher_losses as losses
 
 from holdfast.launcher import leader, leader_forming, leader_orders, leader_state, member, quorum
 from holdfast.launcher.election import Election
@@ -240,12 +240,12 @@ def test_the_simulation_catches_the_mutant(name: str, monkeypatch: pytest.Monkey
 
 
 def _check_many() -> None:
-    splits.test_a_fresh_agent_at_the_first_endpoint_does_not_overtake_a_generation_that_it_cannot_hear()
-    splits.test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_before_that_starts()
-    splits.test_with_a_claim_store_only_one_of_two_nodes_goes_on()
-    splits.test_newcomers_do_not_go_on_with_a_proposal_that_the_voters_have_not_heard_of(maker_dies=True)
-    splits.test_what_a_leader_has_given_up_does_not_bind_it()
-    splits.test_a_generation_is_newer_than_all_that_its_nodes_remember()
+    losses.test_a_fresh_agent_at_the_first_endpoint_does_not_overtake_a_generation_that_it_cannot_hear()
+    losses.test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_before_that_starts()
+    losses.test_with_a_claim_store_only_one_of_two_nodes_goes_on()
+    losses.test_newcomers_do_not_go_on_with_a_proposal_that_the_voters_have_not_heard_of(maker_dies=True)
+    losses.test_what_a_leader_has_given_up_does_not_bind_it()
+    losses.test_a_generation_is_newer_than_all_that_its_nodes_remember()
     one_leader.test_a_member_starts_and_accepts_only_what_it_has_promised()
     one_leader.test_growth_ends_nobody_before_all_wait_at_the_agreed_step()
     one_leader.test_what_was_agreed_is_carried_out_though_the_newcomer_has_gone()
