@@ -4,7 +4,7 @@ Rows that other tests cover: restart after a kill (`test_kill_matrix`); a worker
 timeout that was given, workers of a killed agent, SIGUSR1, SIGTERM never ends in success (`test_launcher_run`); one
 restart count for all nodes, static rendezvous restarts together, a silent node is missed (`test_launcher_agents`);
 stale addresses of a shared store (`test_launcher_store`); a worker that not even SIGKILL ends
-(`test_launcher_membership`, `test_launcher_losses`); hangs (`test_hangs`).
+(`test_launcher_membership`); hangs (`test_hangs`).
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-import test_launcher_membership as one_leader
 import test_launcher_losses as losses
+import test_launcher_membership as one_leader
 
 from holdfast.launcher import leader, leader_forming, leader_orders, leader_state, member, quorum
 from holdfast.launcher.election import Election
