@@ -83,6 +83,15 @@ def test_tied_tensors_load_into_untied_ones_and_back(tmp_path: Path) -> None:
     assert torch.equal(both, one)
 
 
+def test_large_tied_tensors_load_into_untied_ones(tmp_path: Path) -> None:
+    one = torch.randn(2_500_000)
+    holdfast.checkpoint.save({"a": one, "b": one}, tmp_path / "tied")
+    into = {"a": torch.zeros_like(one), "b": torch.zeros_like(one)}
+    holdfast.checkpoint.load(into, tmp_path / "tied")
+    assert torch.equal(into["a"], one)
+    assert torch.equal(into["b"], one)
+
+
 def test_a_flat_range_must_lie_in_its_tensor() -> None:
     with pytest.raises(StateError, match="not within"):
         FlatRange(torch.zeros(5), (2, 3), 2)

@@ -28,7 +28,7 @@ from holdfast.checkpoint.index import build_index, decode_index, encode_index, i
 from holdfast.checkpoint.layout import _boxes, shard_runs
 from holdfast.checkpoint.ownership import Shard, own
 from holdfast.checkpoint.pieces import Piece
-from holdfast.checkpoint.sinks import Sink, scatter
+from holdfast.checkpoint.sinks import Sink, in_place, scatter
 from holdfast.checkpoint.source import MemorySource
 from holdfast.checkpoint.tensors import empty_for, tensor_bytes
 from holdfast.checkpoint.verified import OpenImage
@@ -248,6 +248,43 @@ _settings = {"deadline": None, "suppress_health_check": list(HealthCheck), "data
 @given(_cases())
 def test_what_any_sharding_saves_any_other_loads(case: tuple[list[Saved], list[Held], list[Held]]) -> None:
     _check(case)
+
+
+@st.composite
+def _parts(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
+    """A box that is not empty."""
+    starts = [draw(st.integers(0, n - 1)) for n in shape]
+    return Box(tuple(starts), tuple(draw(st.integers(1, n - start)) for n, start in zip(shape, starts, strict=True)))
+
+
+@st.composite
+def _runs(draw: st.DrawFn) -> tuple[Box, Box, int, int]:
+    """A tile, what is held here, and a run of elements, of the tile or beyond it."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=3)))
+    tile = draw(_parts(shape))
+    held = draw(st.one_of(st.just(tile), _parts(shape)))
+    first = draw(st.integers(-2, tile.volume))
+    return tile, held, first, draw(st.integers(1, tile.volume + 2))
+
+
+@settings(max_examples=300, derandomize=True, **_settings)  # type: ignore[arg-type]
+@given(_runs())
+def test_what_is_read_in_place_is_what_would_have_been_scattered(case: tuple[Box, Box, int, int]) -> None:
+    tile, held, first, count = case
+    wanted = tile.intersection(held)
+    if wanted is None:
+        return
+    data = bytes(1 + i % 251 for i in range(4 * count))
+    there, expected = (torch.zeros(held.lengths, dtype=torch.int32) for _ in range(2))
+    sinks = [Sink(tensor, held, dtype="int32", itemsize=4) for tensor in (there, expected)]
+    piece = {"piece_start": 40, "data_start": 40 + 4 * first, "itemsize": 4}
+    scatter(sinks[1], tile, wanted, data=memoryview(data), **piece)
+    place = in_place(sinks[0], tile, wanted, length=len(data), **piece)
+    if place is not None:
+        place[:] = data
+        assert torch.equal(there, expected)
+    elif tile.lengths:
+        assert held != tile or first < 0 or first + count > tile.volume
 
 
 @pytest.mark.campaign
