@@ -259,12 +259,19 @@ def _parts(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
 
 @st.composite
 def _runs(draw: st.DrawFn) -> tuple[Box, Box, int, int]:
-    """A tile, what is held here, and a run of elements, of the tile or beyond it."""
+    """A tile, what is held here, and a run of elements: anywhere, or within the rows that both have."""
     shape = tuple(draw(st.lists(st.integers(1, 5), max_size=3)))
     tile = draw(_parts(shape))
-    held = draw(st.one_of(st.just(tile), _parts(shape)))
-    first = draw(st.integers(-2, tile.volume))
-    return tile, held, first, draw(st.integers(1, tile.volume + 2))
+    rows = draw(_parts(shape[:1]))
+    some_rows = Box((*rows.offsets, *tile.offsets[1:]), (*rows.lengths, *tile.lengths[1:]))
+    held = draw(st.one_of(st.just(tile), st.just(whole(shape)), st.just(some_rows), _parts(shape)))
+    wanted = tile.intersection(held)
+    if wanted is None or not shape or draw(st.booleans()):
+        return tile, held, draw(st.integers(-2, tile.volume)), draw(st.integers(1, tile.volume + 2))
+    row = prod(tile.lengths[1:])
+    before = draw(st.integers(0, wanted.lengths[0] * row - 1))
+    count = draw(st.integers(1, wanted.lengths[0] * row - before))
+    return tile, held, (wanted.offsets[0] - tile.offsets[0]) * row + before, count
 
 
 @settings(max_examples=300, derandomize=True, **_settings)  # type: ignore[arg-type]
