@@ -589,3 +589,15 @@ def test_a_step_is_tagged_after_its_commit_and_keeps_that_tag(tmp_path: Path, ca
     newer = _save(tmp_path / "newer", VERSION.generation.at(VERSION.step + 1))
     (newer / "tag").write_bytes(sound)
     assert read_step_info(newer).tag is None
+
+
+def test_of_two_tags_given_at_once_the_first_stays(tmp_path: Path) -> None:
+    class Slow(PosixStorage):
+        def write(self, path: str | Path, *args: Any, **kwargs: Any) -> int:
+            tag_step(step, "first")  # meanwhile, by somebody else
+            return super().write(path, *args, **kwargs)
+
+    step = _save(tmp_path / "step-00000100")
+    with pytest.raises(StorageError, match="is tagged 'first'"):
+        tag_step(step, "second", storage=Slow())
+    assert read_step_info(step).tag == "first"

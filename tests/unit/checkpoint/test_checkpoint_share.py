@@ -105,6 +105,13 @@ def test_gap_among_many_pieces_is_named() -> None:
         build_index(records, version=VERSION, world_size=20)
 
 
+def test_missing_cell_of_a_grid_is_named() -> None:
+    cells = [Box((row, column), (1, 1)) for row, column in product(range(4), repeat=2)]
+    records = [_record(rank, 15, [Piece("w", "int8", (4, 4), cell)]) for rank, cell in enumerate(cells[:15])]
+    with pytest.raises(MismatchError, match=r"no image holds w\[3:4,3:4\]"):
+        build_index(records, version=VERSION, world_size=15)
+
+
 def test_many_uneven_pieces_stay_a_list_of_boxes() -> None:
     cuts = [0, *range(5, 20), 40]
     pieces = [Piece("w", "int8", (2, 40), Box((0, a), (2, b - a))) for a, b in pairwise(cuts)]
