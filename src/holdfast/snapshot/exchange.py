@@ -4,7 +4,8 @@ Rules
 -----
 1. A node has two parity buffers. One holds the parity of the protected version, the other that of the version being
    protected. Only `KeepParity`, which comes from the leader's orders, lets the former go; unfinished parity, and a
-   finished one that nobody names, may go at any time (no RAID write hole).
+   finished one that nobody names, may go at any time (no RAID write hole). After a restart the exchange has heard no
+   name yet: what this generation has finished stays until it is told which version is being protected.
 2. Requests go out by node rank, so they end with the generation (`ExchangeFenced`).
 3. Parity is counted in memory only: which chunks it has taken in is known to the machine that took them in. So
    unfinished parity is dropped at a restart and at a new generation, and nothing can be counted twice or left out.
@@ -236,9 +237,14 @@ class Exchange:
             out.append(DropParity(buffer=running.buffer, version=running.version))
 
     def _drop_finished(self, out: list[ExchangeInstruction]) -> None:
-        """Finished parity stays where its version is the protected one, or the one that is being protected."""
+        """Finished parity stays where its version is the protected one, or the one that is being protected.
+
+        Before the first order to protect, after a restart, that may be what this generation finished: the leader counts
+        on it since the report before, and orders that are older than that name nothing.
+        """
         for buffer, coded in list(self.finished.items()):
-            if coded.version not in (self._kept, self._wanted):
+            may_count = self._wanted is None and coded.version.generation == self._generation
+            if not may_count and coded.version not in (self._kept, self._wanted):
                 del self.finished[buffer]
                 out.append(DropParity(buffer=buffer, version=coded.version))
 

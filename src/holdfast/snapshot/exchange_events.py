@@ -115,7 +115,7 @@ class VersionFailed(msgspec.Struct, frozen=True, kw_only=True):
 
 class KeepParity(msgspec.Struct, frozen=True, kw_only=True):
     """Feed at the ledger's `Protected`: this version is the protected one. Every other finished parity goes, but that
-    of a version that is being protected."""
+    of a version that is being protected, and what this generation finished until `ProtectWanted` says which that is."""
 
     version: Version | None
 

@@ -111,10 +111,10 @@ def test_copies_in_one_domain_are_one_copy():
     assert copies == ()
 
 
-def start(exchange: Exchange, coded: CodedVersion, node: int) -> None:
+def start(exchange: Exchange, coded: CodedVersion, node: int, finished: tuple[events.Finished, ...] = ()) -> None:
     exchange.handle(
         events.ExchangeStarted(
-            generation=GENERATION, node_rank=node, group=coded.group, world_size=coded.world_size, finished=()
+            generation=GENERATION, node_rank=node, group=coded.group, world_size=coded.world_size, finished=finished
         )
     )
 
@@ -152,6 +152,37 @@ def test_a_new_generation_drops_what_is_unfinished_and_asks_nobody_by_the_old_ra
     assert exchange.handle(events.ChunkArrived(version=VERSION, chunk=fetches[0].chunk)) == []
     assert exchange.handle(events.SourceReset(node_rank=fetches[0].node_rank)) == []
     assert exchange.handle(events.ProtectWanted(version=VERSION, stream=coded.stream_of(0))) == []
+
+
+def restarted(coded: CodedVersion) -> Exchange:
+    """An exchange whose daemon had finished the parity of `coded` before it was killed."""
+    exchange = Exchange(chunk_bytes=coded.chunk_bytes)
+    start(exchange, coded, 0, (events.Finished(buffer=0, coded=coded),))
+    return exchange
+
+
+def test_parity_that_was_whole_before_a_restart_outlives_orders_that_do_not_name_it_yet():
+    # The leader has heard that it is whole, and may declare the version protected while older orders are under way.
+    coded = record("2+1", [500, 500, 500])
+    exchange = restarted(coded)
+    assert exchange.handle(events.KeepParity(version=None)) == []
+    out = exchange.handle(events.ProtectWanted(version=VERSION, stream=coded.stream_of(0)))
+    assert out[-1] == events.DeclareDone(version=VERSION)
+    assert exchange.handle(events.KeepParity(version=VERSION)) == []
+
+
+def test_parity_that_was_whole_before_a_restart_goes_when_a_newer_version_is_being_protected():
+    coded = record("2+1", [500, 500, 500])
+    exchange = restarted(coded)
+    exchange.handle(events.KeepParity(version=None))
+    out = exchange.handle(events.ProtectWanted(version=GENERATION.at(8), stream=coded.stream_of(0)))
+    assert out[0] == events.DropParity(buffer=0, version=VERSION)
+
+
+def test_parity_of_an_older_generation_goes_when_nothing_of_it_is_protected():
+    old = msgspec.structs.replace(GENERATION, generation=2).at(5)
+    exchange = restarted(msgspec.structs.replace(record("2+1", [500, 500, 500]), version=old))
+    assert exchange.handle(events.KeepParity(version=None)) == [events.DropParity(buffer=0, version=old)]
 
 
 def test_what_did_not_come_is_asked_for_again():

@@ -59,6 +59,10 @@ def test_a_campaign_of_schedules_with_parity_holds_all_invariants():
         print(f"seeds {first}..{first + 999}: {dict(sorted(seen.items()))}", flush=True)  # noqa: T201
 
 
+def test_parity_survives_a_restart_between_its_report_and_the_orders_that_name_it():
+    _hold(range(215_946, 215_947))
+
+
 def test_a_seed_with_parity_reproduces_its_run():
     first, second = simulation.Simulation(7, coded=True), simulation.Simulation(7, coded=True)
     assert first.run() == second.run()
