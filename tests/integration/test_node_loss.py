@@ -91,6 +91,15 @@ def assert_from_peers(job: NodeJob, least: int, count: int = 1) -> dict[str, Any
     return event
 
 
+def undisturbed(tmp_path: Path, *few: str) -> list[dict[str, str]]:
+    """How two ranks of torchrun end that take other steps than `stock`."""
+    folder = tmp_path / "undisturbed"
+    folder.mkdir()
+    with job_in(folder) as plain:
+        assert plain.plain(TRAIN, *script(folder, "fsdp2", "--plain")[1:], *few, ranks=2) == 0, plain.output()
+    return fingerprints(folder / "out", 2)
+
+
 def assert_undisturbed(job: NodeJob, expected: list[dict[str, str]]) -> None:
     """Every agent ended well, with the bits of the run that nothing disturbed, and left nothing."""
     assert set(job.finish().values()) == {0}, job.told()
@@ -190,11 +199,7 @@ def test_what_was_restored_survives_the_next_loss_though_no_step_was_done_since(
         assert set(job.finish().values()) == {0}, job.told()
         found = fingerprints(tmp_path / "out", 2)
         assert job.leftovers() == []
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    with job_in(undisturbed) as plain:
-        assert plain.plain(TRAIN, *script(undisturbed, "fsdp2", "--plain")[1:], *few[:2], ranks=2) == 0, plain.output()
-    assert found == fingerprints(undisturbed / "out", 2)
+    assert found == undisturbed(tmp_path, *few[:2])
 
 
 def _restored_again(job: NodeJob, generation: int) -> set[Version]:
@@ -255,8 +260,4 @@ def test_a_node_of_two_loses_power_and_comes_back_from_the_memory_of_the_other(t
         assert set(job.finish().values()) == {0}, job.told()
         found = fingerprints(tmp_path / "out", 2)
         assert job.leftovers() == []
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    with job_in(undisturbed) as plain:
-        assert plain.plain(TRAIN, *script(undisturbed, "fsdp2", "--plain")[1:], *few, ranks=2) == 0, plain.output()
-    assert found == fingerprints(undisturbed / "out", 2)
+    assert found == undisturbed(tmp_path, *few)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from holdfast.checkpoint.boxes import Box
+from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.catalog import Catalog
+from holdfast.checkpoint.commit import commit_step, image_file_name, subset_image, write_image
 from holdfast.checkpoint.image import ImageLayout, ImageMeta, Piece, block_checksums, read_header
-from holdfast.checkpoint.objects import ObjectRecord, encode_objects
+from holdfast.checkpoint.objects import ObjectRecord, encode, encode_objects
 from holdfast.checkpoint.source import MemorySource
+from holdfast.checkpoint.storage import Storage
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import GenerationId, Version
 
@@ -62,3 +66,49 @@ def read_array(catalog: Catalog, name: str, box: Box, dtype: np.dtype, *, rank: 
     out = np.empty(box.lengths, dtype)
     catalog.read(name, box, out, rank=rank)
     return out
+
+
+ARRAYS = {
+    "w": np.arange(40, dtype=np.float32).reshape(10, 4),
+    "v": np.arange(6, dtype=np.int64),
+    "mean": np.arange(3, dtype=np.float64),
+}
+
+
+def step_images(version: Version = VERSION) -> list[bytearray]:
+    """Two ranks; rank 1 also holds a copy of v in memory."""
+    pieces = [
+        [
+            Piece("w", "float32", (10, 4), Box((0, 0), (5, 4))),
+            Piece("v", "int64", (6,), whole((6,))),
+            Piece("mean", "float64", (3,), whole((3,)), 0),
+        ],
+        [
+            Piece("w", "float32", (10, 4), Box((5, 0), (5, 4))),
+            Piece("v", "int64", (6,), whole((6,)), None, False),
+            Piece("mean", "float64", (3,), whole((3,)), 1),
+        ],
+    ]
+    return [
+        build_image(
+            pieces[rank],
+            ARRAYS,
+            rank=rank,
+            world_size=2,
+            objects={"step": ObjectRecord(encode(version.step)), "rng": ObjectRecord(encode(rank), per_rank=True)},
+            version=version,
+            block_bytes=64,
+        )
+        for rank in range(2)
+    ]
+
+
+def save_step(directory: Path, version: Version = VERSION, storage: Storage | None = None, **kwargs: Any) -> Path:
+    """Commit the images of both ranks as a step."""
+    records = []
+    for rank, image in enumerate(step_images(version)):
+        meta, chunks = subset_image(meta_of(image), MemorySource(memoryview(image)))
+        name = image_file_name(version.generation, rank, 2)
+        records.append(write_image(directory, name, meta, chunks, storage=storage))
+    commit_step(directory, records, version=version, world_size=2, storage=storage, **kwargs)
+    return directory

@@ -8,21 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import xxhash
 import zstandard
-from checkpoint_images import GENERATION, VERSION, build_image, meta_of, read_array
+from checkpoint_images import ARRAYS, GENERATION, VERSION, meta_of, read_array, save_step, step_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.checkpoint.boxes import Box, whole
+from holdfast.checkpoint.boxes import whole
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.commit import (
-    abandon_after,
-    abandon_step,
     commit_step,
-    history_id,
     image_file_name,
     list_steps,
     newest_step,
@@ -31,59 +27,13 @@ from holdfast.checkpoint.commit import (
     subset_image,
     write_image,
 )
-from holdfast.checkpoint.image import Piece
 from holdfast.checkpoint.index import ImageRecord, decode_index, encode_index
-from holdfast.checkpoint.objects import ObjectRecord, encode
+from holdfast.checkpoint.objects import encode
 from holdfast.checkpoint.root import ROOT_BYTES, decode_root, encode_root
 from holdfast.checkpoint.source import MemorySource
-from holdfast.checkpoint.steps import read_step_info, tag_step
-from holdfast.checkpoint.storage import PosixStorage, Storage
+from holdfast.checkpoint.storage import PosixStorage
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CheckpointError, CorruptError, FenceError, MismatchError, StorageError, UsageError
-
-ARRAYS = {
-    "w": np.arange(40, dtype=np.float32).reshape(10, 4),
-    "v": np.arange(6, dtype=np.int64),
-    "mean": np.arange(3, dtype=np.float64),
-}
-
-
-def _images(version: Version = VERSION) -> list[bytearray]:
-    """Two ranks; rank 1 also holds a copy of v in memory."""
-    pieces = [
-        [
-            Piece("w", "float32", (10, 4), Box((0, 0), (5, 4))),
-            Piece("v", "int64", (6,), whole((6,))),
-            Piece("mean", "float64", (3,), whole((3,)), 0),
-        ],
-        [
-            Piece("w", "float32", (10, 4), Box((5, 0), (5, 4))),
-            Piece("v", "int64", (6,), whole((6,)), None, False),
-            Piece("mean", "float64", (3,), whole((3,)), 1),
-        ],
-    ]
-    return [
-        build_image(
-            pieces[rank],
-            ARRAYS,
-            rank=rank,
-            world_size=2,
-            objects={"step": ObjectRecord(encode(version.step)), "rng": ObjectRecord(encode(rank), per_rank=True)},
-            version=version,
-            block_bytes=64,
-        )
-        for rank in range(2)
-    ]
-
-
-def _save(directory: Path, version: Version = VERSION, storage: Storage | None = None, **kwargs: Any) -> Path:
-    records = []
-    for rank, image in enumerate(_images(version)):
-        meta, chunks = subset_image(meta_of(image), MemorySource(memoryview(image)))
-        name = image_file_name(version.generation, rank, 2)
-        records.append(write_image(directory, name, meta, chunks, storage=storage))
-    commit_step(directory, records, version=version, world_size=2, storage=storage, **kwargs)
-    return directory
+from holdfast.errors import CheckpointError, CorruptError, MismatchError, StorageError, UsageError
 
 
 def _content(catalog: Catalog) -> dict[str, Any]:
@@ -102,7 +52,7 @@ def _expected(version: Version = VERSION) -> dict[str, bytes]:
 
 
 def test_a_committed_step_reads_back_and_says_what_it_is(tmp_path: Path) -> None:
-    path = _save(tmp_path / step_dir_name(100), metrics={"loss": 1.5}, tag="best", history="ab" * 16)
+    path = save_step(tmp_path / step_dir_name(100), metrics={"loss": 1.5}, tag="best", history="ab" * 16)
     with open_checkpoint(path) as catalog:
         content = _content(catalog)
         catalog.verify()
@@ -124,8 +74,8 @@ def test_a_committed_step_reads_back_and_says_what_it_is(tmp_path: Path) -> None
 
 
 def test_only_job_pieces_go_to_storage_and_a_whole_image_is_copied_straight(tmp_path: Path) -> None:
-    path = _save(tmp_path / "a")
-    images = _images()
+    path = save_step(tmp_path / "a")
+    images = step_images()
     files = sorted(path.glob("*.safetensors"))
     assert files[0].read_bytes() == images[0]
     assert len(files[1].read_bytes()) == len(images[1]) - ARRAYS["v"].nbytes
@@ -133,7 +83,7 @@ def test_only_job_pieces_go_to_storage_and_a_whole_image_is_copied_straight(tmp_
 
 def test_a_damaged_slot_is_not_persisted(tmp_path: Path) -> None:
     for rank in range(2):
-        image = _images()[rank]
+        image = step_images()[rank]
         meta = meta_of(image)
         image[meta.piece_offsets[0]] ^= 1
         with pytest.raises(CorruptError, match="block 0"):
@@ -144,12 +94,12 @@ def test_a_damaged_slot_is_not_persisted(tmp_path: Path) -> None:
 
 
 def test_a_save_into_an_existing_step_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    path = _save(tmp_path / step_dir_name(100))
+    path = save_step(tmp_path / step_dir_name(100))
     before = {f.name: f.read_bytes() for f in path.iterdir()}
     with pytest.raises(StorageError, match="holds a committed checkpoint"):
-        _save(path)
+        save_step(path)
     with pytest.raises(StorageError, match="holds a committed checkpoint"):
-        _save(path, GENERATION.__class__(incarnation=2, nonce="00000000", generation=1).at(100))
+        save_step(path, GENERATION.__class__(incarnation=2, nonce="00000000", generation=1).at(100))
     assert {f.name: f.read_bytes() for f in path.iterdir()} == before
 
 
@@ -163,7 +113,7 @@ def test_of_two_roots_written_at_once_the_first_stays(tmp_path: Path) -> None:
 
 
 def test_a_zombie_of_an_older_generation_cannot_spoil_a_committed_step(tmp_path: Path) -> None:
-    path = _save(tmp_path / step_dir_name(100))
+    path = save_step(tmp_path / step_dir_name(100))
     (path / "index.json.zst").write_bytes(b"of a zombie")
     (path / "i01-7f3a9c02-g0003-rank-00000-of-00002.safetensors").write_bytes(b"of a zombie")
     with open_checkpoint(path) as catalog:
@@ -177,7 +127,7 @@ def _save_records(tmp_path: Path) -> list[ImageRecord]:
             image_file_name(GENERATION, rank, 2),
             *subset_image(meta_of(image), MemorySource(memoryview(image))),
         )
-        for rank, image in enumerate(_images())
+        for rank, image in enumerate(step_images())
     ]
 
 
@@ -211,7 +161,7 @@ def test_a_record_that_is_none_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["root", "index.json.zst", "both", "image0", "image1"])
 def test_every_flipped_byte_is_corrected_or_noticed(tmp_path: Path, kind: str) -> None:
-    path = _save(tmp_path / "a")
+    path = save_step(tmp_path / "a")
     with open_checkpoint(path) as catalog:
         expected = _content(catalog)
     names = {
@@ -243,7 +193,7 @@ def test_every_flipped_byte_is_corrected_or_noticed(tmp_path: Path, kind: str) -
 def test_truncated_and_missing_files_are_noticed(tmp_path: Path) -> None:
     for name in (image_file_name(GENERATION, 1, 2), "root"):
         for size in (0, 100, None):
-            path = _save(tmp_path / f"{name}-{size}")
+            path = save_step(tmp_path / f"{name}-{size}")
             if size is None:
                 (path / name).unlink()
             else:
@@ -315,7 +265,7 @@ def _forge_index(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     "name", ["../secret.safetensors", "/etc/passwd", "..", "", "a/b", "i01-7f3a9c02-g0004-rank-00000-of-00002.pt"]
 )
 def test_names_in_an_index_cannot_leave_its_directory(tmp_path: Path, name: str) -> None:
-    path = _save(tmp_path / "a")
+    path = save_step(tmp_path / "a")
     _forge_index(path, lambda index: index["images"][0].update(name=name))
     with pytest.raises(CorruptError, match="no name of an image"):
         open_checkpoint(path)
@@ -340,7 +290,7 @@ def test_names_in_an_index_cannot_leave_its_directory(tmp_path: Path, name: str)
     ],
 )
 def test_an_index_that_makes_no_sense_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    path = _save(tmp_path / "a")
+    path = save_step(tmp_path / "a")
     _forge_index(path, lambda index: change(next(t for t in index["tensors"] if t["name"] == "w")))
     with pytest.raises(CheckpointError), open_checkpoint(path) as catalog:
         _content(catalog)
@@ -354,7 +304,7 @@ def test_an_index_bomb_is_refused() -> None:
 
 
 def test_the_index_is_readable_json(tmp_path: Path) -> None:
-    path = _save(tmp_path / "a")
+    path = save_step(tmp_path / "a")
     index = decode_index((path / "index.json.zst").read_bytes())
     assert decode_index(encode_index(index)) == index
     assert [t.name for t in index.tensors] == ["mean", "mean", "v", "w"]
@@ -398,10 +348,10 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None], 
 def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint_or_none(
     tmp_path: Path, kill_at: Callable[[int | None], list[str]]
 ) -> None:
-    older = _save(tmp_path / step_dir_name(90), GENERATION.at(90))
+    older = save_step(tmp_path / step_dir_name(90), GENERATION.at(90))
     before = {f.name: f.read_bytes() for f in older.iterdir()}
     calls = kill_at(None)
-    _save(tmp_path / "whole")
+    save_step(tmp_path / "whole")
     total = len(calls)
     assert total > 30
     outcomes = []
@@ -409,7 +359,7 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint_or_non
         shutil.rmtree(tmp_path / step_dir_name(100), ignore_errors=True)
         kill_at(n)
         try:
-            _save(tmp_path / step_dir_name(100))
+            save_step(tmp_path / step_dir_name(100))
         except Killed:
             pass
         finally:
@@ -431,11 +381,11 @@ def test_a_kill_between_any_two_file_operations_leaves_a_whole_checkpoint_or_non
 def test_an_interrupted_save_can_be_made_again(tmp_path: Path, kill_at: Callable[[int | None], list[str]]) -> None:
     kill_at(20)
     with pytest.raises(Killed):
-        _save(tmp_path / step_dir_name(100))
+        save_step(tmp_path / step_dir_name(100))
     kill_at(None)
     (tmp_path / step_dir_name(100) / ".tmp-root-1-00").write_bytes(b"of a killed process")
     other = GENERATION.__class__(incarnation=1, nonce="7f3a9c02", generation=5).at(100)
-    _save(tmp_path / step_dir_name(100), other)
+    save_step(tmp_path / step_dir_name(100), other)
     with open_checkpoint(tmp_path / step_dir_name(100)) as catalog:
         assert _expected().items() <= _content(catalog).items()
     assert sorted(f.name for f in (tmp_path / step_dir_name(100)).iterdir()) == [
@@ -465,9 +415,9 @@ class FullStorage(PosixStorage):
 
 @pytest.mark.parametrize("room", range(5))
 def test_a_full_disk_is_a_clear_error_and_leaves_older_checkpoints(tmp_path: Path, room: int) -> None:
-    _save(tmp_path / step_dir_name(90), GENERATION.at(90))
+    save_step(tmp_path / step_dir_name(90), GENERATION.at(90))
     with pytest.raises(StorageError, match="no space is left"):
-        _save(tmp_path / step_dir_name(100), storage=FullStorage(room))
+        save_step(tmp_path / step_dir_name(100), storage=FullStorage(room))
     assert [info.step for info in list_steps(tmp_path) if info.complete] == [90]
     assert not list((tmp_path / step_dir_name(100)).glob(".tmp-*"))
 
@@ -488,7 +438,7 @@ def test_the_root_is_written_last_and_everything_is_synced_before_it_gets_its_na
     monkeypatch.setattr(os, "fsync", lambda fd: (log.append(("sync", paths[fd])), real_fsync(fd))[1])
     monkeypatch.setattr(os, "link", lambda a, b: (log.append(("name", Path(b).name)), real_link(a, b))[1])
     monkeypatch.setattr(os, "replace", lambda a, b: (log.append(("name", Path(b).name)), real_replace(a, b))[1])
-    _save(tmp_path / "step")
+    save_step(tmp_path / "step")
     names = [what for kind, what in log if kind == "name"]
     assert names[-1] == "root"
     assert len(names) == 5
@@ -497,107 +447,3 @@ def test_the_root_is_written_last_and_everything_is_synced_before_it_gets_its_na
             assert log[at - 1][0] == "sync"
             assert log[at - 1][1].startswith(f".tmp-{what}")
             assert log[at + 1] == ("sync", "step")
-
-
-def test_later_steps_are_set_aside_when_a_run_goes_on_from_an_older_one(tmp_path: Path) -> None:
-    assert abandon_after(tmp_path, 50) is None
-    for step in (90, 100, 110):
-        _save(tmp_path / step_dir_name(step), GENERATION.at(step))
-    (tmp_path / step_dir_name(120)).mkdir()
-    folder = abandon_after(tmp_path, 90)
-    assert folder is not None
-    assert [info.step for info in list_steps(tmp_path)] == [90]
-    assert sorted(f.name for f in folder.iterdir()) == [step_dir_name(step) for step in (100, 110, 120)]
-    assert [info.complete for info in list_steps(folder)] == [True, True, False]
-    _save(tmp_path / step_dir_name(100))
-    assert abandon_step(tmp_path, 90) is not None
-    assert [info.step for info in list_steps(tmp_path)] == [100]
-
-
-def test_nothing_is_set_aside_for_a_run_that_has_gone_on_without_it(tmp_path: Path) -> None:
-    for step in (90, 100, 110):
-        _save(tmp_path / step_dir_name(step), GENERATION.at(step))
-    answers = iter((True, False))
-    with pytest.raises(FenceError, match="step 100 stays"):
-        abandon_after(tmp_path, 90, wanted=lambda: next(answers))
-    with pytest.raises(FenceError, match="step 90 stays"):
-        abandon_step(tmp_path, 90, wanted=lambda: False)
-    assert [info.step for info in list_steps(tmp_path)] == [90, 100]
-
-
-def test_incomplete_and_foreign_folders_are_listed_as_such(tmp_path: Path) -> None:
-    assert list_steps(tmp_path / "absent") == []
-    (tmp_path / step_dir_name(5)).mkdir()
-    (tmp_path / "step-7").mkdir()
-    (tmp_path / "step-00000009").write_text("a file")
-    _save(tmp_path / step_dir_name(6))  # holds step 100
-    five, six = list_steps(tmp_path)
-    assert (five.complete, six.complete) == (False, False)
-    assert "does not exist" in five.problem
-    assert "holds the root of step 100" in six.problem
-    assert newest_step(tmp_path) is None
-
-
-def test_a_history_is_made_once(tmp_path: Path) -> None:
-    directory = tmp_path / "runs" / "checkpoints"
-    assert history_id(directory) is None
-    first = history_id(directory, create=True)
-    assert first is not None
-    assert len(first) == 32
-    assert history_id(directory, create=True) == first == history_id(directory)
-    shutil.rmtree(directory)
-    assert history_id(directory, create=True) != first
-    (directory / ".holdfast-history").write_text("x")
-    with pytest.raises(CorruptError):
-        history_id(directory)
-
-
-def test_errors_say_what_to_do(tmp_path: Path) -> None:
-    storage = PosixStorage()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="a part of the path is a file"):
-        storage.write(tmp_path / "file" / "x", [b""])
-    with pytest.raises(StorageError, match="does not exist"):
-        storage.read(tmp_path / "absent", limit=10)
-    (tmp_path / "large").write_bytes(bytes(11))
-    with pytest.raises(StorageError, match="at most 10"):
-        storage.read(tmp_path / "large", limit=10)
-    with pytest.raises(StorageError, match="cannot be removed"):
-        storage.remove(tmp_path / "absent")
-
-
-def test_a_step_is_tagged_after_its_commit_and_keeps_that_tag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    step, tagged = _save(tmp_path / "step-00000100"), _save(tmp_path / "other", tag="at once")
-    root = (step / "root").read_bytes()
-    assert tag_step(step, "late").tag == tag_step(step, "late").tag == "late"
-    assert [info.tag for info in list_steps(tmp_path)] == ["late"]
-    assert (step / "root").read_bytes() == root
-    for path in (step, tagged):
-        with pytest.raises(StorageError, match="is tagged"):
-            tag_step(path, "another")
-    with pytest.raises(StorageError, match="does not exist"):
-        tag_step(tmp_path / "step-00000099", "late")
-    # A damaged one, or one that another version left, is none; the step is there all the same.
-    sound = (step / "tag").read_bytes()
-    for damage in (sound.replace(b"late", b"lame"), sound[:-3], b""):
-        caplog.clear()
-        (step / "tag").write_bytes(damage)
-        assert [(info.complete, info.tag) for info in list_steps(tmp_path)] == [(True, None)]
-        assert str(step) in caplog.text
-    (tagged / "tag").write_bytes(sound)
-    assert read_step_info(tagged).tag == "at once"
-    newer = _save(tmp_path / "newer", VERSION.generation.at(VERSION.step + 1))
-    (newer / "tag").write_bytes(sound)
-    assert read_step_info(newer).tag is None
-
-
-def test_of_two_tags_given_at_once_the_first_stays(tmp_path: Path) -> None:
-    class Slow(PosixStorage):
-        def write(self, path: str | Path, *args: Any, **kwargs: Any) -> int:
-            tag_step(step, "first")  # meanwhile, by somebody else
-            return super().write(path, *args, **kwargs)
-
-    step = _save(tmp_path / "step-00000100")
-    with pytest.raises(StorageError, match="is tagged 'first'"):
-        tag_step(step, "second", storage=Slow())
-    assert read_step_info(step).tag == "first"

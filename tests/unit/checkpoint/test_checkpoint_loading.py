@@ -7,7 +7,6 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import holdfast.checkpoint
 from holdfast.checkpoint import FlatRange, loading
@@ -26,6 +24,7 @@ from holdfast.checkpoint.slab import Place, SeenSlab, Slab
 from holdfast.checkpoint.source import FileSource
 from holdfast.checkpoint.wants import HEADER, Unit
 from holdfast.errors import CorruptError, HoldfastError, MismatchError, PeerTimeout, StateError
+from support.ranks import together
 
 _LIMIT = timedelta(seconds=60)
 
@@ -102,19 +101,6 @@ def test_a_flat_range_must_lie_in_its_tensor() -> None:
 # --- several ranks, as threads
 
 
-def _together(world: int, act: Callable[[Ranks], Any]) -> list[Any]:
-    store = dist.HashStore()
-
-    def one(rank: int) -> Any:
-        try:
-            return act(Ranks(rank, world, store))
-        except Exception as error:  # noqa: BLE001  # the test looks at it
-            return error
-
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(one, range(world)))
-
-
 _lock = threading.Lock()
 
 
@@ -186,7 +172,7 @@ def test_each_byte_is_read_once_by_ranks_that_all_want_it(
         into = {"a": torch.zeros(1500, 2000), "small": {k: torch.zeros_like(v) for k, v in saved["small"].items()}}
         return _load(ranks, {**into, "n": 0}, tmp_path / "c", monkeypatch)
 
-    for loaded in _together(world, act):
+    for loaded in together(world, act):
         assert torch.equal(loaded["a"], saved["a"])
         assert all(torch.equal(loaded["small"][k], v) for k, v in saved["small"].items())
         assert loaded["n"] == 5
@@ -208,7 +194,7 @@ def test_flat_ranges_of_a_tensor_saved_whole_are_read_once_together(
         _load(ranks, {"a": part}, tmp_path / "c", monkeypatch)
         return part
 
-    parts = _together(3, act)
+    parts = together(3, act)
     assert torch.equal(torch.cat([part.tensor for part in parts]).view_as(full), full)
     assert reads.bytes <= 1.05 * full.numel() * 4 + (2 << 20)
 
@@ -220,7 +206,7 @@ def test_what_one_rank_cannot_read_fails_the_load_on_all(tmp_path: Path, monkeyp
     data = bytearray(image.read_bytes())
     data[9_000_000] ^= 1
     image.write_bytes(data)
-    errors = _together(3, lambda ranks: _load(ranks, {"a": torch.zeros(3_000_000)}, tmp_path / "c", monkeypatch))
+    errors = together(3, lambda ranks: _load(ranks, {"a": torch.zeros(3_000_000)}, tmp_path / "c", monkeypatch))
     assert all(isinstance(error, CorruptError) for error in errors), errors
     assert all(r"a[0:3000000] cannot be read: " in str(error) for error in errors)
     assert sum("rank " in str(error).split(": ")[0] for error in errors) == 2
@@ -237,7 +223,7 @@ def test_a_rank_with_another_state_or_none_is_named_to_all(
         state = {"b": torch.zeros(3)} if ranks.rank == of_another_state else {"a": torch.zeros(3)}
         return _load(ranks, state, tmp_path / "c", monkeypatch)
 
-    for rank, error in enumerate(_together(3, act)):
+    for rank, error in enumerate(together(3, act)):
         assert isinstance(error, MismatchError)
         assert (f"rank {of_another_state}: " in str(error)) == (rank != of_another_state)
 
@@ -247,14 +233,14 @@ def test_a_rank_with_another_state_or_none_is_named_to_all(
         state = {"a": torch.zeros(3)}
         return _load(ranks, state, tmp_path / "c", monkeypatch, timeout=timedelta(seconds=0.5))
 
-    errors = _together(3, late)
+    errors = together(3, late)
     assert all(isinstance(error, PeerTimeout) for error in errors if error is not None), errors
     if of_another_state:
         assert "rank 2 did not come" in str(errors[0])
 
 
 def test_an_absent_checkpoint_is_an_error_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    errors = _together(2, lambda ranks: _load(ranks, {"a": torch.zeros(3)}, tmp_path / "none", monkeypatch))
+    errors = together(2, lambda ranks: _load(ranks, {"a": torch.zeros(3)}, tmp_path / "none", monkeypatch))
     assert all(isinstance(error, HoldfastError) and "none" in str(error) for error in errors), errors
 
 

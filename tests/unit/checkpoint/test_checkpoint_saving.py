@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ from holdfast.checkpoint.saving import Ranks, agree, save_pieces
 from holdfast.checkpoint.steps import StepInfo
 from holdfast.checkpoint.tensors import dtensor_shard, dtype_name, empty_for, tensor_bytes, torch_dtype
 from holdfast.errors import CorruptError, MismatchError, PeerError, PeerTimeout, StateError, StorageError
+from support.ranks import together
 
 
 def _random(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -59,20 +59,6 @@ def test_the_bytes_of_a_tensor_are_not_a_copy() -> None:
         dtype_name(torch.quint8)
 
 
-def _together(world: int, act: Callable[[Ranks], Any]) -> list[Any]:
-    """Run `act` as each of `world` ranks; results or errors."""
-    store = dist.HashStore()
-
-    def one(rank: int) -> Any:
-        try:
-            return act(Ranks(rank, world, store))
-        except Exception as error:  # noqa: BLE001  # the test looks at it
-            return error
-
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(one, range(world)))
-
-
 def _save(path: Path, ranks: Ranks, **kwargs: Any) -> StepInfo:
     pieces = [
         Piece("w", "float32", (8,), Box((ranks.rank * 8 // ranks.world_size,), (8 // ranks.world_size,))),
@@ -91,7 +77,7 @@ def _save(path: Path, ranks: Ranks, **kwargs: Any) -> StepInfo:
 
 
 def test_all_ranks_save_one_checkpoint_and_learn_the_same(tmp_path: Path) -> None:
-    infos = _together(4, lambda ranks: _save(tmp_path / "step-00000100", ranks, tag="t" if ranks.rank == 0 else None))
+    infos = together(4, lambda ranks: _save(tmp_path / "step-00000100", ranks, tag="t" if ranks.rank == 0 else None))
     assert all(info == infos[0] for info in infos)
     assert infos[0].tag == "t"
     with open_checkpoint(tmp_path / "step-00000100") as catalog:
@@ -119,7 +105,7 @@ def test_the_error_of_any_rank_fails_the_save_on_every_rank(tmp_path: Path, fail
 
         return _save(path / "step-00000100", ranks, storage=Full())
 
-    errors = _together(3, act)
+    errors = together(3, act)
     assert all(isinstance(error, StorageError) and "no space is left" in str(error) for error in errors)
     assert f"rank {failing}: " in str(errors[1])
     assert [info.complete for info in list_steps(tmp_path)] in ([False], [])
@@ -135,7 +121,7 @@ def test_an_error_that_is_not_ours_also_fails_the_save_on_every_rank(tmp_path: P
             )  # fmt: skip
         return _save(tmp_path / "c", ranks)
 
-    errors = _together(2, act)
+    errors = together(2, act)
     assert isinstance(errors[0], PeerError)
     assert "rank 1: " in str(errors[0])
     assert isinstance(errors[1], ZeroDivisionError)
@@ -145,7 +131,7 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     def act(ranks: Ranks) -> StepInfo | None:
         return None if ranks.rank == 1 else _save(tmp_path / "c", ranks, timeout=timedelta(seconds=0.05))
 
-    errors = _together(3, act)
+    errors = together(3, act)
     for error in (errors[0], errors[2]):
         assert isinstance(error, PeerTimeout)
         assert "rank 1 did not come" in str(error)
@@ -172,7 +158,7 @@ def test_a_second_attempt_does_not_read_what_the_first_left(tmp_path: Path) -> N
 
 
 def test_ranks_agree_on_what_rank_0_says() -> None:
-    found = _together(3, lambda ranks: agree(ranks, "nonce", lambda: f"of {ranks.rank}", timedelta(seconds=20)))
+    found = together(3, lambda ranks: agree(ranks, "nonce", lambda: f"of {ranks.rank}", timedelta(seconds=20)))
     assert found == ["of 0"] * 3
     with pytest.raises(PeerTimeout, match="rank 0 did not come"):
         agree(Ranks(1, 2, dist.HashStore()), "nonce", str, timedelta(seconds=0.01))

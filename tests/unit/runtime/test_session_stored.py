@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from holdfast.checkpoint.handing import Post
@@ -25,6 +22,7 @@ from holdfast.errors import CorruptError, MismatchError
 from holdfast.runtime import stored
 from holdfast.runtime.capture import PerRank, TrainingState
 from holdfast.runtime.stored import StoredStates
+from support.ranks import together
 
 _lock = threading.Lock()
 
@@ -87,19 +85,6 @@ class Mean:
         self.tensor = state["tensor"]
 
 
-def _together(world: int, act: Callable[[Ranks], Any]) -> list[Any]:
-    store = dist.HashStore()
-
-    def one(rank: int) -> Any:
-        try:
-            return act(Ranks(rank, world, store))
-        except Exception as error:  # noqa: BLE001  # the test looks at it
-            return error
-
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(one, range(world)))
-
-
 def _saved(path: Path, world: int) -> Path:
     def save(ranks: Ranks) -> None:
         state = Trained(ranks.rank, world, seed=7).state()
@@ -115,7 +100,7 @@ def _saved(path: Path, world: int) -> Path:
             timeout=timedelta(seconds=60),
         )
 
-    assert _together(world, save) == [None] * world
+    assert together(world, save) == [None] * world
     return path
 
 
@@ -127,7 +112,7 @@ def _restored(path: Path, world: int, **options: Any) -> list[Any]:
         assert step == 3
         return trained
 
-    return _together(world, restore)
+    return together(world, restore)
 
 
 @pytest.fixture
@@ -203,7 +188,7 @@ def test_another_model_on_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
         state = Trained(ranks.rank, 2, width=1000 + ranks.rank).state()
         return StoredStates(state, ranks, "s", session_rank=ranks.rank).restore(path)
 
-    first, second = _together(2, restore)
+    first, second = together(2, restore)
     assert isinstance(first, MismatchError)
     assert "rank 1: " in str(first)
     assert isinstance(second, MismatchError)

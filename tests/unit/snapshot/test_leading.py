@@ -180,12 +180,18 @@ def test_where_memory_does_not_do_a_storage_that_hangs_is_waited_for(monkeypatch
     told.lanes.close(5.0)
 
 
-def test_the_last_step_of_a_job_is_tried_again_after_a_pause_and_people_are_told(tmp_path: Path) -> None:
+def at_its_last_step(tmp_path: Path) -> Told:
+    """A job that ends after step 6, which is to be persisted."""
     told = Told(str(tmp_path))
     told.inventory()
     told.report(5)
     end = RankState(global_rank=0, step=6, entered=True, final=Final(step=6, persist=True))
     told.report(6, held=(Held(step=6, state="clean"),), ranks=(end,))
+    return told
+
+
+def test_the_last_step_of_a_job_is_tried_again_after_a_pause_and_people_are_told(tmp_path: Path) -> None:
+    told = at_its_last_step(tmp_path)
     for tries in (1, 2, 3):
         order = told.order(tries)
         told.leading.receive(
@@ -204,11 +210,7 @@ def test_the_last_step_of_a_job_is_tried_again_after_a_pause_and_people_are_told
 
 
 def test_nothing_is_tried_again_once_the_job_ends(tmp_path: Path) -> None:
-    told = Told(str(tmp_path))
-    told.inventory()
-    told.report(5)
-    end = RankState(global_rank=0, step=6, entered=True, final=Final(step=6, persist=True))
-    told.report(6, held=(Held(step=6, state="clean"),), ranks=(end,))
+    told = at_its_last_step(tmp_path)
     for tries in (1, 2, 3):
         order = told.order(tries)
         told.leading.receive(PersistPart(version=order.version, node_rank=0, attempt=order.attempt, error="away"))
