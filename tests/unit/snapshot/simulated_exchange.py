@@ -262,9 +262,6 @@ class Exchanging(Daemons):
                         instruction.length,
                         instruction.node_rank,
                     )
-                case events.DeclareDone():
-                    if node.ledger is not None:
-                        self._feed(node, ledger.ParityDone(version=instruction.version))
                 case _:
                     node.jobs.append((instruction, data))
 
@@ -274,6 +271,9 @@ class Exchanging(Daemons):
             return
         instruction, data = node.jobs.popleft()
         match instruction:
+            case events.DeclareDone(version=version):  # as in the daemon, never within what the ledger carries out
+                if node.ledger is not None:
+                    self._feed(node, ledger.ParityDone(version=version))
             case events.ReserveParity(buffer=index, coded=coded, node_rank=rank):
                 if self.promise is not None and index in node.buffers:
                     self._check_duty(node, index)
