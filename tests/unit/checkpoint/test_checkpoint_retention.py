@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_images import GENERATION, save_step
 from hypothesis import given
 from hypothesis import strategies as st
 
+from holdfast.checkpoint.commit import list_steps, step_dir_name
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.steps import StepInfo
 from holdfast.errors import UsageError
@@ -92,14 +94,8 @@ def test_a_keep_that_makes_no_sense_is_refused(keep: Any) -> None:
 
 
 def test_apply_removes_the_folders_root_first(tmp_path: Path) -> None:
-    from test_checkpoint_commit import _save
-
-    from holdfast.checkpoint.commit import list_steps, step_dir_name
-    from holdfast.checkpoint.version import GenerationId
-
-    generation = GenerationId(incarnation=1, nonce="7f3a9c02", generation=4)
     for step in (1, 2, 3):
-        _save(tmp_path / step_dir_name(step), generation.at(step))
+        save_step(tmp_path / step_dir_name(step), GENERATION.at(step))
     (tmp_path / step_dir_name(4)).mkdir()
     deleted = Retention(last=1).apply(tmp_path)
     assert [info.step for info in deleted] == [1, 2]
@@ -107,12 +103,6 @@ def test_apply_removes_the_folders_root_first(tmp_path: Path) -> None:
 
 
 def test_what_interrupted_saves_left_is_removed_but_never_what_may_still_be_written_or_repaired(tmp_path: Path) -> None:
-    from test_checkpoint_commit import _save
-
-    from holdfast.checkpoint.commit import list_steps, step_dir_name
-    from holdfast.checkpoint.version import GenerationId
-
-    generation = GenerationId(incarnation=1, nonce="7f3a9c02", generation=4)
     for step in (5, 6, 7, 9):
         (tmp_path / step_dir_name(step)).mkdir()
         (tmp_path / step_dir_name(step) / "part").write_text("x")
@@ -121,7 +111,7 @@ def test_what_interrupted_saves_left_is_removed_but_never_what_may_still_be_writ
         os.utime(tmp_path / step_dir_name(step), (1e9, 1e9))
     Retention(last=1).apply(tmp_path)
     assert [info.step for info in list_steps(tmp_path)] == [5, 6, 7, 9]
-    _save(tmp_path / step_dir_name(8), generation.at(8))
+    save_step(tmp_path / step_dir_name(8), GENERATION.at(8))
     Retention(last=1).apply(tmp_path)
     assert [info.step for info in list_steps(tmp_path)] == [6, 7, 8, 9]
 
