@@ -93,7 +93,7 @@ FULL = Plan(
     ablation_seeds=(1, 2, 3),
     cost=(Size(width=512, layers=8, heads=8), Size(width=256, layers=3, heads=4)),
     cost_rounds=60,
-    largest_rounds=360,
+    largest_rounds=480,
 )  # fmt: skip
 
 QUICK = replace(
@@ -307,7 +307,7 @@ class Cost:
 
 
 def cost_of(trainer: Trainer, name: str, student: Size, teacher: Pretraining, rounds: int) -> Cost:
-    """Time plain and guided steps in turns, before and after stop_step."""
+    """Time plain and guided steps in turns, before stop_step and (at most 90) after it."""
     key = [asdict(trainer.scale), asdict(student), asdict(teacher), rounds]
     taken = trainer.store.get(f"cost-{name}", key)
     if taken is None:
@@ -327,7 +327,7 @@ def _timed(trainer: Trainer, student: Size, teacher: Pretraining, rounds: int) -
     stop_step = warm_up + rounds
     guide = trainer.guide(models["guided"], Guidance(teacher=teacher), stop_step)
     taken: dict[str, dict[str, list[float]]] = {phase: {"plain": [], "guided": []} for phase in ("during", "after")}
-    for step in range(stop_step + rounds):
+    for step in range(stop_step + min(rounds, 90)):
         batch = trainer.batch(trainer.text.train, 0, step, trainer.scale.batch)
         for name in ("plain", "guided") if step % 2 else ("guided", "plain"):
             began = time.process_time()
