@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import nn
 
 import holdfast
+from holdfast.checkpoint.source import FileSource
+from holdfast.snapshot.client import SnapshotClient
 
 
 def watch_versions() -> dict[str, list[int]]:
     """Steps that were committed and missed by this rank, as the client is told."""
-    from holdfast.snapshot.client import SnapshotClient
-
     heard: dict[str, list[int]] = {"committed": [], "missed": []}
     committed, missed = SnapshotClient.committed, SnapshotClient.missed
 
@@ -42,8 +42,6 @@ def watch_versions() -> dict[str, list[int]]:
 
 def watch_reads() -> list[int]:
     """Sizes of what this rank reads of images in storage."""
-    from holdfast.checkpoint.source import FileSource
-
     sizes: list[int] = []
     read_into = FileSource.read_into
 

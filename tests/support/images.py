@@ -14,6 +14,7 @@ from holdfast.checkpoint.source import MemorySource
 from holdfast.checkpoint.tensors import tensor_bytes
 from holdfast.checkpoint.version import GenerationId
 from holdfast.runtime.capture import TrainingState
+from holdfast.runtime.rng import read_rng
 
 GENERATION = GenerationId(incarnation=1, nonce="0123abcd", generation=1)
 
@@ -82,8 +83,6 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def everything(models: Sequence[torch.nn.Module], optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     """Weights, buffers, optimizer state, hyperparameters and generator states, for comparing two runs."""
-    from holdfast.runtime.rng import read_rng
-
     return tensors_in(
         {
             "models": [model.state_dict() for model in models],

@@ -29,7 +29,7 @@ from holdfast.checkpoint.commit import (
 )
 from holdfast.checkpoint.index import ImageRecord, decode_index, encode_index
 from holdfast.checkpoint.objects import encode
-from holdfast.checkpoint.root import ROOT_BYTES, decode_root, encode_root
+from holdfast.checkpoint.root import ROOT_BYTES, IndexFile, Root, decode_root, encode_root
 from holdfast.checkpoint.source import MemorySource
 from holdfast.checkpoint.storage import PosixStorage
 from holdfast.checkpoint.version import Version
@@ -230,8 +230,6 @@ _ROOT: list[bytes] = []
 
 def _root_bytes() -> bytes:
     if not _ROOT:
-        from holdfast.checkpoint.root import IndexFile, Root
-
         _ROOT.append(
             encode_root(
                 Root(

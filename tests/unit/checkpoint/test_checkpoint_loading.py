@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import holdfast.checkpoint
-from holdfast.checkpoint import FlatRange, loading
+from holdfast.checkpoint import FlatRange, held, loading
 from holdfast.checkpoint.handing import Post, digest
 from holdfast.checkpoint.meeting import Ranks
 from holdfast.checkpoint.objects import split_tensors
@@ -153,8 +153,6 @@ def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def _no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    from holdfast.checkpoint import held
-
     monkeypatch.setattr(held, "_in_group", lambda shard, group: shard)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.checkpoint import object_storage
 from holdfast.checkpoint.object_storage import PART_BYTES, ObjectStorage
 from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.retries import Backoff, retry
@@ -198,8 +199,6 @@ def test_large_objects_go_up_in_parts_that_are_repeated(s3: S3, url: UrlPath) ->
 def test_an_upload_begins_again_where_its_chunks_can_be_had_again(
     s3: S3, url: UrlPath, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from holdfast.checkpoint import object_storage
-
     monkeypatch.setattr(object_storage, "PART_RETRIES", 0)
     storage = ObjectStorage(FAST)
     chunks = Chunks(PART_BYTES + (1 << 20))

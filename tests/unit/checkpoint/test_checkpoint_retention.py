@@ -9,7 +9,8 @@ from checkpoint_images import GENERATION, save_step
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.checkpoint.commit import list_steps, step_dir_name
+from holdfast.checkpoint import save
+from holdfast.checkpoint.commit import abandon_after, list_steps, step_dir_name
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.steps import StepInfo
 from holdfast.errors import UsageError
@@ -118,9 +119,6 @@ def test_what_interrupted_saves_left_is_removed_but_never_what_may_still_be_writ
 
 def test_what_was_set_aside_goes_once_the_run_has_passed_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
-
-    from holdfast.checkpoint import save
-    from holdfast.checkpoint.commit import abandon_after, list_steps
 
     now = 1_000_000.0
     monkeypatch.setattr("holdfast.checkpoint.commit.time.time", lambda: now)

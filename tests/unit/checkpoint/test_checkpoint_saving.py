@@ -12,13 +12,16 @@ from checkpoint_images import GENERATION, VERSION
 from torch.distributed.tensor import DTensor
 
 import holdfast.checkpoint
+from holdfast.checkpoint import api, image
 from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.commit import list_steps, open_checkpoint
 from holdfast.checkpoint.dtypes import DTYPES
+from holdfast.checkpoint.image import block_checksums
 from holdfast.checkpoint.objects import ObjectRecord, encode
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.saving import Ranks, agree, save_pieces
 from holdfast.checkpoint.steps import StepInfo
+from holdfast.checkpoint.streaming import BlockHasher, hashed
 from holdfast.checkpoint.tensors import dtensor_shard, dtype_name, empty_for, tensor_bytes, torch_dtype
 from holdfast.errors import CorruptError, MismatchError, PeerError, PeerTimeout, StateError, StorageError
 from support.ranks import together
@@ -304,8 +307,6 @@ def test_a_partial_dtensor_is_refused() -> None:
 
 
 def test_a_state_that_is_saved_again_is_not_planned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from holdfast.checkpoint import api, image
-
     planned: list[str] = []
     own, plan = api.own, image.ImageLayout.plan
     monkeypatch.setattr(api, "own", lambda *args, **kwargs: (planned.append("own"), own(*args, **kwargs))[1])
@@ -322,9 +323,6 @@ def test_a_state_that_is_saved_again_is_not_planned_again(tmp_path: Path, monkey
 
 
 def test_small_and_large_chunks_are_hashed_as_they_are_written() -> None:
-    from holdfast.checkpoint.image import block_checksums
-    from holdfast.checkpoint.streaming import BlockHasher, hashed
-
     chunks = [bytes([i % 251]) * size for i, size in enumerate([3, 0, 300_000, 17, 9_000_000, 1, 1 << 20, 5_000])]
     hasher = BlockHasher(1 << 20)
     assert b"".join(hashed(chunks, hasher)) == b"".join(chunks)

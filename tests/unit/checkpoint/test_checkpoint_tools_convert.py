@@ -16,6 +16,7 @@ import holdfast.checkpoint
 from holdfast.checkpoint import HoldfastWriter
 from holdfast.checkpoint.commit import open_checkpoint
 from holdfast.checkpoint.storage import PosixStorage
+from holdfast.checkpoint.tools import building
 from holdfast.errors import StorageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -77,8 +78,6 @@ class _FullDiskError(OSError):
 def test_an_interrupted_reshard_goes_on_where_it_stopped(
     tool: Tool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
-    import holdfast.checkpoint.tools.building as building
-
     write, count = building._Image._write, 0
 
     def failing(*args: object) -> object:

@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 import holdfast
 import holdfast.checkpoint as hc
 from holdfast.checkpoint.commit import abandon_after, history_id, list_steps, newest_step, open_checkpoint
+from holdfast.checkpoint.object_storage import ObjectStorage
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.steps import tag_step
 from holdfast.errors import CorruptError, StorageError
@@ -73,8 +74,6 @@ def test_a_step_is_tagged_later_once_also_where_the_answer_is_lost(s3: S3, runs:
 
 
 def test_damage_in_an_object_is_found(runs: Path) -> None:
-    from holdfast.checkpoint.object_storage import ObjectStorage
-
     storage = ObjectStorage()
     hc.save(_state(1), str(runs))
     name = next(entry for entry in storage.list(runs) if entry.name.endswith(".safetensors"))

@@ -10,9 +10,12 @@ import pytest
 
 from holdfast.checkpoint.version import GenerationId
 from holdfast.launcher.hangs import HangLimits, HangWatch, Hung, Instruction, OrderDump, Resumed, Suspected
+from holdfast.launcher.limits import Limits
+from holdfast.launcher.member import Member, SendReport
 from holdfast.launcher.stacks import describe, digest, parse_stacks
 from holdfast.launcher.stragglers import StragglerLimits, StragglerWatch
-from holdfast.launcher.wire import NodeInfo, Pulse
+from holdfast.launcher.wire import NodeInfo, Place, Plan, Pulse
+from holdfast.launcher.wire import Phase as PlanPhase
 from holdfast.snapshot.control import Phase
 
 DUMP = """\
@@ -311,11 +314,6 @@ def test_short_or_small_differences_are_not_told_and_recovery_is() -> None:
 
 
 def test_pulses_go_out_with_the_next_report_and_not_into_the_next_generation() -> None:
-    from holdfast.launcher.limits import Limits
-    from holdfast.launcher.member import Member, SendReport
-    from holdfast.launcher.wire import Phase as PlanPhase
-    from holdfast.launcher.wire import Place, Plan
-
     node = NodeInfo(node_id="a", job="", host="h", pid=1, role="default", num_workers=1)
     member = Member(node=node, limits=Limits(), now=0.0)
     place = Place(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from holdfast.runtime import beats as beating
 from holdfast.runtime.beats import Beats, StackWriter, free_signal
 
 
@@ -62,9 +63,7 @@ def test_a_forked_child_gives_no_sign_for_its_parent() -> None:
     beats = Beats(seat, [model])
     child = os.fork()
     if child == 0:
-        from holdfast.runtime import beats as module
-
-        module._life.sign()
+        beating._life.sign()
         os._exit(0)
     os.waitpid(child, 0)
     beats.close()
