@@ -11,7 +11,8 @@ Rules
 3. The job is restarted only where every rank has restored its state in a Session and none has left it, and only when
    a. the silence has lasted `hang_timeout_s` (never less than the limit), or
    b. two dumps at least `between_dumps_s` apart show the same stacks on every rank, and between them no rank used CPU
-      (more than `idle_share` of the time) or did I/O (more than `idle_bytes`): not even a slow disk is at work.
+      (more than `idle_share` of the time, what it has started included), did I/O (more than `idle_bytes`) or woke its
+      main thread (more than `idle_switches_per_s`): not even a slow disk, a stream or a child is at work.
 4. A rank that has been in state T (stopped), or D without a moment of running, for `stuck_after_s` needs no silence of
    the others and no limit.
 5. A new sign of life ends the suspicion.
@@ -48,6 +49,7 @@ class HangLimits:
     """How long a dump may take; a rank that has not answered by then is taken as it is."""
     idle_share: float = 0.01
     idle_bytes: int = 64 << 10
+    idle_switches_per_s: float = 0.2
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -286,8 +288,12 @@ class HangWatch:
         begin, end = old.after[rank], new.before[rank]
         if (begin.dump, new.after[rank].dump) != (old.number, new.number) or begin.stack != new.after[rank].stack:
             return False
-        share = (end.cpu_s - begin.cpu_s) / (new.ordered - old.answered)
-        return share <= self._limits.idle_share and end.io_bytes - begin.io_bytes <= self._limits.idle_bytes
+        seconds = new.ordered - old.answered
+        return (
+            end.cpu_s - begin.cpu_s <= self._limits.idle_share * seconds
+            and end.io_bytes - begin.io_bytes <= self._limits.idle_bytes
+            and end.switches - begin.switches <= self._limits.idle_switches_per_s * seconds
+        )
 
     def _suspicion(self) -> Suspected:
         first = self._first()

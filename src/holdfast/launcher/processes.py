@@ -219,14 +219,21 @@ def _tree() -> set[int] | None:
         mine = _children(os.getpid())
         if mine is None:
             return None
-        found, ahead = set(mine), list(mine)
-        while ahead:
-            below = (_children(ahead.pop()) or set()) - found
-            found |= below
-            ahead += below
+        found = descendants(os.getpid())
         if _children(os.getpid()) == mine:  # else one has died meanwhile, and left its children to us
             return found
     return None
+
+
+def descendants(pid: int) -> set[int]:
+    """The ids of all processes below `pid`, as far as the kernel tells."""
+    found: set[int] = set()
+    ahead = [pid]
+    while ahead:
+        below = (_children(ahead.pop()) or set()) - found
+        found |= below
+        ahead += below
+    return found
 
 
 def _children(pid: int) -> set[int] | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import HoldfastError
+from holdfast.launcher.processes import descendants
 from holdfast.launcher.stacks import describe, digest, parse_stacks
 from holdfast.launcher.wire import Pulse
 from holdfast.snapshot.control import ControlPage, Phase, RankPart, generation_word, stack_file
@@ -31,6 +32,8 @@ _ANSWER_S = 1.0
 _LATE_S = 3.0
 """From then on a worker that has written nothing will not."""
 _NATIVE_LIMIT_S = 20.0
+_FAMILY_AFTER_S = 2.0
+"""Of a worker that has been silent for so long, the processes that it has started are looked at too."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -55,6 +58,19 @@ def read_process(pid: int, proc: Path = Path("/proc")) -> ProcessState | None:
     fields = stat[stat.rindex(")") + 2 :].split()
     switches = sum(int(line.split()[1]) for line in status.splitlines() if "_ctxt_switches:" in line)
     return ProcessState(fields[0], switches, (int(fields[11]) + int(fields[12])) / _TICKS_PER_S, _io_bytes(proc, pid))
+
+
+def family_cpu_s(pid: int) -> float:
+    """CPU seconds of `pid`, of its children that have ended, and of all processes below it."""
+    return sum(_lineage_cpu_s(member) for member in (pid, *descendants(pid)))
+
+
+def _lineage_cpu_s(pid: int) -> float:
+    try:
+        stat = Path("/proc", str(pid), "stat").read_text()
+    except OSError:
+        return 0.0
+    return sum(map(int, stat[stat.rindex(")") + 2 :].split()[11:15])) / _TICKS_PER_S
 
 
 def _io_bytes(proc: Path, pid: int) -> int:
@@ -174,7 +190,8 @@ class NodeWatch:
             lead_s=part.lead_ns / 1e9,
             state=found.state,
             stuck_s=self._stuck_s(local_rank, found, now),
-            cpu_s=found.cpu_s,
+            cpu_s=found.cpu_s if silent_s < _FAMILY_AFTER_S else family_cpu_s(part.pid),
+            switches=found.switches,
             io_bytes=found.io_bytes,
             dump=number,
             stack=stack,

@@ -170,7 +170,9 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stuck_s: float = 0.0
     """For how long it has been seen in state T, or in state D without a moment of running."""
     cpu_s: float = 0.0
-    """CPU time of all its threads."""
+    """CPU time of all its threads; once it is silent, with that of the processes that it has started."""
+    switches: int = 0
+    """Context switches of its main thread."""
     io_bytes: int = 0
     """Bytes read and written."""
     dump: int = 0

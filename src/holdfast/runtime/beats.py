@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from torch.utils.data import dataloader
 
+_WRAPPED: Final = ("module", "_fsdp_wrapped_module")
+
 _RESERVED: Final = 8
 """Real-time signals next to SIGRTMIN that are left to others."""
 
@@ -61,8 +63,9 @@ class Beats:
         self._cleanup = contextlib.ExitStack()
         _life.beat, _life.pid, _life.lead_ns = watched.beat, os.getpid(), 0
         for model in models:
-            self._cleanup.callback(model.register_forward_pre_hook(_before_forward).remove)
-            self._cleanup.callback(model.register_forward_hook(_after_forward).remove)
+            for module in _and_wrapped(model):
+                self._cleanup.callback(module.register_forward_pre_hook(_before_forward).remove)
+                self._cleanup.callback(module.register_forward_hook(_after_forward).remove)
         self._cleanup.enter_context(_watched_loaders())
 
     def step_ended(self) -> None:
@@ -76,6 +79,14 @@ class Beats:
         """Take the hooks away."""
         _life.beat = None
         self._cleanup.close()
+
+
+def _and_wrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """`model`, and what DDP or FSDP1 wraps in it: scripts evaluate that one, on one rank, without the wrapper."""
+    yield model
+    for name, inner in model.named_children():
+        if name in _WRAPPED and len(model._modules) == 1:
+            yield from _and_wrapped(inner)
 
 
 def _before_forward(module: nn.Module, inputs: Any) -> None:  # Any: torch's hook signature

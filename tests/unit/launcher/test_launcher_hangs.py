@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,6 +18,7 @@ from holdfast.launcher.limits import Limits
 from holdfast.launcher.member import Member, SendReport
 from holdfast.launcher.stacks import describe, digest, parse_stacks
 from holdfast.launcher.stragglers import StragglerLimits, StragglerWatch
+from holdfast.launcher.watching import family_cpu_s
 from holdfast.launcher.wire import NodeInfo, Place, Plan, Pulse
 from holdfast.launcher.wire import Phase as PlanPhase
 from holdfast.snapshot.control import Phase
@@ -49,6 +54,7 @@ class Rank:
     stuck_since: float | None = None
     cpu_per_s: float = 0.0
     io_per_s: float = 0.0
+    switches_per_s: float = 0.0
     stack: Callable[[int], str] = lambda number: "same"
     answers: bool = True
     dump: int = 0
@@ -71,6 +77,7 @@ class Rank:
             stuck_s=0.0 if self.stuck_since is None else now - self.stuck_since,
             cpu_s=self.cpu_per_s * now,
             io_bytes=int(self.io_per_s * now),
+            switches=int(self.switches_per_s * now),
             dump=self.dump,
             stack=self.stack(self.dump),
             frame=f"in train.py:{rank}",
@@ -158,10 +165,11 @@ def test_two_equal_dumps_of_an_idle_job_end_it(job: Job) -> None:
     [
         lambda rank: setattr(rank, "cpu_per_s", 0.05),
         lambda rank: setattr(rank, "io_per_s", 1e6),
+        lambda rank: setattr(rank, "switches_per_s", 1.0),
         lambda rank: setattr(rank, "stack", str),
         lambda rank: setattr(rank, "answers", False),
     ],
-    ids=["cpu", "io", "stacks", "no answer"],
+    ids=["cpu", "io", "switches", "stacks", "no answer"],
 )
 def test_one_rank_at_work_keeps_a_silent_job_alive_until_the_hang_timeout(
     job: Job, change: Callable[[Rank], None]
@@ -343,3 +351,15 @@ def test_pulses_go_out_with_the_next_report_and_not_into_the_next_generation() -
     member.gone(plan(1, 1).generation, 2.1)
     member.planned(plan(2, 2), 2.2)
     assert member.report.pulses == ()
+
+
+def test_what_a_worker_has_started_counts_as_its_work() -> None:
+    work = "import time\nwhile time.process_time() < 0.5: pass"
+    before = family_cpu_s(os.getpid())
+    with subprocess.Popen([sys.executable, "-c", f"{work}\ninput()"], stdin=subprocess.PIPE) as child:
+        while family_cpu_s(os.getpid()) - before < 0.5:
+            assert child.poll() is None
+            time.sleep(0.01)
+        begun = family_cpu_s(os.getpid())
+        child.communicate(b"\n", timeout=60)
+    assert family_cpu_s(os.getpid()) >= begun, "nothing is lost when it ends"

@@ -44,6 +44,20 @@ def test_forward_passes_and_batches_are_signs_of_life_until_the_end() -> None:
     assert not model._forward_hooks
 
 
+def test_an_evaluation_of_what_ddp_wraps_is_a_sign_of_life() -> None:
+    class Wrapper(nn.Module):  # as DDP and FSDP1 keep the model
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    seat, model = Seat(), Wrapper()
+    beats = Beats(seat, [model])
+    model.module(torch.zeros(1, 2))
+    beats.close()
+    model.module(torch.zeros(1, 2))
+    assert seat.beats == 2
+
+
 def test_a_step_is_timed_with_the_part_before_its_first_forward_had_ended() -> None:
     seat, model = Seat(), nn.Linear(2, 2)
     beats = Beats(seat, [model])
