@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from holdfast.runtime.capture import TrainingState
 from holdfast.runtime.rng import read_rng
 from support.images import catalog_of, differences, save_image, tensors_in
+from support.ranks import processes
 
 WORLD = 2
 
@@ -272,7 +272,7 @@ def worker(rank: int, directory: Path) -> None:
     """Runs all layouts in one pair of processes; each that succeeds leaves a file."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(directory / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=240))
     try:
         for name in LAYOUTS:
             try:
@@ -297,7 +297,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "single.image").write_bytes(save_image(state, 2))
     torch.save(full_state(state, single), directory / "single.whole")
     with contextlib.suppress(ProcessException):  # the tests tell which layout failed
-        mp.start_processes(worker, (directory,), nprocs=WORLD, start_method="spawn")
+        processes(worker, (directory,), WORLD)
     return directory
 
 

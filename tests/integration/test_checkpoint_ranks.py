@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +21,7 @@ import holdfast.checkpoint
 from holdfast.checkpoint import HoldfastReader, HoldfastWriter
 from holdfast.checkpoint.commit import open_checkpoint
 from holdfast.errors import StateError
+from support.ranks import processes
 
 _LIMIT = timedelta(seconds=120)
 
@@ -41,7 +41,7 @@ def _rank(rank: int, world: int, folder: Path, body: Callable[[int, Path], None]
 
 
 def _run(body: Callable[[int, Path], None], folder: Path, world: int = 2) -> None:
-    mp.spawn(_rank, args=(world, folder, body), nprocs=world)
+    processes(_rank, (world, folder, body), world)
 
 
 def _full() -> torch.Tensor:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from holdfast.errors import UsageError
 from holdfast.runtime.guidance import LateToEarly
 from support.guidance_models import Model, expected, gradients, loss_of, student, teacher, tokens
+from support.ranks import processes
 
 WORLD = 2
 ROWS = 4
@@ -209,7 +210,7 @@ def worker(rank: int, folder: str) -> None:
     """Run the cases one after the other, each with a file that says how it ended."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=90))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=240))
     try:
         for case in CASES:
             said = Path(folder, f"{case.__name__}-{rank}")
@@ -228,7 +229,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each case said on each rank: two processes for all cases, because importing torch costs more than a case."""
     folder = tmp_path_factory.mktemp("cases")
     with contextlib.suppress(mp.ProcessRaisedException):
-        mp.spawn(worker, args=(str(folder),), nprocs=WORLD)
+        processes(worker, (str(folder),), WORLD)
     return folder
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from holdfast.checkpoint.commit import step_dir_name
 from support.parallel import AFTER, BEFORE, LAYOUTS, compare, train
+from support.ranks import processes
 
 WORLDS = (1, 2, 3, 4)
 Case = tuple[str, str]
@@ -57,7 +57,7 @@ def _case(rank: int, world: int, folder: Path, source: str, layout: str) -> None
 def _run(world: int, folder: Path, cases: Sequence[Case]) -> None:
     # A store of its own for each job: the rendezvous of the one before is in the old file.
     place = str(folder / f"store-{len(list(folder.iterdir()))}")
-    mp.spawn(_rank, args=(world, folder, place, cases), nprocs=world)
+    processes(_rank, (world, folder, place, cases), world)
 
 
 def test_state_moves_between_flat_parameters_pipelines_and_tensor_parallelism(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 
@@ -29,6 +28,7 @@ from holdfast.runtime.options import Options
 from holdfast.runtime.results import ListOfCallbacks
 from holdfast.runtime.session import Session
 from support.images import catalog_of, differences, save_image, tensors_in
+from support.ranks import processes
 
 WORLD = 2
 WIDTH = 600
@@ -261,7 +261,7 @@ CASES: dict[str, Callable[[int, Path], None]] = {
 def worker(rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(directory / "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=240))
     try:
         for name, case in CASES.items():
             try:
@@ -280,7 +280,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left after running every case."""
     directory = tmp_path_factory.mktemp("parts")
     with contextlib.suppress(ProcessException):  # the tests tell which case failed
-        mp.start_processes(worker, (directory,), nprocs=WORLD, start_method="spawn")
+        processes(worker, (directory,), WORLD)
     return directory
 
 
