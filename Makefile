@@ -32,7 +32,7 @@ demo-nodes: $(STAMP) ## four nodes, two lose power together with the storage, on
 	@$(BIN)/python examples/demo_nodes.py
 
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## ruff, its formatter and mypy
 	$(BIN)/ruff check .

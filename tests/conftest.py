@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the processors; torch reads it when it is imported
+
+LONG = ("simulation", "schedules", "fault_table")
+"""In the names of unit tests that take long; jobs of processes all do."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Property tests do real work on machines of any speed. Outside of campaigns their examples are always the same."""
+    settings.register_profile(
+        "holdfast",
+        deadline=None,
+        derandomize="not campaign" in config.option.markexpr,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("holdfast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that the short ones fill up what is left where processes share the work."""
+    items.sort(key=lambda item: "unit" in item.path.parts and not any(name in item.path.name for name in LONG))
 
 
 @pytest.fixture(scope="session", autouse=True)

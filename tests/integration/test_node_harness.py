@@ -44,7 +44,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -68,7 +68,7 @@ def test_a_node_is_a_host_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_a_node_that_loses_power_says_no_goodbye_and_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
     first, second = cluster.nodes
-    second.start([sys.executable, "-c", SERVER], log=tmp_path / "server.txt").wait(20)
+    second.start([sys.executable, "-c", SERVER], log=tmp_path / "server.txt").wait(60)
     assert len(second.processes()) == 1
     client = subprocess.Popen(
         first.inside([sys.executable, "-c", CLIENT]), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -78,7 +78,7 @@ def test_a_node_that_loses_power_says_no_goodbye_and_leaves_nothing(cluster: Clu
     cluster.power_off(second)
     assert not second.is_on
     assert second.processes() == {}
-    assert client.communicate("\n", timeout=20)[0] == "TimeoutError\n"
+    assert client.communicate("\n", timeout=60)[0] == "TimeoutError\n"
     newcomer = cluster.replace(second)
     assert (newcomer.name, newcomer.address) == (second.name, second.address)
     assert newcomer.run("ls", "/dev/shm").stdout == ""
@@ -126,6 +126,6 @@ def test_who_is_not_root_is_told_so_in_one_line() -> None:
         "import os, sys; sys.path.insert(0, sys.argv[1]); from support.nodes import why_impossible\n"
         "os.setgid(65534); os.setuid(65534); print(why_impossible())"
     )
-    done = subprocess.run([sys.executable, "-c", script, tests], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script, tests], capture_output=True, text=True, timeout=240)
     assert done.stdout.startswith("nodes that can lose power need"), done.stderr
     assert done.stdout.count("\n") == 1

@@ -93,16 +93,16 @@ def test_grants_follow_commits(node: Node) -> None:
 def test_a_killed_worker_costs_the_step_in_flight_and_memory_restores_the_rest(node: Node) -> None:
     job = Job([node], 2)
     plan = Plan(until=1000, ranks=(0, 1), step_s=0.01)
-    job.start(Plan(until=1000, ranks=(0, 1), step_s=0.01, kill_at=25), plan)
-    assert job.workers[0].process.wait(TIMEOUT_S) == -signal.SIGKILL
-    complete = node.complete(20).version.step
+    [killed, _] = job.start(Plan(until=1000, ranks=(0, 1), step_s=0.01, kill_at=25), plan)
+    assert killed.process.wait(TIMEOUT_S) == -signal.SIGKILL
+    complete = node.complete(10).version.step
     job.end()
     job.start(Plan(until=40, ranks=(0, 1), step_s=0.01))
     chosen = node.expect(RestoreChosen)
     for worker in job.finish():
         restored = worker.event("restored")
         assert restored["tier"] == "memory"
-        assert complete <= restored["step"] <= 26
+        assert complete <= restored["step"] < killed.event("killed")["step"]
         assert worker.event("done")["step"] == 40
     assert (chosen.tier, chosen.step) == ("memory", restored["step"])
 
@@ -243,14 +243,14 @@ def test_the_daemon_lingers_without_an_agent_then_persists_and_goes(node: Node, 
 
 def test_a_new_agent_within_the_linger_time_finds_the_memory(node: Node) -> None:
     agent = subprocess.Popen(["sleep", "600"])
-    node.hello(agent_pid=agent.pid, linger_s=2.0)
+    node.hello(agent_pid=agent.pid, linger_s=60.0)
     job = Job([node], 1)
     job.start(Plan(until=100000, ranks=(0,), step_s=0.005))
     node.complete(30)
     agent.kill()
     agent.wait()
     job.workers[0].kill()
-    welcome = node.hello(linger_s=2.0)
+    welcome = node.hello(linger_s=60.0)
     assert welcome.newest is not None
     later = Job([node], 1, incarnation=2, nonce="00000001")
     [worker] = later.start(Plan(until=200, ranks=(0,), step_s=0.002))
@@ -360,7 +360,7 @@ def test_a_flipped_bit_in_the_newest_version_costs_that_version_only_and_is_told
     [worker] = job.start(Plan(until=newest.header.version.step + 20, ranks=(0,)))
     job.finish()
     assert worker.event("restored")["tier"] == "memory"
-    assert worker.event("restored")["step"] == newest.header.version.step - 1
+    assert worker.event("restored")["step"] == sorted(found.header.version.step for found in clean)[-2]
     assert any("cannot be restored" in one.text for one in node.pushed if isinstance(one, Notice))
 
 

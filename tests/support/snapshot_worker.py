@@ -87,6 +87,7 @@ class Images:
         half = self.row_bytes // 2
         image[start : start + half] = bytes([self.value(step)]) * half
         if die:
+            say(event="killed", step=step)
             os.kill(os.getpid(), signal.SIGKILL)
         image[start + half : start + self.row_bytes] = bytes([self.value(step)]) * (self.row_bytes - half)
         blob = encode_objects({"session": ObjectRecord(json.dumps({"step": step}).encode())})

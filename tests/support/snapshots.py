@@ -35,7 +35,7 @@ from holdfast.snapshot.records import Member
 from support.snapshot_worker import Plan
 
 M = TypeVar("M")
-TIMEOUT_S = 30.0
+TIMEOUT_S = 90.0
 WORKER = Path(__file__).with_name("snapshot_worker.py")
 
 

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 FANOUT = 16
 _GRACE_LIMIT = timedelta(seconds=30)
+_ANSWER_GRACE = timedelta(seconds=30)
 _ERRORS: dict[str, type[HoldfastError]] = {
     error.__name__: error
     for error in (
@@ -179,7 +180,7 @@ class Meeting:
             PeerTimeout: it did not answer.
             HoldfastError: what it or another rank met.
         """
-        patience = self._patience(0) + max(timedelta(seconds=30), self._timeout / 10)
+        patience = self._patience(0) + max(_ANSWER_GRACE, self._timeout / 10)
         name = f"{self._round}/down"
         for _ in polls(patience, self._ranks.world_size):
             if self._is_there(name):

@@ -1,4 +1,4 @@
-"""Fixtures of the checkpoint's tests. Property tests here do real work: no deadline per example, machines differ."""
+"""Fixtures of the checkpoint's tests."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 from tools_states import Tool
 
 from holdfast.checkpoint.places import place
 from support.s3 import S3, s3_server
-
-settings.register_profile("checkpoint", deadline=None)
-settings.load_profile("checkpoint")
 
 
 @pytest.fixture(scope="session")

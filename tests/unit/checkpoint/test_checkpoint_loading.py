@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import holdfast.checkpoint
-from holdfast.checkpoint import FlatRange, held, loading
+from holdfast.checkpoint import FlatRange, held, loading, meeting
 from holdfast.checkpoint.handing import Post, digest
 from holdfast.checkpoint.meeting import Ranks
 from holdfast.checkpoint.objects import split_tensors
@@ -215,6 +215,7 @@ def test_what_one_rank_cannot_read_fails_the_load_on_all(tmp_path: Path, monkeyp
 def test_a_rank_with_another_state_or_none_is_named_to_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_another_state: int
 ) -> None:
+    monkeypatch.setattr(meeting, "_ANSWER_GRACE", timedelta(seconds=1))
     holdfast.checkpoint.save({"a": torch.ones(3)}, tmp_path / "c")
 
     def act(ranks: Ranks) -> Any:
@@ -229,7 +230,7 @@ def test_a_rank_with_another_state_or_none_is_named_to_all(
         if ranks.rank == of_another_state:
             return None
         state = {"a": torch.zeros(3)}
-        return _load(ranks, state, tmp_path / "c", monkeypatch, timeout=timedelta(seconds=0.5))
+        return _load(ranks, state, tmp_path / "c", monkeypatch, timeout=timedelta(seconds=1.5))
 
     errors = together(3, late)
     assert all(isinstance(error, PeerTimeout) for error in errors if error is not None), errors

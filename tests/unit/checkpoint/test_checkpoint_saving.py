@@ -132,7 +132,7 @@ def test_an_error_that_is_not_ours_also_fails_the_save_on_every_rank(tmp_path: P
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     def act(ranks: Ranks) -> StepInfo | None:
-        return None if ranks.rank == 1 else _save(tmp_path / "c", ranks, timeout=timedelta(seconds=0.05))
+        return None if ranks.rank == 1 else _save(tmp_path / "c", ranks, timeout=timedelta(seconds=1.5))
 
     errors = together(3, act)
     for error in (errors[0], errors[2]):
