@@ -59,6 +59,7 @@ _NAME: Final = re.compile(r"slot-(\d+)-(\d+)-(\d+)")
 _FALLOCATE_CHUNK: Final = 64 << 20
 _MADV_POPULATE_WRITE: Final = 23
 _GRAIN: Final = 2 << 20
+_ROOM_PART: Final = 256
 _log = logging.getLogger(__name__)
 
 
@@ -461,8 +462,12 @@ def read_header_of(path: Path) -> tuple[SlotHeader, int]:
 
 
 def round_capacity(size_bytes: int) -> int:
-    """Capacity of a slot for images of `size_bytes`: a little room, so that the next layout of the same state fits."""
-    return -(-(size_bytes + size_bytes // 64) // _GRAIN) * _GRAIN
+    """Capacity of a slot for images of `size_bytes`: a little room, so that the next layout of the same state fits.
+
+    Every slot has it, so it counts six times against the memory that users were told of: a 256th is more than headers,
+    objects and the cuts of pieces differ by.
+    """
+    return -(-(size_bytes + size_bytes // _ROOM_PART) // _GRAIN) * _GRAIN
 
 
 def _load_state(path: Path) -> NodeState:

@@ -21,7 +21,7 @@ import xxhash
 from holdfast.checkpoint.image import ImageMeta, header_digest, read_header
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CorruptError, PeerError
-from holdfast.snapshot.arena import SLOT_HEADER_BYTES, SlotHeader, SlotState, read_slot_header
+from holdfast.snapshot.arena import EMPTY_HEADER, SLOT_HEADER_BYTES, SlotHeader, SlotState, read_slot_header
 from holdfast.snapshot.bulk import ParityRange, Range, SlotRange, StreamRange
 from holdfast.snapshot.parity import PARITY_BLOCK_BYTES
 
@@ -58,11 +58,14 @@ class ParityExtent:
 Extent = SlotExtent | ParityExtent
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Mapped:
     inode: tuple[int, int]
     mapping: mmap.mmap
     view: memoryview
+    raw: bytes = b""
+    """The slot header as it was read last, and what it says: it is read with every range, and changes with versions."""
+    header: SlotHeader = EMPTY_HEADER
 
 
 class Shelf:
@@ -109,8 +112,11 @@ class Shelf:
         return view[range_.offset : range_.offset + range_.length]
 
     def _slot(self, path: Path, version: Version) -> tuple[memoryview, SlotHeader]:
-        view = self._map(path)
-        header = read_slot_header(view[:SLOT_HEADER_BYTES])
+        mapped = self._map(path)
+        view, raw = mapped.view, bytes(mapped.view[:SLOT_HEADER_BYTES])
+        if raw != mapped.raw:
+            mapped.raw, mapped.header = raw, read_slot_header(raw)
+        header = mapped.header
         if header.state is not SlotState.CLEAN or header.version != version:
             raise PeerError(f"{path.name} holds {header.version} ({header.state.name.lower()}), not {version}")
         return view, header
@@ -180,26 +186,33 @@ class Shelf:
 
     # --- files
 
-    def _map(self, path: Path) -> memoryview:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            status = os.fstat(descriptor)
-            inode = (status.st_ino, status.st_size)
-            known = self._files.get(path)
-            if known is None or known.inode != inode:
-                mapping = mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ)
-                known = self._files[path] = _Mapped(inode, mapping, memoryview(mapping))
-        finally:
-            os.close(descriptor)
+    def _map(self, path: Path) -> _Mapped:
+        known = self._files.get(path)
+        if known is None or known.inode != _inode(os.stat(path, follow_symlinks=False)):
+            known = self._files[path] = _opened(path)
         self._files.move_to_end(path)
         while len(self._files) > _KEPT_FILES:  # views that are still being sent keep their mapping
             self._files.popitem(last=False)
-        return known.view
+        return known
 
     def forget(self) -> None:
         """Unmap files that are gone; called now and then by the server's thread."""
         for path in [path for path in self._files if not path.exists()]:
             del self._files[path]
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+    return (status.st_ino, status.st_size)
+
+
+def _opened(path: Path) -> _Mapped:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        status = os.fstat(descriptor)
+        mapping = mmap.mmap(descriptor, status.st_size, prot=mmap.PROT_READ)
+        return _Mapped(_inode(status), mapping, memoryview(mapping))
+    finally:
+        os.close(descriptor)
 
 
 def cut(extents: Sequence[Extent], offset: int, length: int) -> Iterator[tuple[Extent, int, int]]:

@@ -86,6 +86,23 @@ def test_a_slot_that_holds_something_else_or_is_being_filled_is_not_served(read:
     assert isinstance(read(), PeerError)
 
 
+@pytest.mark.parametrize("link", [""], indirect=True)
+def test_a_slot_that_was_made_anew_at_the_same_place_is_the_one_that_is_read(read: Read, slot: Slot) -> None:
+    assert read() == b"image"
+    data = slot.path.read_bytes()
+    slot.path.unlink()
+    slot.path.write_bytes(data.replace(b"image", b"other"))
+    assert read() == b"other"
+
+
+@pytest.mark.parametrize("link", [""], indirect=True)
+def test_a_slot_whose_place_a_link_has_taken_is_not_read(read: Read, slot: Slot) -> None:
+    assert read() == b"image"
+    slot.path.rename(slot.path.with_name("elsewhere"))
+    slot.path.symlink_to(slot.path.with_name("elsewhere"))
+    assert isinstance(read(), PeerError)
+
+
 @pytest.mark.parametrize("link", ["control"], indirect=True)
 @pytest.mark.parametrize("name", ["control", "../outside", "slot-0-0-0/../node.state", "/etc/passwd", "slot-0-0-9"])
 def test_nothing_but_slots_of_the_arena_is_served(read: Read, slot: Slot, name: str) -> None:
