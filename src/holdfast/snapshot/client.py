@@ -566,9 +566,9 @@ class SnapshotClient:
                 self._events.append(Notice(severity="error", text=message.reason))
             case SlotsReady():
                 self._map(message)
-            case SaveAgreed(step=step, requests=requests):
+            case SaveAgreed(step=step, tag=tag, requests=requests):
                 for request in requests:
-                    self._outcomes.agree(request, step)
+                    self._outcomes.agree(request, step, tag)
                     with self._sending:
                         self._said.pop(request, None)
             case PersistedMessage() | PersistFailedMessage():

@@ -16,23 +16,33 @@ class Outcomes:
         self._changed = threading.Condition()
         self._by_step: dict[int, PersistedMessage | PersistFailedMessage] = {}
         self._agreed: dict[str, int] = {}
+        self._tags: dict[int, str] = {}
+        """Tags that agreed steps are to have."""
         self._over: str | None = None
 
     def put(self, message: PersistedMessage | PersistFailedMessage) -> bool:
         """Take it; False where it is old news."""
         with self._changed:
-            known = self._by_step.get(message.version.step)
-            if isinstance(known, PersistedMessage) or known == message:
+            step = message.version.step
+            known = self._by_step.get(step)
+            if known == message or (isinstance(known, PersistedMessage) and self._settles(known)):
                 return False
-            self._by_step[message.version.step] = message
+            self._by_step[step] = message
             self._changed.notify_all()
-            return True
+            return not isinstance(known, PersistedMessage) or isinstance(message, PersistFailedMessage)
 
-    def agree(self, request: str, step: int) -> None:
-        """The save `request` is made at `step`."""
+    def agree(self, request: str, step: int, tag: str | None = None) -> None:
+        """The save `request` is made at `step`, which is to have `tag`."""
         with self._changed:
             self._agreed[request] = step
+            if tag is not None:
+                self._tags[step] = tag
             self._changed.notify_all()
+
+    def _settles(self, message: PersistedMessage | PersistFailedMessage) -> bool:
+        """Whether nothing more comes for its step: it may be in storage, and not have its tag yet."""
+        tag = self._tags.get(message.version.step)
+        return isinstance(message, PersistFailedMessage) or tag is None or message.tag is not None
 
     def end(self, reason: str) -> None:
         """Nothing will come any more."""
@@ -48,20 +58,21 @@ class Outcomes:
     def of(self, step: int | None) -> PersistedMessage | PersistFailedMessage | None:
         """What became of `step`, None until that is known."""
         with self._changed:
-            return None if step is None else self._by_step.get(step)
+            message = None if step is None else self._by_step.get(step)
+            return message if message is not None and self._settles(message) else None
 
     def wait(self, request: str | None, step: int | None, timeout: timedelta) -> PersistedMessage:
-        """Wait for the checkpoint of `step`, or of the step that was agreed for `request`."""
+        """Wait for the checkpoint of `step`, or of the step that was agreed for `request`, with the tag that it gets."""
 
-        def ready() -> bool:
-            at = self._agreed.get(request) if request is not None else step
-            return (at is not None and at in self._by_step) or self._over is not None
-
-        with self._changed:
-            if not self._changed.wait_for(ready, timeout.total_seconds()):
-                raise PeerTimeout(f"the checkpoint was not there within {timeout.total_seconds():.0f} s")
+        def found() -> PersistedMessage | PersistFailedMessage | None:
             at = self._agreed.get(request) if request is not None else step
             message = self._by_step.get(at) if at is not None else None
+            return message if message is None or request is None or self._settles(message) else None
+
+        with self._changed:
+            if not self._changed.wait_for(lambda: found() or self._over is not None, timeout.total_seconds()):
+                raise PeerTimeout(f"the checkpoint was not there within {timeout.total_seconds():.0f} s")
+            message = found()
         if message is None:
             raise FenceError(self._over or "the Session is over")
         if isinstance(message, PersistFailedMessage):

@@ -34,6 +34,7 @@ from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.checkpoint.source import MemorySource, Source
+from holdfast.checkpoint.steps import tag_step
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import Version
 from holdfast.errors import CheckpointError, CorruptError, FenceError
@@ -165,10 +166,10 @@ def mapped_image(slot: Path, version: Version) -> Iterator[tuple[memoryview, byt
 
 
 def commit(order: Commit) -> StepInfo:
-    """Write index and root, then delete what the retention policy does not keep.
+    """Write index and root, then delete what the retention policy does not keep. What is there already gets the tag.
 
     Raises:
-        CheckpointError: the checkpoint does not exist.
+        CheckpointError: the checkpoint does not exist, or has another tag.
     """
     info = existing(order.directory, order.version) or commit_step(
         order.directory,
@@ -179,6 +180,8 @@ def commit(order: Commit) -> StepInfo:
         tag=order.tag,
         history=order.history,
     )
+    if order.tag is not None and info.tag != order.tag:
+        info = tag_step(order.directory, order.tag)
     if order.keep:
         try:
             Retention.decode(order.keep).apply(order.directory.parent)

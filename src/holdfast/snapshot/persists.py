@@ -10,6 +10,8 @@ Rules
 4. A persist is an attempt: every node writes its part, then index and root are written. An attempt fails as a whole. A
    mandatory one is tried three times, others once. The *final* step, for which the job waits at its end, is tried for
    some minutes more, after pauses: when the job has ended nothing else holds what it made.
+5. A tag counts whenever it comes. A version that was persisted without it, or whose root was under way then, is
+   attempted again: what lies in storage is not written again, and gets the tag.
 
 States of the running attempt
 -----------------------------
@@ -78,6 +80,8 @@ class _Running:
     missing: set[int]
     tries: int = 1
     problem: str = ""
+    given: str | None = None
+    """The tag that the order to commit has."""
 
 
 class PersistQueue:
@@ -94,7 +98,7 @@ class PersistQueue:
         self._running: _Running | None = None
         self._tries = 0
         self._waiting: list[Pin] = []
-        self._persisted: set[Version] = set()
+        self._persisted: dict[Version, str | None] = {}  # with the tags that they have
         self.dropped = 0
         self.failed = 0
 
@@ -104,8 +108,8 @@ class PersistQueue:
         return (*((self._running.pin,) if self._running else ()), *self._waiting)
 
     def offer(self, pin: Pin) -> list[PersistInstruction]:
-        """A complete version is to be persisted; offered again where it has become mandatory."""
-        if pin.version in self._persisted:
+        """A complete version is to be persisted; offered again where it has become mandatory, or got a tag."""
+        if pin.version in self._persisted and pin.tag in (None, self._persisted[pin.version]):
             return []
         if any(known.version == pin.version for known in self.pins):
             self._replace(pin)
@@ -144,7 +148,9 @@ class PersistQueue:
             return []
         if error is not None:
             return self._fail(running, error)
-        self._persisted.add(version)
+        self._persisted[version] = running.given
+        if running.pin.tag not in (None, running.given):
+            return [self._begin(running.pin)]  # it came while the root was written
         settled = PersistSettled(version=version, outcome="persisted", tag=running.pin.tag)
         return [settled, *self._end_running()]
 
@@ -210,6 +216,7 @@ class PersistQueue:
     @staticmethod
     def _commit(running: _Running) -> CommitPersist:
         pin = running.pin
+        running.given = pin.tag
         return CommitPersist(version=pin.version, attempt=running.attempt, tag=pin.tag, metrics=dict(pin.metrics))
 
 

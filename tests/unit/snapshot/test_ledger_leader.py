@@ -324,6 +324,32 @@ def test_the_root_is_written_when_every_part_is_and_then_the_next_begins():
     assert offer(queue, 10) == []
 
 
+def test_a_tag_that_comes_when_the_version_is_in_storage_is_given_to_it():
+    queue = PersistQueue((0,), attempt=0)
+    [order] = offer(queue, 10)
+    [commit] = queue.part_ended(order.version, order.attempt, 0, None)
+    assert settled(queue.commit_ended(order.version, commit.attempt, None)) == [(10, "persisted")]
+    [again] = offer(queue, 10, mandatory=True, tag="best")
+    [commit] = queue.part_ended(again.version, again.attempt, 0, None)
+    assert (commit.version, commit.tag) == (G.at(10), "best")
+    [done] = queue.commit_ended(again.version, commit.attempt, None)
+    assert (done.outcome, done.tag) == ("persisted", "best")
+    assert offer(queue, 10, mandatory=True, tag="best") == []
+    assert offer(queue, 10, mandatory=True) == []
+
+
+def test_a_tag_that_comes_while_the_root_is_written_is_told_of_when_it_is_there():
+    queue = PersistQueue((0,), attempt=0)
+    [order] = offer(queue, 10)
+    [commit] = queue.part_ended(order.version, order.attempt, 0, None)
+    assert offer(queue, 10, mandatory=True, tag="best") == []
+    [again] = queue.commit_ended(order.version, commit.attempt, None)
+    assert isinstance(again, OrderPersist)
+    [commit] = queue.part_ended(again.version, again.attempt, 0, None)
+    [done] = queue.commit_ended(again.version, commit.attempt, None)
+    assert (commit.tag, done.outcome, done.tag) == ("best", "persisted", "best")
+
+
 def test_a_failed_part_fails_the_attempt_and_a_mandatory_one_is_tried_again():
     queue = PersistQueue((0,), attempt=0)
     [order] = offer(queue, 10, mandatory=True)
