@@ -62,7 +62,7 @@ class Outcomes:
             return message if message is not None and self._settles(message) else None
 
     def wait(self, request: str | None, step: int | None, timeout: timedelta) -> PersistedMessage:
-        """Wait for the checkpoint of `step`, or of the step that was agreed for `request`, with the tag that it gets."""
+        """Wait for the checkpoint of `step`, or of the step that was agreed for `request`, with its tag."""
 
         def found() -> PersistedMessage | PersistFailedMessage | None:
             at = self._agreed.get(request) if request is not None else step
