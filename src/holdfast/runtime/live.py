@@ -24,7 +24,7 @@ from holdfast.faults import When
 from holdfast.runtime.beats import Beats, StackWriter
 from holdfast.runtime.census import Census, HolderWatch, meet
 from holdfast.runtime.huddle import Huddle, session_name
-from holdfast.runtime.init_from import init_weights
+from holdfast.runtime.init_from import agree_on
 from holdfast.runtime.mode import Context, Mode
 from holdfast.runtime.requests import LiveSave, Wanted, first_wanted, name_stored, persisted_of
 from holdfast.runtime.results import Persisted, Restored, SaveHandle
@@ -134,7 +134,9 @@ class LiveMode(Mode):
         self._start_step, self._exposed = self._step, restore.exposed
         if restore.tier == "none":
             if options.init_from is not None:
-                path = init_weights(options.init_from, self._context.state.entries())
+                path, same = agree_on(options.init_from, self._huddle)
+                assert path is not None
+                self._stored.initialise(options.init_from, path, together=same)
                 say(log, f"weights initialised from {path}", rank=rank)
             meet(self._context, self._huddle, sample=True)
             self._beats = Beats(self._client, self._context.state.models)

@@ -14,7 +14,7 @@ from holdfast.errors import CorruptError, StorageError
 from holdfast.faults import When
 from holdfast.runtime.census import meet
 from holdfast.runtime.huddle import Huddle, session_name
-from holdfast.runtime.init_from import init_weights
+from holdfast.runtime.init_from import agree_on
 from holdfast.runtime.mode import Context, Mode
 from holdfast.runtime.requests import LiveSave, Wanted, first_wanted
 from holdfast.runtime.restoring import candidates, resume_path
@@ -61,9 +61,11 @@ class PlainMode(Mode):
             generation = GenerationId.parse(self._huddle.from_first(lambda: str(_generation(directory))))
             self._tier = StorageTier(self._context, self._ranks, generation, self._huddle)
             restored = self._resume(directory)
-        if restored is None and options.init_from is not None:
-            path = init_weights(options.init_from, self._context.state.entries())
-            say(log, f"weights initialised from {path}", rank=rank)
+        if restored is None:
+            path, same = agree_on(options.init_from, self._huddle)
+            if options.init_from is not None and path is not None:
+                self._stored.initialise(options.init_from, path, together=same)
+                say(log, f"weights initialised from {path}", rank=rank)
         meet(self._context, self._huddle, sample=restored is None)
         self._step = restored.step if restored is not None else 0
         if not self._context.alone:

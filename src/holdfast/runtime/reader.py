@@ -24,7 +24,7 @@ class Region(NamedTuple):
     name: str
     box: Box
     view: torch.Tensor
-    """Detached; of the shape of `box` and the saved dtype, on any device, with any strides."""
+    """Detached; of the shape of `box`, of any dtype, on any device, with any strides."""
     rank: int | None
     """Of a per-rank tensor: the old rank whose it is."""
 
@@ -57,11 +57,13 @@ class OwnFetcher:
     def fetch(self, regions: Sequence[Region]) -> None:
         """See `Fetcher.fetch`."""
         for name, box, view, rank in regions:
-            if view.device.type == "cpu" and view.is_contiguous() and not view.is_conj() and not view.is_neg():
+            dtype = self._catalog.tensor(name, rank=rank).dtype
+            plain = view.device.type == "cpu" and dtype_name(view.dtype) == dtype
+            if plain and view.is_contiguous() and not view.is_conj() and not view.is_neg():
                 self._catalog.read(name, box, tensor_bytes(view), rank=rank)
                 torch.autograd.graph.increment_version(view)
             else:
-                staging = empty_for(dtype_name(view.dtype), box.lengths)
+                staging = empty_for(dtype, box.lengths)
                 self._catalog.read(name, box, tensor_bytes(staging), rank=rank)
                 with torch.no_grad():
                     view.copy_(staging)

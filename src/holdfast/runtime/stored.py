@@ -1,4 +1,4 @@
-"""A restore from storage: all ranks read the checkpoint together; where they cannot meet, each reads for itself."""
+"""A state or weights from storage: all ranks read the checkpoint together; where they cannot meet, each reads for itself."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import logging
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
+from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.commit import open_checkpoint
 from holdfast.checkpoint.saving import Ranks
 from holdfast.errors import PeerError
 from holdfast.runtime.capture import TrainingState
+from holdfast.runtime.init_from import InitFrom, init_weights
+from holdfast.runtime.reader import Fetcher, OwnFetcher
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(minutes=1)
@@ -20,7 +25,7 @@ _PATIENCE = timedelta(minutes=1)
 
 
 class StoredStates:
-    """Restores a Session's state from checkpoints. Training thread only; all ranks make the same calls."""
+    """Takes a Session's state, or its first weights, from checkpoints. Training thread only; all ranks make the same calls."""
 
     def __init__(
         self,
@@ -57,22 +62,46 @@ class StoredStates:
             CorruptError, StorageError: it cannot be read, on this rank or on another.
             MismatchError: it is of another training state.
         """
-        attempt = next(self._attempts)
-        if self._together:
+        name = f"{self._name}/restore/{next(self._attempts)}"
+        return self._read(path, name, self._state.restore, objects=True, together=True)
+
+    def initialise(self, init_from: InitFrom, path: Path, *, together: bool) -> None:
+        """Take weights of another run from a step directory (`agree_on`). Once.
+
+        Args:
+            init_from: which ones.
+            path: of the step directory.
+            together: whether all ranks take them from there.
+
+        Raises:
+            CorruptError, StorageError: they cannot be read, on this rank or on another.
+            MismatchError: they are of another model.
+        """
+
+        def take(catalog: Catalog, fetcher: Fetcher) -> None:
+            init_weights(init_from, self._state.entries(), path, catalog, fetcher)
+
+        self._read(path, f"{self._name}/init", take, objects=False, together=together)
+
+    def _read(
+        self, path: Path, name: str, take: Callable[[Catalog, Fetcher], T], *, objects: bool, together: bool
+    ) -> T:
+        if self._together and together:
             try:
-                return self._restore_together(path, f"{self._name}/restore/{attempt}")
+                return self._read_together(path, name, take, objects=objects)
             except PeerError as error:
                 log.warning("%s: the ranks cannot read it together, each does for itself: %s", path, error)
         with open_checkpoint(path) as catalog:
-            return self._state.restore(catalog)
+            return take(catalog, OwnFetcher(catalog))
 
-    def _restore_together(self, path: Path, name: str) -> int:
+    def _read_together(self, path: Path, name: str, take: Callable[[Catalog, Fetcher], T], *, objects: bool) -> T:
         from holdfast.checkpoint.joint import JointReading  # with sockets, which a process alone does without
         from holdfast.runtime.joint_fetcher import JointFetcher
 
         with JointReading(
             path, self._ranks, name=name, what="the restore", timeout=_PATIENCE, tagger=self._tagger
         ) as reading:
-            first, own = reading.catalog.object_images(self._session_rank)
-            reading.objects({first, *own})
-            return self._state.restore(reading.catalog, JointFetcher(reading))
+            if objects:
+                first, own = reading.catalog.object_images(self._session_rank)
+                reading.objects({first, *own})
+            return take(reading.catalog, JointFetcher(reading))

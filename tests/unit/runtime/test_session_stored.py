@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from holdfast.checkpoint.saving import save_pieces
 from holdfast.checkpoint.source import FileSource
 from holdfast.checkpoint.tensors import tensor_bytes
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import CorruptError, MismatchError
-from holdfast.runtime import stored
+from holdfast.errors import CorruptError, MismatchError, UsageError
+from holdfast.runtime import init_from, stored
 from holdfast.runtime.capture import PerRank, TrainingState
+from holdfast.runtime.huddle import Huddle
+from holdfast.runtime.init_from import InitFrom, agree_on
 from holdfast.runtime.stored import StoredStates
 from support.ranks import together
 
@@ -192,3 +195,67 @@ def test_another_model_on_one_rank_is_an_error_of_all(tmp_path: Path) -> None:
     assert isinstance(first, MismatchError)
     assert "rank 1: " in str(first)
     assert isinstance(second, MismatchError)
+
+
+def _initialised(world: int, found: Callable[[int], Path], *, to: torch.dtype = torch.float32) -> list[Any]:
+    """What each rank trains, or its error, after it began with the weights of another run."""
+
+    def initialise(ranks: Ranks) -> Trained:
+        trained = Trained(ranks.rank, world)
+        trained.model.to(to)
+        init, huddle = InitFrom(path=found(ranks.rank)), _huddle(ranks)
+        path, same = agree_on(init, huddle)
+        assert path is not None
+        StoredStates(trained.state(), ranks, "s", session_rank=ranks.rank).initialise(init, path, together=same)
+        return trained
+
+    return together(world, initialise)
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
+def test_weights_of_another_run_are_read_once_by_ranks_of_which_all_want_them(
+    tmp_path: Path, reads: list[int], to: torch.dtype
+) -> None:
+    _saved(tmp_path / "step-00000003", 2)
+    expected = Trained(0, 2, seed=7)
+    reads.clear()
+    for trained in _initialised(3, lambda rank: tmp_path, to=to):
+        assert isinstance(trained, Trained), trained
+        assert all(map(torch.equal, trained.model.parameters(), (one.to(to) for one in expected.model.parameters())))
+        assert not trained.optimizer.state
+    weights = sum(one.numel() * one.element_size() for one in expected.model.parameters())
+    assert weights <= sum(reads) <= weights + (4 << 20)  # whole blocks, of two images
+
+
+def test_ranks_that_begin_from_different_places_read_for_themselves(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        _saved(tmp_path / name / "step-00000003", 2)
+    first, second = _initialised(2, lambda rank: tmp_path / ("one", "two")[rank])
+    assert all(map(torch.equal, first.model.parameters(), second.model.parameters()))
+    assert torch.equal(first.model[0].weight, Trained(0, 2, seed=7).model[0].weight)
+
+
+def test_a_step_that_is_saved_meanwhile_does_not_part_the_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter(("step-00000003", "step-00000004"))
+    monkeypatch.setattr(init_from, "_step_path", lambda where: where / next(found))
+    ranks = together(2, lambda ranks: agree_on(InitFrom(path=tmp_path), _huddle(ranks)))
+    assert [one[1] for one in ranks] == [True, True]
+    assert ranks[0] == ranks[1]
+
+
+def test_a_place_without_a_checkpoint_is_an_error_of_all_ranks(tmp_path: Path) -> None:
+    errors = together(2, lambda ranks: agree_on(InitFrom(path=tmp_path / "no") if ranks.rank else None, _huddle(ranks)))
+    assert [type(error) for error in errors] == [UsageError] * 2
+    assert all("no complete checkpoint" in str(error) for error in errors)
+
+
+def test_a_rank_that_begins_from_nothing_leaves_the_others_to_themselves(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "step-00000003", 2)
+    ranks = together(2, lambda ranks: agree_on(InitFrom(path=path) if ranks.rank else None, _huddle(ranks)))
+    assert ranks == [(None, False), (path, False)]
+
+
+def _huddle(ranks: Ranks) -> Huddle:
+    return Huddle(ranks, "h", timeout=timedelta(seconds=20))
