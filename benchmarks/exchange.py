@@ -3,10 +3,11 @@
 Real snapshot daemons on loopback, one per node, hold 1 GB of state per group (10^9 bytes) and protect version after
 version in 2+1, 3+1 and 4+2. Given are, as medians over versions with 95 % bootstrap intervals,
 
-* seconds from the first question to the sealed parity of the slowest node, and the bytes that crossed the network in
-  that time, beside m times the coded state;
-* the rate, beside that of two processes that do nothing but hand 1 MiB messages to each other over ZeroMQ, measured
-  before each version, while nothing is exchanged;
+* seconds from the first question of any node to the sealed parity of the last one, and the bytes that crossed the
+  network in that time, beside m times the coded state;
+* the rate, beside that of two processes that do nothing but hand 1 MiB messages to each other over ZeroMQ, as many bytes
+  as a group has and over as many connections as a pair of daemons has. It is measured right before and right after each
+  version, while nothing is exchanged; the mean of both is the version's pair;
 * bytes of parity buffers, beside the formula 2 m / k B; and all memory, shared and private, of the daemons, beside the
   formula S B + 2 m / k B with S slots;
 * the step time of a training worker (matrix products on one core of its own; daemons have the others) while parity is
@@ -39,7 +40,8 @@ from support.snapshots import Job, Node
 
 CODES = ("2+1", "3+1", "4+2")
 CHUNK_BYTES = 1 << 20
-REST_S = 6.0
+CONNECTIONS = 2
+REST_S = 7.0
 """Between two versions: enough to protect one, to measure the raw rate and some quiet steps."""
 FILL_S = 1.5
 """Before a version is protected its slots are filled: steps of the trainer then count for nothing."""
@@ -56,6 +58,7 @@ class Sample:
     wanted_bytes: int
     """m times the coded state."""
     raw_rate: float
+    """The mean of before and after."""
     parity_bytes: int
     formula_bytes: float
     """2 m / k B, summed over the nodes."""
@@ -73,18 +76,21 @@ class Sample:
 def send_raw(endpoint: str, size_bytes: int) -> None:
     """Another process: hand out 1 MiB messages from memory, without copies of ours."""
     context = zmq.Context()
-    socket = context.socket(zmq.PUSH)
-    socket.connect(endpoint)
+    sockets = [context.socket(zmq.PUSH) for _ in range(CONNECTIONS)]
+    for socket in sockets:
+        socket.connect(endpoint)
     memory = memoryview(bytearray(os.urandom(64 << 20)))
-    for start in range(0, size_bytes, CHUNK_BYTES):
+    for number, start in enumerate(range(0, size_bytes, CHUNK_BYTES)):
         at = start % len(memory)
-        socket.send(memory[at : at + CHUNK_BYTES], copy=False)
-    socket.close(10_000)
+        sockets[number % CONNECTIONS].send(memory[at : at + CHUNK_BYTES], copy=False)
+    for socket in sockets:
+        socket.close(10_000)
     context.term()
 
 
 def raw_rate(size_bytes: int) -> float:
     """Bytes per second over loopback, from the first message to the last."""
+    size_bytes -= size_bytes % CHUNK_BYTES
     context = zmq.Context()
     socket = context.socket(zmq.PULL)
     port = socket.bind_to_random_port("tcp://127.0.0.1")
@@ -175,24 +181,23 @@ def _measure(
     quiet: list[tuple[float, float]] = []
     newest = [node.expect(ParityMade, LIMIT_S).version.step for node in job.nodes]  # the first one makes the buffers
     trainer = Trainer(core)
-    rates: list[float] = []
+    rates = [raw_rate(raw_bytes)]
     while len(samples) < versions:
-        rates.append(raw_rate(raw_bytes))
         after = time.time()  # what began before was disturbed by the measurement
         made = _protected(job.nodes, max(newest) + 1, after)
         newest = [one.version.step for one in made]
-        seconds = max(one.seconds for one in made)
-        begun = min(one.ended - one.seconds for one in made)
+        begun, ended = min(one.ended - one.seconds for one in made), max(one.ended for one in made)
         quiet.append((after, min(after + 1.0, begun - FILL_S)))
-        busy.append((begun, max(one.ended for one in made)))
+        busy.append((begun, ended))
+        rates.append(raw_rate(raw_bytes))
         state = [_image_bytes(node) for node in job.nodes]
         samples.append(
             Sample(
                 code=code,
-                seconds=seconds,
+                seconds=ended - begun,
                 wire_bytes=sum(one.fetched_bytes for one in made),
                 wanted_bytes=m * sum(state),
-                raw_rate=rates[-1],
+                raw_rate=statistics.mean(rates[-2:]),
                 parity_bytes=sum(_parity_bytes(node) for node in job.nodes),
                 formula_bytes=2 * m / k * sum(state),
                 held_bytes=sum(_held_bytes(node) for node in job.nodes),
@@ -289,7 +294,7 @@ def row(samples: Sequence[Sample]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="30 MB and three versions: shows that it runs")
-    parser.add_argument("--versions", type=int, default=9, help="versions per code (default 9)")
+    parser.add_argument("--versions", type=int, default=15, help="versions per code (default 15)")
     parser.add_argument("--mb", type=int, default=1000, help="state per group in 10^6 bytes (default 1000)")
     parser.add_argument("--codes", default=",".join(CODES), help="comma separated (default 2+1,3+1,4+2)")
     parser.add_argument("--json", type=Path, help="write everything that was measured")
@@ -306,7 +311,7 @@ def main() -> int:
     megabytes, versions = (30, 3) if arguments.quick else (arguments.mb, arguments.versions)
     rest_s = 2.0 if arguments.quick else REST_S
     results = {
-        code: measure(code, megabytes * 10**6, versions, (64 if arguments.quick else 512) << 20, rest_s)
+        code: measure(code, megabytes * 10**6, versions, megabytes * 10**6, rest_s)
         for code in arguments.codes.split(",")
     }
     header = [
