@@ -33,6 +33,10 @@ _log = logging.getLogger(__name__)
 _ORDER_AGAIN_S: Final = 5.0
 _SAY_EVERY: Final = 5
 """Of the attempts that come after a pause, every so many are told of."""
+_SLOW_S: Final = 60.0
+"""An attempt that takes longer is told of, unless it may well be as the last ones were."""
+_USUAL: Final = 4.0
+"""So many times as long as the slowest of the last ones is no news."""
 
 
 @dataclass
@@ -50,6 +54,8 @@ class _Attempt:
     """By node rank; empty until they may be sent."""
     ordered: float = 0.0
     records: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
+    told: bool = False
+    """Whether people know that it takes long."""
 
 
 class Persisting:
@@ -86,6 +92,8 @@ class Persisting:
             if attempt.waiting and now - attempt.begins > LIMIT_S:
                 for node_rank in sorted(attempt.waiting):
                     self._part_ended(attempt, node_rank, f"nothing was heard of it for {LIMIT_S:.0f} s")
+            if attempt.order is None and not attempt.told:
+                self._say_slow(attempt, now)
 
     def order(self, order: leader.OrderPersist) -> None:
         """Begin an attempt, or give its order to nodes again."""
@@ -107,6 +115,21 @@ class Persisting:
         known.waiting |= set(order.nodes)
         if now >= known.begins:
             self._begin(known, order)
+
+    def _say_slow(self, attempt: _Attempt, now: float) -> None:
+        """Storage may hang for ever: it is given up, but late, for it may be slow as well."""
+        usual_s = max((one.seconds for one in self.ended if one.path is not None), default=0.0)
+        waited_s = now - attempt.begins
+        if waited_s <= max(_SLOW_S, _USUAL * usual_s):
+            return
+        attempt.told = True
+        nodes = ", ".join(map(str, sorted(attempt.waiting)))
+        what = f"the part of node {nodes}" if nodes else "the index"
+        self._leading.say(
+            "warning",
+            f"step {attempt.version.step} is not in storage yet: {what} is being written for {waited_s:.0f} s, and is "
+            f"given up after {LIMIT_S:.0f} s; newer checkpoints wait, snapshots in memory go on",
+        )
 
     def _say_again(self, order: leader.OrderPersist) -> None:
         after = order.tries - ATTEMPTS_OF_MANDATORY - 1

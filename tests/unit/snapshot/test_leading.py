@@ -218,3 +218,33 @@ def test_nothing_is_tried_again_once_the_job_ends(tmp_path: Path) -> None:
     told.leading.tick(time.monotonic() + 60)
     assert not told.lanes.busy("storage")
     told.lanes.close(5.0)
+
+
+def slow(told: Told) -> list[str]:
+    return [notice.text for notice in told.of(Notice) if "is being written for" in notice.text]
+
+
+def test_a_write_that_hangs_is_told_of_long_before_it_is_given_up(tmp_path: Path) -> None:
+    told = at_its_last_step(tmp_path)
+    told.order(1)
+    now = time.monotonic()
+    told.leading.tick(now + 50)
+    assert slow(told) == []
+    told.leading.tick(now + 70)
+    told.leading.tick(now + 80)
+    [text] = slow(told)
+    assert "step 6 is not in storage yet: the part of node 0 is being written for 70 s" in text
+    told.lanes.close(5.0)
+
+
+def test_a_write_that_takes_as_long_as_the_last_ones_is_no_news(tmp_path: Path) -> None:
+    told = at_its_last_step(tmp_path)
+    told.order(1)
+    before = PersistEnded(version=NOW.at(3), path="step-00000003", error=None, seconds=100.0, tag=None)
+    told.leading.persisting.ended.append(before)
+    now = time.monotonic()
+    told.leading.tick(now + 390)
+    assert slow(told) == []
+    told.leading.tick(now + 410)
+    assert len(slow(told)) == 1
+    told.lanes.close(5.0)
