@@ -24,7 +24,7 @@ import zmq
 
 from holdfast.checkpoint.image import read_header
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CorruptError, HoldfastError, PeerTimeout
+from holdfast.errors import CorruptError, HoldfastError
 from holdfast.snapshot.bulk import BulkClient, StreamRange
 from holdfast.snapshot.coding import (
     CHUNK_BYTES,
@@ -118,6 +118,11 @@ class Exchanged:
     """Answers that did not match their tag, of connections that are closed."""
 
 
+class StuckThread(Exception):
+    """The thread cannot be fenced. No `HoldfastError`, with which the event loop would go on: the process ends, and its
+    successor, which the agent starts and tells the generation again, adopts what lies in the arena."""
+
+
 class ExchangeThread:
     """The thread ``holdfast-exchange``, its sockets and the machine. Made and closed by the event loop.
 
@@ -179,11 +184,15 @@ class ExchangeThread:
         self._thread.start()
 
     def begin(self, event: ExchangeStarted) -> None:
-        """A generation starts; `finished` is filled in here. Returns when what was under way is dropped: what an
-        inventory lists afterwards stays.
+        """Groups are formed; `finished` is filled in here."""
+        self._submit(lambda: self._begin(event))
+
+    def fence(self, event: ExchangeStarted) -> None:
+        """A generation starts. As `begin`, but returns when what was under way is dropped: what an inventory lists
+        afterwards stays.
 
         Raises:
-            PeerTimeout: the thread is stuck.
+            StuckThread: it was not within `_FENCE_S`.
         """
         begun = threading.Event()
 
@@ -195,7 +204,7 @@ class ExchangeThread:
 
         self._submit(job)
         if not begun.wait(_FENCE_S):
-            raise PeerTimeout(f"thread {self._thread.name} did not stop within {_FENCE_S:.0f} s")
+            raise StuckThread(f"thread {self._thread.name} did not stop within {_FENCE_S:.0f} s")
 
     def feed(self, event: ExchangeEvent) -> None:
         """Give the machine an event."""

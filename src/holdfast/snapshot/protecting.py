@@ -123,7 +123,7 @@ class Protector:
         """A generation starts: unfinished parity is dropped; groups come with `decided`."""
         self._start, self._group = start, None
         if self._thread is not None:
-            self._thread.begin(self._started(start, Group((start.node_rank,), 1, 0)))
+            self._thread.fence(self._started(start, Group((start.node_rank,), 1, 0)))
 
     def decided(self, message: LeaderRestore) -> None:
         """The leader has chosen, and formed groups."""
