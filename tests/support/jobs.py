@@ -167,3 +167,5 @@ def job_in(root: Path, **environment: str) -> Iterator[Job]:
         for path in Path("/dev/shm").glob("holdfast-*"):
             if job.name in path.name:
                 subprocess.run(["rm", "-rf", str(path)], check=False)
+        for path in Path(f"/tmp/holdfast-{os.getuid()}").glob(f"{job.name}-*"):  # of whom was killed while it left
+            subprocess.run(["rm", "-rf", str(path)], check=False)

@@ -215,6 +215,8 @@ class Daemon:
                 self._lead(state.start)
         if state.agent_pid:
             self._watch_agent(state.agent_pid)
+        else:
+            self.ending.agent_went()  # who started us may be dead by now, and nobody ever say Hello
 
     def _lead(self, start: StartGeneration) -> None:
         self.leading = Leading(
@@ -478,15 +480,17 @@ def _age(version: Version) -> tuple[int, int, int]:
 
 
 def remove_socket_dir(directory: Path) -> None:
-    """Remove the socket directory unless a living process holds a lock on a file in it (a new agent's seat)."""
+    """Remove the socket directory unless a living process holds a lock on a file in it (a new agent's seat). Others may
+    remove what lies in it at the same time."""
     with contextlib.suppress(OSError):
         descriptors = []
         try:
             for path in directory.iterdir():
                 if path.is_file() and path.name != _LOCK:
-                    descriptors.append(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
-                    fcntl.flock(descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory)
+                    with contextlib.suppress(FileNotFoundError):
+                        descriptors.append(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+                        fcntl.flock(descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
         except BlockingIOError:
             (directory / _LOCK).unlink(missing_ok=True)
         finally:
