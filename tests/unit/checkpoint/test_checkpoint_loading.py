@@ -260,6 +260,7 @@ def test_a_slab_is_seen_by_those_who_know_it_on_its_host(tmp_path: Path) -> None
         other.truncate((8 << 20) + 4096)
         for wrong in (
             Place(place.host, place.pid, place.fd, 3, place.key),
+            Place(place.host, place.pid, place.fd, 1, place.key),
             Place(place.host, place.pid, other.fileno(), place.slots, place.key),
             Place(place.host, place.pid, place.fd, place.slots, b"another"),
             Place(place.host, place.pid, place.fd, place.slots, b""),

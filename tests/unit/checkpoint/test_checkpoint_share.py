@@ -99,9 +99,11 @@ def test_shares_joined_up_a_tree_give_the_index_of_all_records() -> None:
     assert by_name["rng", 17].tiling == Grid((18,), EvenImages(17, 0))
 
 
-def test_gap_among_many_pieces_is_named() -> None:
-    records = [_record(rank, 20, [Piece("w", "int8", (21,), Box((rank,), (1,)))]) for rank in range(20)]
-    with pytest.raises(MismatchError, match=r"no image holds w\[20:21\]"):
+@pytest.mark.parametrize("missing", [0, 7, 20])
+def test_gap_among_many_pieces_is_named(missing: int) -> None:
+    rows = [row for row in range(21) if row != missing]
+    records = [_record(rank, 20, [Piece("w", "int8", (21,), Box((row,), (1,)))]) for rank, row in enumerate(rows)]
+    with pytest.raises(MismatchError, match=rf"no image holds w\[{missing}:{missing + 1}\]"):
         build_index(records, version=VERSION, world_size=20)
 
 
@@ -153,7 +155,9 @@ def test_what_is_no_share_is_refused() -> None:
     ]
     for dims, part in data.columns.items():
         broken.append(_Pieces(data.tensors, {**data.columns, dims: replace(part, image=part.image[8:])}))
-        for column, number in (("tensor", -1), ("tensor", len(data.tensors)), ("image", -1), ("image", 1)):
+        other = next(number for number, tensor in enumerate(data.tensors) if len(tensor.shape) != dims)
+        wrong_tensors = [("tensor", number) for number in (-1, len(data.tensors), other)]
+        for column, number in (*wrong_tensors, ("image", -1), ("image", 1)):
             numbers = numpy.frombuffer(getattr(part, column), "<i8").copy()
             numbers[0] = number
             changed = replace(part, **{column: numbers.tobytes()})

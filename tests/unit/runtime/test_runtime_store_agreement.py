@@ -17,7 +17,7 @@ import torch.distributed as dist
 from holdfast.checkpoint.saving import Ranks
 from holdfast.errors import PeerError, PeerTimeout
 from holdfast.runtime.store_agreement import StoreAgreement
-from holdfast.snapshot.reports import Agreed, RankState
+from holdfast.snapshot.reports import Agreed, RankState, Request
 
 PATIENCE = timedelta(seconds=60)
 Body = Callable[[int, int, StoreAgreement], None]
@@ -188,3 +188,64 @@ def test_a_rank_that_has_not_trained_yet_stands_at_the_restored_step() -> None:
         agreement.request("stop", persist=False, metrics={})
         published = msgspec.json.decode(store.get("session/rank/1"), type=RankState)
     assert published.step == 50
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[StoreAgreement, StoreAgreement, dist.Store]]:
+    """Makes two ranks whose threads do not run: a test looks in their place. What is not in the store is an error."""
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
+
+    def make() -> tuple[StoreAgreement, StoreAgreement, dist.Store]:
+        store = dist.HashStore()
+        ranks = [StoreAgreement(Ranks(rank, 2, store), "session") for rank in range(2)]
+        for one in (store, *(rank._store for rank in ranks)):
+            one.set_timeout(timedelta(seconds=0.05))
+        return ranks[0], ranks[1], store
+
+    return make
+
+
+Made = Callable[[], tuple[StoreAgreement, StoreAgreement, dist.Store]]
+
+
+def test_requests_and_ranks_that_are_not_in_the_store_yet_are_looked_for_again(by_hand: Made) -> None:
+    first, second, store = by_hand()
+    store.add("session/count", 1)  # who asks is about to write what for
+    assert first._look()
+    request = Request(id="1", kind="save", persist=True, tag=None, metrics={})
+    store.set("session/request/1", msgspec.json.encode(request))
+    assert first._look()
+    assert not store.check(["session/agreed"])
+    assert second._look()
+    assert first._look()
+    assert store.check(["session/agreed"])
+
+
+@pytest.mark.parametrize("until", [1, 2])
+def test_no_step_beyond_the_end_of_the_loop_is_proposed(by_hand: Made, until: int) -> None:
+    first, second, store = by_hand()
+    second.expect(until)
+    first.request("save", persist=True, metrics={})
+    assert second._look()
+    assert first._look()
+    assert store.check(["session/agreed"]) == (until == 2)
+
+
+def test_ranks_look_often_until_they_have_reached_the_agreed_step(by_hand: Made) -> None:
+    first, second, _ = by_hand()
+
+    def look() -> list[bool]:
+        return [one._look() for one in (second, first, second)]
+
+    assert look() == [False] * 3
+    first.request("save", persist=True, metrics={})
+    look()
+    assert [one.boundary(1) for one in (first, second)] == [None, None]
+    look()
+    assert look() == [True] * 3
+    performed = [one.boundary(2) for one in (first, second)]
+    assert performed[0] == performed[1]
+    assert performed[0] is not None
+    assert (performed[0].step, performed[0].requests) == (2, ("1",))
+    look()
+    assert look() == [False] * 3
