@@ -337,25 +337,30 @@ class ExchangeThread:
 
     def _take(self, node_rank: int, member: _Member, client: BulkClient) -> None:
         while (answer := client.receive()) is not None:
-            number, data = answer
-            member.heard = time.monotonic()
-            version, chunk = member.asked.pop((client, number))
-            if isinstance(data, CorruptError):
-                self._fail(version, f"node {node_rank}: {data}")
-                continue
-            if isinstance(data, HoldfastError):
-                _log.info("node %d does not give a chunk: %s", node_rank, data)
-                self._handle(ChunkRefused(version=version, chunk=chunk))
-                continue
-            absorbed = False
-            for instruction in self._machine.handle(ChunkArrived(version=version, chunk=chunk)):
-                if isinstance(instruction, Absorb):
-                    self._absorb(instruction, data)
-                    absorbed = True
-                else:
-                    self._carry_out(instruction)
-            if absorbed:
-                self._handle(ChunkAbsorbed(version=version, chunk=chunk))
+            self._take_one(node_rank, member, client, *answer)
+            del answer  # a chunk that is held while the next one is looked at is memory beside the arena
+
+    def _take_one(
+        self, node_rank: int, member: _Member, client: BulkClient, number: int, data: memoryview | HoldfastError
+    ) -> None:
+        member.heard = time.monotonic()
+        version, chunk = member.asked.pop((client, number))
+        if isinstance(data, CorruptError):
+            self._fail(version, f"node {node_rank}: {data}")
+            return
+        if isinstance(data, HoldfastError):
+            _log.info("node %d does not give a chunk: %s", node_rank, data)
+            self._handle(ChunkRefused(version=version, chunk=chunk))
+            return
+        absorbed = False
+        for instruction in self._machine.handle(ChunkArrived(version=version, chunk=chunk)):
+            if isinstance(instruction, Absorb):
+                self._absorb(instruction, data)
+                absorbed = True
+            else:
+                self._carry_out(instruction)
+        if absorbed:
+            self._handle(ChunkAbsorbed(version=version, chunk=chunk))
 
     def _absorb(self, order: Absorb, data: memoryview) -> None:
         filling = self._filling

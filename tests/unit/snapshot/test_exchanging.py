@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -14,6 +16,7 @@ from holdfast.erasure.groups import Group
 from holdfast.errors import HoldfastError
 from holdfast.snapshot import exchanging
 from holdfast.snapshot.arena import Arena
+from holdfast.snapshot.coding import Chunk
 from holdfast.snapshot.exchange_events import ExchangeEvent, ExchangeStarted
 from holdfast.snapshot.exchanging import ExchangeThread, Outside, StuckThread
 from holdfast.snapshot.keys import JobKeys
@@ -70,6 +73,26 @@ def test_a_thread_that_cannot_be_fenced_ends_the_process_instead_of_the_message(
     with pytest.raises(StuckThread, match="did not stop"):
         thread.fence(STARTED)
     assert not issubclass(StuckThread, HoldfastError), "the event loop goes on after those"
+
+
+def test_a_chunk_is_let_go_of_before_the_next_one_is_looked_at(thread: Thread) -> None:
+    given: list[weakref.ref[memoryview]] = []
+
+    class Client:
+        def receive(self) -> tuple[int, memoryview] | None:
+            assert [one() for one in given] == [None] * len(given)
+            if len(given) == 3:
+                return None
+            data = memoryview(bytes(8))
+            given.append(weakref.ref(data))
+            return len(given), data
+
+    client: Any = Client()
+    version = STARTED.generation.at(7)
+    asked = {(client, number): (version, Chunk(0, number, 0)) for number in (1, 2, 3)}
+    member = exchanging._Member("", [], asked)
+    thread._take(0, member, client)
+    assert member.asked == {}
 
 
 def test_a_generation_whose_groups_are_formed_waits_for_nobody(thread: Thread) -> None:
