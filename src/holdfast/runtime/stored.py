@@ -1,4 +1,4 @@
-"""A state or weights from storage: all ranks read the checkpoint together; where they cannot meet, each reads for itself."""
+"""A state or weights from storage: all ranks read the checkpoint together; where they cannot meet, each for itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _PATIENCE = timedelta(minutes=1)
 
 
 class StoredStates:
-    """Takes a Session's state, or its first weights, from checkpoints. Training thread only; all ranks make the same calls."""
+    """Takes a Session's state, or its first weights, from checkpoints. Training thread only; all ranks make the same
+    calls."""
 
     def __init__(
         self,
