@@ -5,9 +5,9 @@ version in 2+1, 3+1 and 4+2. Given are, as medians over versions with 95 % boots
 
 * seconds from the first question of any node to the sealed parity of the last one, and the bytes that crossed the
   network in that time, beside m times the coded state;
-* the rate, beside that of two processes that do nothing but hand 1 MiB messages to each other over ZeroMQ: as many bytes
-  as a group has, over as many connections as a pair of daemons has. It is measured right before and right after each
-  version, while nothing is exchanged; the mean of both is the pair of the version;
+* the rate, beside that of two processes that do nothing but give 1 MiB messages to each other over ZeroMQ, as many
+  bytes as a group has, over as many connections as a pair of daemons has. It is measured right before and right after
+  each version, while nothing is exchanged; the mean of both is the pair of the version;
 * bytes of parity buffers, beside the formula 2 m / k B; and all memory, shared and private, of the daemons, beside the
   formula S B + 2 m / k B with S slots;
 * the step time of a training worker (matrix products on one core of its own; daemons have the others) while parity is
