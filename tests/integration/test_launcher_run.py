@@ -19,7 +19,7 @@ import pytest
 import holdfast
 from support.jobs import BIN, Job, job_in, leftovers, marked
 
-WAIT_S = 60.0
+WAIT_S = 200.0
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from support.jobs import Job, job_in, leftovers
 
-WAIT_S = 120.0
+WAIT_S = 400.0
 
 WORKER = """
 echo "$GROUP_RANK $RANK $WORLD_SIZE $TORCHELASTIC_RESTART_COUNT $MASTER_PORT $$" >> ranks

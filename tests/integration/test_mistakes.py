@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +48,45 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("mistake", LAUNCHES)
-def test_a_mistake_on_the_command_line_is_one_line_and_no_worker_starts(tmp_path: Path, mistake: str) -> None:
-    launch = LAUNCHES[mistake]
-    with job_in(tmp_path) as job:
+COMMANDS = """
+import json, os, sys
+from holdfast.launcher import cli, run
+for number, command in enumerate(json.loads(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        output = os.open(f"log-{number}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.argv = ["holdfast", *command]
+        sys.exit(cli.main())
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Runs commands of holdfast one after the other: for all of them together torch is imported once, which takes long."""
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, list[str]]]:
+    """Exit code, output and leftovers of each mistake."""
+    with job_in(tmp_path_factory.mktemp("launches")) as job:
         (job.root / "hello.py").write_text(HELLO)
-        assert job.run(job.holdfast(*launch.flags)) == launch.code, job.output()
-        lines = [line for line in job.output().splitlines() if line.strip()]
-        assert len(lines) == 1, job.output()
-        assert launch.says in lines[0]
-        assert leftovers(job) == []
+        commands = json.dumps([job.holdfast(*launch.flags)[1:] for launch in LAUNCHES.values()])
+        assert job.run([str(BIN / "python"), "-c", COMMANDS, commands]) == 0, job.output()
+        codes = map(int, job.output().split())
+        left = leftovers(job)
+        said = [job.output(f"log-{number}.txt") for number in range(len(LAUNCHES))]
+        return {name: (code, text, left) for name, code, text in zip(LAUNCHES, codes, said, strict=True)}
+
+
+@pytest.mark.parametrize("mistake", LAUNCHES)
+def test_a_mistake_on_the_command_line_is_one_line_and_no_worker_starts(
+    launched: dict[str, tuple[int, str, list[str]]], mistake: str
+) -> None:
+    launch = LAUNCHES[mistake]
+    code, output, left = launched[mistake]
+    assert code == launch.code, output
+    lines = [line for line in output.splitlines() if line.strip()]
+    assert len(lines) == 1, output
+    assert launch.says in lines[0]
+    assert left == []
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ CASES = [
     Case("save_best", kill="step=45,when=forward"),
     Case("early_stop", kill="step=30,when=begin"),
     Case("exception", ranks=2, kill="step=45,when=backward", recoveries=2),
-    Case("fsdp2_compile", ranks=2, kill="step=30,when=updated", in_short=True),
+    Case("fsdp2_compile", ranks=2, kill="step=30,when=updated"),  # FSDP2: kill matrix, compiled blocks: test_capture_distributed
     Case("existing_loop", kill="step=30,when=boundary", slow_at="boundary"),
     Case("dataloader", kill="step=30,when=commit", in_short=True),
 ]
@@ -67,7 +67,7 @@ def killed(job: Job, case: Case) -> str:
     """The final line of a run under `holdfast run` that was killed."""
     folder = job.root / "out"
     folder.mkdir()
-    slow = f"slow:rank=0,step=1,seconds=0.03,steps=30,when={case.slow_at}"  # toy steps end before memory is ready
+    slow = f"slow:rank=0,step=1,seconds=0.12,steps=30,when={case.slow_at}"  # toy steps end before memory is ready
     faults = f"{slow};kill:rank={case.ranks - 1},{case.kill}"
     flags = ["--standalone", "--nproc-per-node", str(case.ranks), "--hold-faults", faults]
     assert job.run(job.holdfast(*flags, RECIPES / f"{case.name}.py", folder)) == 0, job.output()
