@@ -353,7 +353,7 @@ def main() -> int:
     mtbfs, seconds, nodes = ([1.5], 3.0, 2) if options.quick else (options.mtbf, options.seconds, NODES)
     reference = measure("reference", math.inf, 8 if options.quick else 60, seed=0, limit_s=120, nodes=nodes)
     steps = round(seconds / reference.step_s)
-    limit_s = 10.0 if options.quick else 3 * seconds
+    limit_s = 6.0 if options.quick else 3 * seconds
     runs: dict[str, Run] = {}
     for mtbf_s in mtbfs:
         for subject in ("holdfast", "torchrun"):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,9 +13,9 @@ import pytest
 from support.jobs import TRAIN, Job, fingerprints, job_in, leftovers
 
 INSTANTS = ("begin", "forward", "loss", "backward", "optimizer", "updated", "boundary", "copy", "copied", "commit")
-STEPS = 20
-KILL_STEP = 15
-"""Steps take 0.1 s; a kill before the first version, which takes a second on a busy machine, ends the job."""
+STEPS = 12
+KILL_STEP = 7
+"""Steps are paced: by then there is a version on a machine of any speed; a kill before the first one ends the job."""
 
 Reference = Callable[..., list[dict[str, str]]]
 
@@ -50,6 +49,7 @@ def script(job: Job, parallel: str) -> list[str]:
         str(job.root / "out"),
         "--step-seconds",
         "0.1",
+        "--paced",
     ]
 
 
@@ -72,11 +72,12 @@ def kill_one(root: Path, undisturbed: Reference, *, parallel: str, world: int, r
         code = job.run(job.holdfast(*flags, *script(job, parallel)))
         assert code == 0, job.output()
         check(job, world, undisturbed(parallel, world), fired=1)
+        assert len([event for event in job.events() if event["kind"] == "recovery"]) == 1  # no address of the dead
 
 
-# In `make test`: one run for each layout, whose failures come one after another, three steps apart; the first late
-# enough for the standby to be ready, as it is in a job of any length (`kill_one` shows a failure before that).
-FIRST_KILL = 60
+# In `make test`: one run for each layout, whose failures come one after another, three steps apart; the first once the
+# standby is ready, as it is in a job of any length (`kill_one` shows a failure before that).
+FIRST_KILL = 6
 IN_ONE_RUN = {
     ("ddp", 2): (
         "kill:rank=0,when=begin",
@@ -111,7 +112,8 @@ def test_failures_at_many_instants_of_one_run_change_nothing(
     with job_in(tmp_path) as job:
         faults = ";".join(f"{failure},step={FIRST_KILL + 3 * number}" for number, failure in enumerate(failures))
         flags = ["--standalone", "--nproc-per-node", str(world), "--hold-standby", "1", "--hold-faults", faults]
-        assert job.run(job.holdfast(*flags, *script(job, parallel), "--steps", str(steps))) == 0, job.output()
+        longer = [*script(job, parallel), "--steps", str(steps), "--standby-at", str(FIRST_KILL - 1)]
+        assert job.run(job.holdfast(*flags, *longer)) == 0, job.output()
         check(job, world, undisturbed(parallel, world, steps), fired=len(failures))
 
 
@@ -144,7 +146,7 @@ def test_a_rank_killed_at_every_instant_one_after_another_changes_nothing(
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 def test_three_failures_in_one_run_change_nothing(tmp_path: Path, undisturbed: Reference, parallel: str) -> None:
     with job_in(tmp_path) as job:
-        faults = "kill:rank=1,step=12,when=backward;raise:rank=0,step=14,when=forward;kill:rank=0,step=16,when=copy"
+        faults = "kill:rank=1,step=6,when=backward;raise:rank=0,step=8,when=forward;kill:rank=0,step=10,when=copy"
         flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
         assert job.run(job.holdfast(*flags, *script(job, parallel))) == 0, job.output()
         check(job, 2, undisturbed(parallel, 2), fired=3)
@@ -152,7 +154,7 @@ def test_three_failures_in_one_run_change_nothing(tmp_path: Path, undisturbed: R
 
 def test_a_failure_during_recovery_changes_nothing(tmp_path: Path, undisturbed: Reference) -> None:
     with job_in(tmp_path) as job:
-        faults = "kill:rank=1,step=15,when=backward;kill:rank=0,step=0,when=restore"
+        faults = f"kill:rank=1,step={KILL_STEP},when=backward;kill:rank=0,step=0,when=restore"
         flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
         assert job.run(job.holdfast(*flags, *script(job, "ddp"))) == 0, job.output()
         check(job, 2, undisturbed("ddp", 2), fired=2)
@@ -162,7 +164,7 @@ def test_training_goes_on_without_its_daemon_and_the_next_failure_resumes_from_i
     tmp_path: Path, undisturbed: Reference
 ) -> None:
     with job_in(tmp_path) as job:
-        faults = "kill-daemon:node=0,step=12;kill:rank=0,step=17,when=backward"
+        faults = "kill-daemon:node=0,step=4;kill:rank=0,step=9,when=backward"
         flags = ["--standalone", "--nproc-per-node", "2", "--hold-faults", faults]
         slow = [*script(job, "ddp"), "--step-seconds", "0.2"]
         assert job.run(job.holdfast(*flags, *slow)) == 0, job.output()
@@ -180,12 +182,12 @@ def test_a_killed_agent_is_started_again_and_resumes_from_memory(tmp_path: Path,
 
 @pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.campaign), "fsdp2"])
 def test_two_agents_restart_together(tmp_path: Path, undisturbed: Reference, parallel: str) -> None:
-    port = 20000 + os.getpid() % 20000
     with job_in(tmp_path) as job:
+        port = 20000 + int(job.name[1:], 16) % 9000
         faults = f"kill:rank=1,step={KILL_STEP},when=backward"
         flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "matrix"]
-        flags += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--hold-faults", faults]
+        flags += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--hold-dead-after", "20s", "--hold-faults", faults]
         agents = [job.start(job.holdfast(*flags, *script(job, parallel)), log=f"agent{i}.txt") for i in range(2)]
-        codes = [agent.wait(120) for agent in agents]
+        codes = [agent.wait(400) for agent in agents]
         assert codes == [0, 0], job.output("agent0.txt") + job.output("agent1.txt")
         check(job, 2, undisturbed(parallel, 2), fired=1)

@@ -87,8 +87,11 @@ def steps_of(options: argparse.Namespace, **state: object) -> contextlib.Abstrac
 def held(options: argparse.Namespace, **state: object) -> Iterator[Iterator[int]]:
     import holdfast
 
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds only what is beside it
+    from support.pacing import paced
+
     with holdfast.Session(**state, snapshot_every=1) as session:  # type: ignore[arg-type]
-        yield session.steps(until=options.steps)
+        yield paced(session.steps(until=options.steps))
 
 
 def train(options: argparse.Namespace, rank: int) -> dict[str, str]:

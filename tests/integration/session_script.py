@@ -19,8 +19,13 @@ import torch.distributed as dist
 from torch import nn
 
 import holdfast
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # a script finds only what is beside it
+
 from holdfast.checkpoint.source import FileSource
 from holdfast.snapshot.client import SnapshotClient
+from support.light_torch import spare_compiler
+from support.pacing import paced
 
 
 def watch_versions() -> dict[str, list[int]]:
@@ -73,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--end-rank", type=int, default=0)
     parser.add_argument("--save-at", type=int)
     parser.add_argument("--step-seconds", type=float, default=0.02)
+    parser.add_argument("--paced", action="store_true", help="wait for the snapshots of the node (support/pacing.py)")
     parser.add_argument("--persist-every", type=int)
     parser.add_argument("--hidden", type=int, default=30)
     return parser.parse_args()
@@ -81,6 +87,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
+    spare_compiler()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo")
@@ -99,7 +106,8 @@ def main() -> None:
     )
     with session:
         session.on_persisted(lambda persisted: told.append([persisted.step, persisted.tag]))
-        for step in session.steps(until=options.steps):
+        steps = session.steps(until=options.steps)
+        for step in paced(steps) if options.paced else steps:
             time.sleep(options.step_seconds)
             loss = model(torch.randn(4, 6) + rank).square().mean()
             loss.backward()

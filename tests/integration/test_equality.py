@@ -54,8 +54,8 @@ RESUMED = [
     ("lbfgs", "none"),
     pytest.param("scaler", "ddp", marks=campaign),
 ]
-SLOW = "slow:rank=0,step=0,seconds=0.1,steps=20"
-"""Steps of a few milliseconds would end before the memory tier is ready."""
+SLOW = "slow:rank=0,step=0,seconds=0.05,steps=20"
+"""Steps of a few milliseconds; the launcher has to hear of a version before the kill."""
 
 
 @pytest.mark.parametrize(("case", "parallel"), UNDISTURBED)

@@ -13,7 +13,7 @@ import pytest
 
 from support.jobs import TRAIN, Job, fingerprints, job_in, leftovers
 
-WAIT_S = 120.0
+WAIT_S = 400.0
 
 GATED = f"""
 import os, sys, time, types
@@ -35,9 +35,11 @@ if __name__ == "__main__":
     train.main()
 """
 
-LOADER = """
+LOADER = f"""
 import os, sys, time
 import torch, holdfast
+sys.path.insert(1, {str(TRAIN.parents[1])!r})
+from support.pacing import paced
 
 class Squares(torch.utils.data.Dataset):
     def __len__(self): return 64
@@ -60,7 +62,7 @@ def main():
             )
             seen.append(float(sum(batch.sum() for batch in loader)))
         print("seen", seen, __name__, sys.argv[1:], flush=True)
-        for step in session.steps(until=36):
+        for step in paced(session.steps(until=36)):
             model(torch.ones(1, 1)).sum().backward()
             optimizer.step()
             if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

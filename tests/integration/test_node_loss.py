@@ -250,11 +250,13 @@ def _started(job: NodeJob, generation: int) -> int:
 
 def test_a_node_of_two_loses_power_and_comes_back_from_the_memory_of_the_other(tmp_path: Path) -> None:
     """The one of these that every test run has; the parity of one node gives back the image of the other."""
-    few = ["--steps", "16"]
-    with node_job(2, tmp_path, [*held(tmp_path, "fsdp2"), *few], flags=flags(tmp_path, "auto")) as job:
+    few, gate = ["--steps", "16"], tmp_path / "gate"
+    waits = ["--gate", str(gate), "--gate-at", "12"]  # for the loss, however long it takes to come
+    with node_job(2, tmp_path, [*held(tmp_path, "fsdp2"), *few, *waits], flags=flags(tmp_path, "auto")) as job:
         job.start(*job.cluster.nodes)
         job.wait_protected(2)
         least = lose(job, (1,))
+        gate.touch()
         replace(job, (1,))
         assert_from_peers(job, least)
         assert set(job.finish().values()) == {0}, job.told()

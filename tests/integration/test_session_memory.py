@@ -38,12 +38,12 @@ def saved(job: Job) -> list[int]:
 
 def test_every_step_of_a_tiny_model_becomes_a_version(tmp_path: Path) -> None:
     with job_in(tmp_path) as job:
-        assert launch(job, "--steps", 30, "--step-seconds", 0.03) == 0, job.output()
+        assert launch(job, "--steps", 20, "--step-seconds", 0.08) == 0, job.output()
         (result,) = results(job, 1)
         first = result["committed"][0]
-        assert result["committed"] == list(range(first, 31)), result
+        assert result["committed"] == list(range(first, 21)), result
         assert [step for step in result["missed"] if step > first] == []
-        assert saved(job) == [30]
+        assert saved(job) == [20]
         assert leftovers(job) == []
 
 
@@ -76,21 +76,22 @@ def test_break_after_an_update_saves_that_step(tmp_path: Path) -> None:
 
 def test_save_of_one_rank_is_made_at_an_agreed_step_and_kept(tmp_path: Path) -> None:
     with job_in(tmp_path) as job:
-        arguments = ("--steps", 60, "--save-at", 20, "--end-rank", 1, "--step-seconds", 0.05)
+        arguments = ("--steps", 40, "--save-at", 8, "--end-rank", 1, "--step-seconds", 0.05)
         assert launch(job, *arguments, world_size=2) == 0, job.output()
         first, second = results(job, 2)
         step = second["saved"][0]
-        assert 21 <= step < 60
-        assert saved(job) == [step, 60]
+        assert 9 <= step < 40
+        assert saved(job) == [step, 40]
         tags = {info.step: info.tag for info in list_steps(job.checkpoints)}
-        assert tags == {step: "kept", 60: None}
+        assert tags == {step: "kept", 40: None}
         for result in (first, second):
-            assert [told[0] for told in result["told"]] == [step, 60]
+            assert [told[0] for told in result["told"]] == [step, 40]
 
 
 def test_exception_of_the_script_is_the_jobs_and_memory_goes_to_storage(tmp_path: Path) -> None:
     with job_in(tmp_path) as job:
-        code = launch(job, "--end", "raise", "--end-at", 8, "--step-seconds", 0.1, flags=("--max-restarts", "0"))
+        end = ("--end", "raise", "--end-at", 8, "--step-seconds", 0.1, "--paced")
+        code = launch(job, *end, flags=("--max-restarts", "0"))
         assert code == 1, job.output()
         assert "ValueError: the script's own" in job.output()
         assert saved(job) == [8]  # body 8 was not finished
@@ -101,7 +102,7 @@ def test_exception_of_the_script_is_the_jobs_and_memory_goes_to_storage(tmp_path
 def test_state_that_does_not_fit_memory_is_saved_and_resumed_through_storage(tmp_path: Path, world_size: int) -> None:
     (tmp_path / "expected").mkdir()
     with job_in(tmp_path / "expected") as plain:
-        assert launch(plain, world_size=world_size) == 0, plain.output()
+        assert plain.plain(SCRIPT, "--out", plain.root / "out", ranks=world_size) == 0, plain.output()
         expected = [result["digest"] for result in results(plain, world_size)]
     with job_in(tmp_path) as job:
         fault = f"kill:rank={world_size - 1},step=8,when=backward"
@@ -117,16 +118,18 @@ def test_state_that_does_not_fit_memory_is_saved_and_resumed_through_storage(tmp
 
 
 def test_two_ranks_under_torchrun_save_and_resume_as_one(tmp_path: Path) -> None:
+    def script(job: Job, *arguments: object) -> list[str]:
+        return ["--out", str(job.root / "out"), "--checkpoints", str(job.checkpoints), *map(str, arguments)]
+
     def torchrun(job: Job, *arguments: object) -> int:
-        script = [str(SCRIPT), "--out", str(job.root / "out"), "--checkpoints", str(job.checkpoints)]
-        command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", *script, *map(str, arguments)]
-        return job.run(command)
+        command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+        return job.run([*command, *script(job, *arguments)])
 
     for name in ("undisturbed", "resumed"):
         (tmp_path / name).mkdir()
     options = ["--persist-every", 5, "--hidden", 400_000]
     with job_in(tmp_path / "undisturbed") as job:
-        assert torchrun(job, *options) == 0, job.output()
+        assert job.plain(SCRIPT, *script(job, *options), ranks=2) == 0, job.output()
         assert saved(job) == [5, 10, 12]
         expected = [result["digest"] for result in results(job, 2)]
     with job_in(tmp_path / "resumed") as job:

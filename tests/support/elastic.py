@@ -11,16 +11,21 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import holdfast
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only what is beside it
+
+from support.light_torch import spare_compiler
+from support.pacing import paced
 
 WIDTH = 12
 
@@ -58,7 +63,7 @@ def dataset(num_samples: int) -> TensorDataset:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def tell(path: Path, step: int) -> None:
@@ -87,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=50)
     parser.add_argument("--loader-workers", type=int, default=0)
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--paced", action="store_true", help="wait for the snapshots of the node (pacing.py)")
     parser.add_argument("--checkpoints")
     parser.add_argument("--persist-every", type=int)
     parser.add_argument("--progress", type=Path, help="a folder where each rank keeps the number of its finished steps")
@@ -98,6 +104,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
+    spare_compiler()
     if options.parallel != "none":
         dist.init_process_group("gloo")
     rank = int(os.environ.get("RANK", 0))
@@ -127,9 +134,9 @@ def main() -> None:
             write(
                 event="restored", step=session.step, tier=session.restored.tier, digest=state, samples=sampler.samples
             )
-        for step, (numbers, inputs, targets) in zip(
-            session.steps(options.steps), sampler.batches(loader), strict=False
-        ):
+        steps = session.steps(options.steps)
+        batches = sampler.batches(loader)
+        for step, (numbers, inputs, targets) in zip(paced(steps) if options.paced else steps, batches, strict=False):
             time.sleep(options.step_seconds)
             loss = nn.functional.mse_loss(model(inputs), targets) * sampler.loss_scale
             optimizer.zero_grad()

@@ -70,7 +70,7 @@ class Job:
                 cwd=self.root,
             )
 
-    def run(self, command: Sequence[str], *, timeout_s: float = 120, log: str = "log.txt") -> int:
+    def run(self, command: Sequence[str], *, timeout_s: float = 400, log: str = "log.txt") -> int:
         """Run a command to its end and give its exit code; a command that outlasts the limit is killed and fails."""
         process = self.start(command, log=log)
         try:
@@ -92,7 +92,7 @@ class Job:
         """The newest step that any rank has told of in the folder ``progress`` (``--progress`` of the scripts)."""
         return max((int(path.read_text() or 0) for path in self.root.glob("progress/[0-9]*")), default=0)
 
-    def wait_for(self, condition: Callable[[], object], what: str, *, within_s: float = 150) -> None:
+    def wait_for(self, condition: Callable[[], object], what: str, *, within_s: float = 400) -> None:
         """Until something is so; what it did not come to be is told with all output."""
         deadline = time.monotonic() + within_s
         while not condition():
@@ -148,7 +148,7 @@ def traces(job: Job) -> list[str]:
     return found
 
 
-def leftovers(job: Job, *, within_s: float = 10) -> list[str]:
+def leftovers(job: Job, *, within_s: float = 30) -> list[str]:
     """What is still there of the job after its end; a daemon that is just leaving gets a moment."""
     deadline = time.monotonic() + within_s
     while (found := traces(job)) and time.monotonic() < deadline:

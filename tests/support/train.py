@@ -21,7 +21,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script, it finds only what is beside it
+
+from support.light_torch import spare_compiler
 
 WIDTH = 24
 
@@ -49,7 +52,8 @@ def build(parallel: str) -> nn.Module:
 
 
 def local(value: object) -> object:
-    return value.to_local() if isinstance(value, DTensor) else value
+    """This rank's part. The class of sharded tensors is not imported for it: that takes a second."""
+    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def digest(value: object) -> str:
@@ -96,6 +100,7 @@ def held(
 ) -> Iterator[Iterator[int]]:
     """The steps of a Session."""
     import holdfast
+    from support.pacing import paced
 
     with holdfast.Session(
         model=model,
@@ -107,7 +112,17 @@ def held(
     ) as session:
         if session.restored is not None and int(os.environ.get("RANK", 0)) == 0:
             sys.stderr.write(f"RESTORED tier={session.restored.tier} step={session.restored.step}\n")
-        yield session.steps(until=options.steps)
+        steps = session.steps(until=options.steps)
+        yield paced(steps, standby_at=options.standby_at) if options.paced else steps
+
+
+def wait_for(gate: Path) -> None:
+    """Until a file exists; ten minutes at most."""
+    deadline = time.monotonic() + 600
+    while not gate.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{gate} does not come")
+        time.sleep(0.01)
 
 
 def parse() -> argparse.Namespace:
@@ -119,6 +134,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--snapshot-every", type=int, default=1)
     parser.add_argument("--persist-every", type=int)
     parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--paced", action="store_true", help="wait for the snapshots of the node (pacing.py)")
+    parser.add_argument("--standby-at", type=int, help="with --paced: the step before which a standby has to be ready")
+    parser.add_argument("--gate", type=Path, help="the body of step --gate-at does not begin before this file exists")
+    parser.add_argument("--gate-at", type=int)
     parser.add_argument("--progress", type=Path, help="a folder where each rank keeps the number of its finished steps")
     parser.add_argument("--out", type=Path, required=True)
     return parser.parse_args()
@@ -127,6 +146,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
+    spare_compiler()
     rank = int(os.environ.get("RANK", 0))
     if options.parallel != "none":
         dist.init_process_group("gloo")
@@ -139,6 +159,8 @@ def main() -> None:
     context = plain(options) if options.plain else held(options, model, optimizer, scheduler)
     with context as steps:
         for step in steps:
+            if step == options.gate_at:
+                wait_for(options.gate)
             generator = torch.Generator().manual_seed(1000 * step + rank)
             inputs = (
                 torch.randn(8, WIDTH, generator=generator) + 0.01 * float(np.random.rand()) + 0.01 * random.random()

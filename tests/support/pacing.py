@@ -1,0 +1,51 @@
+"""Keep a training script in step with its node, so that a failure at a given step finds what it is about.
+
+On a busy machine a script of quick steps would be past that step before the memory of its node is ready, before the
+daemon has granted a copy, or before a standby waits: then the job has nothing to go back to, or more to lose than a
+test allows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from holdfast.environment import WorkerEnvironment, worker_environment
+from holdfast.snapshot.control import ControlPage
+
+LIMIT_S = 30.0
+"""Where no grant has come for so long there is no memory tier: the steps go on without."""
+STANDBY_LIMIT_S = 60.0
+FIRST = 2
+"""Steps that wait for nothing: after them the sizes are known, and the arena is made."""
+
+
+def paced(steps: Iterator[int], *, standby_at: int | None = None) -> Iterator[int]:
+    """The same steps; each waits until the daemon has granted a copy of what it ends with, or of a later step.
+
+    Args:
+        steps: of a Session.
+        standby_at: the step before which a standby has to be ready besides.
+    """
+    environment = worker_environment()
+    if environment is None:
+        yield from steps
+        return
+    waits = True
+    with ControlPage.open(environment.arena / "control") as page:
+        for number, step in enumerate(steps):
+            deadline = time.monotonic() + LIMIT_S
+            while waits and number >= FIRST and not any(granted > step for _, granted in page.grants()):
+                waits = time.monotonic() < deadline
+                time.sleep(0.002)
+            if step == standby_at:
+                _wait_for_standby(environment)
+            yield step
+
+
+def _wait_for_standby(environment: WorkerEnvironment) -> None:
+    deadline = time.monotonic() + STANDBY_LIMIT_S
+    while b'"kind":"standby"' not in (environment.run_dir / "events.jsonl").read_bytes():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no standby within {STANDBY_LIMIT_S} s")
+        time.sleep(0.02)
