@@ -70,7 +70,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
         (job.root / "hello.py").write_text(HELLO)
         commands = json.dumps([job.holdfast(*launch.flags)[1:] for launch in LAUNCHES.values()])
         assert job.run([str(BIN / "python"), "-c", COMMANDS, commands]) == 0, job.output()
-        codes = map(int, job.output().split())
+        codes = [int(line) for line in job.output().splitlines() if line.isdigit()]
         left = leftovers(job)
         said = [job.output(f"log-{number}.txt") for number in range(len(LAUNCHES))]
         return {name: (code, text, left) for name, code, text in zip(LAUNCHES, codes, said, strict=True)}

@@ -18,7 +18,19 @@ from holdfast.checkpoint.commit import list_steps, open_checkpoint
 from holdfast.snapshot.arena import Arena, SlotState
 from holdfast.snapshot.messages import Bye, Notice, RestoreChosen, Shutdown
 from support.snapshot_worker import Plan
-from support.snapshots import TIMEOUT_S, Job, Node, wait_for
+from support.snapshots import TIMEOUT_S, Job, Node, changed, wait_for
+
+HANGS_IN_FSYNC = """
+import os, stat, time
+
+def hang(descriptor, fsync=os.fsync):
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        open(os.environ["IN_FSYNC"], "w").close()
+        time.sleep(600)
+    fsync(descriptor)
+os.fsync = hang
+"""
+"""For a daemon: the files that it writes never come to their end; folders do."""
 
 
 @pytest.fixture
@@ -67,11 +79,20 @@ def test_a_session_over_some_ranks_of_the_node_snapshots_persists_and_is_restore
     assert not any(found.local_rank == 1 for found in Arena.open(node.arena).scan())
 
 
-def test_a_save_survives_the_death_of_the_daemon_that_writes_it(node: Node, tmp_path: Path) -> None:
+def test_a_save_survives_the_death_of_the_daemon_that_writes_it(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job, directory = Job([node], 1), tmp_path / "c"
-    plan = Plan(until=200, ranks=(0,), checkpoint_dir=str(directory), step_s=0.01, save_at=20, row_bytes=48 << 20)
+    node.kill_daemon()
+    with monkeypatch.context() as patch:
+        changed(patch, tmp_path, HANGS_IN_FSYNC)
+        patch.setenv("IN_FSYNC", str(tmp_path / "in-fsync"))
+        node.start_daemon()
+        node.hello()
+    plan = Plan(until=200, ranks=(0,), checkpoint_dir=str(directory), step_s=0.01, save_at=20, row_bytes=8 << 20)
     [worker] = job.start(plan)
-    wait_for(lambda: any(directory.glob("step-*/*")), "the save is being written", step_s=0.0005)
+    wait_for((tmp_path / "in-fsync").exists, "the save is being written")
+    assert any(directory.glob("step-*/*"))
     node.kill_daemon()
     assert not any(directory.glob("step-*/root"))
     node.start_daemon()

@@ -15,7 +15,7 @@ from holdfast.checkpoint.commit import list_steps, open_checkpoint
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, SlotState, read_header_of
 from holdfast.snapshot.messages import Notice, ParityMade, Progress, RestoreChosen
 from support.snapshot_worker import Plan
-from support.snapshots import Job, Node, wait_for
+from support.snapshots import Job, Node, changed, wait_for
 
 ROW = 5 << 19
 NEVER_WRITES = """
@@ -105,12 +105,6 @@ def flip(path: Path, offset: int) -> None:
     [byte] = os.pread(descriptor, 1, offset)
     os.pwrite(descriptor, bytes([byte ^ 4]), offset)
     os.close(descriptor)
-
-
-def changed(patch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
-    """Daemons that are started now run `code` first."""
-    (folder / "sitecustomize.py").write_text(code)
-    patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
 def clean(node: Node, pattern: str) -> list[Path]:

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import zmq
@@ -34,6 +34,9 @@ from holdfast.snapshot.messages import (
 from holdfast.snapshot.records import Member
 from support.snapshot_worker import Plan
 
+if TYPE_CHECKING:
+    import pytest  # benchmarks do without it
+
 M = TypeVar("M")
 TIMEOUT_S = 90.0
 WORKER = Path(__file__).with_name("snapshot_worker.py")
@@ -45,6 +48,12 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = TIME
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s until {what}"
         time.sleep(step_s)
+
+
+def changed(patch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    """Daemons that are started now run `code` first."""
+    (folder / "sitecustomize.py").write_text(code)
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
 
 
 class Worker:
