@@ -21,16 +21,16 @@ from support.snapshot_worker import Plan
 from support.snapshots import TIMEOUT_S, Job, Node, changed, wait_for
 
 HANGS_IN_FSYNC = """
-import os, stat, time
+import os, time
 
 def hang(descriptor, fsync=os.fsync):
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+    if "/step-" in os.readlink(f"/proc/self/fd/{descriptor}"):
         open(os.environ["IN_FSYNC"], "w").close()
         time.sleep(600)
     fsync(descriptor)
 os.fsync = hang
 """
-"""For a daemon: the files that it writes never come to their end; folders do."""
+"""For a daemon: what it writes of a step never comes to its end."""
 
 
 @pytest.fixture
@@ -69,12 +69,13 @@ def test_a_session_over_some_ranks_of_the_node_snapshots_persists_and_is_restore
     node.hello()
     node.complete(complete + 20)
     job.end()
-    job.start(Plan(until=complete + 200, ranks=(0, 2), checkpoint_dir=str(tmp_path / "c"), step_s=0.002))
+    until = node.newest_complete + 200
+    job.start(Plan(until=until, ranks=(0, 2), checkpoint_dir=str(tmp_path / "c"), step_s=0.002))
     for worker in [one for rank, one in enumerate(job.finish()) if rank != 1]:
         assert worker.event("restored")["tier"] == "memory"
         assert worker.event("restored")["step"] > complete
-        assert worker.event("persisted")["step"] == complete + 200
-    with open_checkpoint(tmp_path / "c" / f"step-{complete + 200:08d}") as catalog:
+        assert worker.event("persisted")["step"] == until
+    with open_checkpoint(tmp_path / "c" / f"step-{until:08d}") as catalog:
         assert catalog.tensors["w"].shape == (2, 65536)
     assert not any(found.local_rank == 1 for found in Arena.open(node.arena).scan())
 
