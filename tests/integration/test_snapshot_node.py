@@ -313,11 +313,12 @@ def test_a_checkpoint_directory_that_is_removed_while_the_job_runs_costs_no_step
     complete = node.complete(30).version.step
     shutil.rmtree(tmp_path / "c")
     job.end()
-    [worker] = job.start(Plan(until=complete + 200, ranks=(0,), checkpoint_dir=str(tmp_path / "c"), step_s=0.002))
+    until = node.newest_complete + 200
+    [worker] = job.start(Plan(until=until, ranks=(0,), checkpoint_dir=str(tmp_path / "c"), step_s=0.002))
     job.finish()
     assert worker.event("restored")["tier"] == "memory"
     assert worker.event("restored")["step"] >= complete
-    assert worker.event("persisted")["step"] == complete + 200
+    assert worker.event("persisted")["step"] == until
 
 
 @pytest.mark.parametrize("removed", [False, True], ids=["without checkpoint_dir", "directory removed"])
@@ -404,16 +405,17 @@ def test_garbage_on_the_sockets_is_dropped(node: Node) -> None:
 def test_a_worker_that_outlived_its_generation_stops_and_harms_nothing(node: Node) -> None:
     job = Job([node], 1)
     [zombie] = job.start(Plan(until=100000, ranks=(0,), step_s=0.005))
-    complete = node.complete(20).version.step
+    node.complete(20)
     zombie.process.send_signal(signal.SIGSTOP)
-    [worker] = job.start(Plan(until=complete + 100, ranks=(0,), step_s=0.005))
-    node.complete(complete + 20)
+    until = node.newest_complete + 100
+    [worker] = job.start(Plan(until=until, ranks=(0,), step_s=0.005))
+    node.complete(until - 80)
     zombie.process.send_signal(signal.SIGCONT)
     job.finish()
-    assert worker.event("done")["step"] == complete + 100
+    assert worker.event("done")["step"] == until
     assert zombie.process.wait(TIMEOUT_S) == 1
     newest = max((found.header for found in Arena.open(node.arena).scan()), key=lambda header: header.version.step)
-    assert newest.version == job.generation.at(complete + 100)
+    assert newest.version == job.generation.at(until)
 
 
 def test_sessions_that_differ_are_refused_on_every_rank(node: Node) -> None:
