@@ -29,8 +29,8 @@ from holdfast.erasure.groups import CHUNK_ALIGNMENT, Group, chunk_ranges, needs_
 
 CHUNK_BYTES: Final = 3 << 20
 """Each chunk that is under way takes as much memory beside the arena, and the caches of the node's processor hold those
-of all connections. What a chunk costs beside its bytes (questions, wake-ups) is some 0.3 ms: with 1 MiB a fifth more of
-processor time for the whole."""
+of all connections. What a chunk costs beside its bytes (questions, wake-ups) is some 0.3 ms: with 2 MiB a twelfth more
+of processor time for the whole."""
 
 
 class Extent(msgspec.Struct, frozen=True):
