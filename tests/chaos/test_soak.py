@@ -1,6 +1,7 @@
 """Half an hour of faults: four nodes, something of a random kind breaks every 10 to 20 s, and the end is torchrun's.
 
-`make soak` runs it; HOLDFAST_SOAK_S makes it shorter. Goodput and what struck are printed.
+`make soak` runs it; HOLDFAST_SOAK_S (about how long it is struck, in seconds) makes it shorter. Goodput and what struck
+are printed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from support.nodes import Node
 SOAK_S = float(os.environ.get("HOLDFAST_SOAK_S", "1800"))
 NODES = 4
 STEP_S = 0.2
-STEPS = max(50, round(SOAK_S / STEP_S))
+GOODPUT = 0.55
+"""Expected, of what nobody disturbs: by it the number of steps is such that the job is struck for about SOAK_S."""
+STEPS = max(50, round(SOAK_S * GOODPUT / STEP_S))
 KINDS = ("kill", "stop", "daemon", "power")
 
 
