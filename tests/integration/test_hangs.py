@@ -8,6 +8,9 @@ import pytest
 
 from support.jobs import TRAIN, Job, job_in, leftovers
 
+pytestmark = pytest.mark.timeout(900)
+"""Long is what these jobs are about; each has a limit of its own."""
+
 SCRIPT = Path(__file__).with_name("hang_script.py")
 
 
