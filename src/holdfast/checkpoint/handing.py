@@ -11,16 +11,19 @@ group's store; what does not is dropped. Bytes were verified by the reader; a ta
 
 from __future__ import annotations
 
+import mmap
+import os
 import secrets
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from hmac import compare_digest
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from threading import Event
+from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
 import xxhash
@@ -29,16 +32,15 @@ from msgspec.structs import replace
 
 from holdfast.checkpoint.slab import Place, SeenSlab, Slab
 from holdfast.checkpoint.wants import UNIT_BYTES, Unit
-from holdfast.errors import PeerError, PeerTimeout
+from holdfast.errors import PeerError, PeerTimeout, StorageError
 
 _READERS = 4
 _AHEAD = 8
 """Units that a reader holds, and that a rank has asked for."""
 _HINTED = 8
 """Units that the system is asked to read ahead."""
-_POLL_MS = 1
-_IDLE_POLL_MS = 50
-_READ_POLL_S = 0.01
+_CHECK_MS = 50
+"""How long to wait before looking whether another rank has failed."""
 
 Key = tuple[int, int]
 """Image and first block of a unit."""
@@ -176,6 +178,11 @@ class Post:
         outbox.send(_encoder.encode(replace(message, tag=self._tag(message, data))), zmq.SNDMORE)
         outbox.send(data, copy=True)
 
+    @property
+    def inbox(self) -> zmq.Socket[bytes]:
+        """Readable when there is something to receive; for a poller."""
+        return self._inbox
+
     def receive(self, timeout_ms: int) -> tuple[_Message, memoryview] | None:
         """The next message of ours, None where none comes in time."""
         while self._inbox.poll(timeout_ms):
@@ -226,6 +233,7 @@ class Handing:
         post: Post | None,
         *,
         read: Callable[[Unit, memoryview], memoryview],
+        verify: Callable[[Unit, memoryview], None],
         will_read: Callable[[Unit], None],
         take: Callable[[Unit, memoryview], None],
         check: Callable[[], None],
@@ -235,8 +243,10 @@ class Handing:
         Args:
             rank: this one.
             post: None where this process loads alone.
-            read: gives the verified bytes of a unit, in the memory that it is given where they fit; called by reading
-                threads, never two at once for one image.
+            read: gives the bytes of a unit, in the memory that it is given where they fit; called by reading threads,
+                for the units of one image in their order and never two at once: so the system sees a file that is
+                read from its start to its end, and reads ahead.
+            verify: raises where these bytes are not what was saved; called by reading threads, while the next are read.
             will_read: is told which units are to be read soon; called by reading threads, too.
             take: uses them, here; the bytes are good until it returns.
             check: raises when another rank has failed; called now and then while this one waits.
@@ -245,6 +255,7 @@ class Handing:
         self._rank = rank
         self._post = post
         self._read = read
+        self._verify = verify
         self._will_read = will_read
         self._take = take
         self._check = check
@@ -269,53 +280,63 @@ class Handing:
             to_read=deque(unit for unit in units if unit.reader == self._rank),
             to_ask=deque(unit for unit in units if unit.reader != self._rank),
         )
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="holdfast-load") as pool:
+        with (
+            _Bell(self._post) as bell,
+            ThreadPoolExecutor(_READERS, thread_name_prefix="holdfast-load") as pool,
+        ):
             try:
-                self._loop(turn, pool)
+                self._loop(turn, pool, bell)
             finally:
                 for future in turn.reading:
                     future.cancel()
 
-    def _loop(self, turn: _Turn, pool: ThreadPoolExecutor) -> None:
+    def _loop(self, turn: _Turn, pool: ThreadPoolExecutor, bell: _Bell) -> None:
         heard = time.monotonic()
         while turn.is_open:
-            self._begin(turn, pool)
-            if self._end_reads(turn) or self._hear(turn):
+            self._begin(turn, pool, bell)
+            ended, came = self._end_reads(turn), self._hear(turn)
+            if ended or came:
                 heard = time.monotonic()
-            elif turn.waits_for_others:
+            elif not bell.wait(_CHECK_MS) and turn.waits_for_others:
                 self._check()
                 if time.monotonic() - heard > self._timeout.total_seconds():
                     ranks = sorted({unit.reader for unit in turn.asked.values()} | turn.silent())
                     raise PeerTimeout(f"nothing came from or was taken by rank {', '.join(map(str, ranks[:10]))}")
 
-    def _begin(self, turn: _Turn, pool: ThreadPoolExecutor) -> None:
+    def _begin(self, turn: _Turn, pool: ThreadPoolExecutor, bell: _Bell) -> None:
         while turn.to_read and self._free:
             unit, slot = turn.to_read.popleft(), self._free.pop()  # the one used last: its memory is warm
-            following = turn.take_following(_HINTED)
-            turn.reading[pool.submit(self._hint_and_read, unit, self._memory(slot), following)] = unit, slot
+            following, order = turn.take_following(_HINTED), turn.next_in(unit.image)
+            future = pool.submit(self._read_in_order, unit, self._memory(slot), following, order)
+            turn.reading[future] = unit, slot
+            future.add_done_callback(order.let_pass)  # also where it is cancelled
+            future.add_done_callback(bell.ring)
         while turn.to_ask and len(turn.asked) < _AHEAD:
             unit = turn.to_ask.popleft()
             turn.asked[unit.image, unit.first] = unit
             assert self._post is not None
             self._post.ask(unit.reader, unit)
 
-    def _hint_and_read(self, unit: Unit, memory: memoryview, following: Sequence[Unit]) -> memoryview:
+    def _read_in_order(self, unit: Unit, memory: memoryview, following: Sequence[Unit], order: _Order) -> memoryview:
         """For reading threads."""
+        if not order.before.wait(self._timeout.total_seconds()):
+            raise StorageError(f"what lies before block {unit.first} of an image was not read within {self._timeout}")
         for soon in following:
             self._will_read(soon)
-        return self._read(unit, memory)
+        data = self._read(unit, memory)
+        order.let_pass()
+        self._verify(unit, data)
+        return data
 
     def _memory(self, slot: int) -> memoryview:
         if not self._slots[slot]:
-            self._slots[slot] = memoryview(bytearray(UNIT_BYTES)) if self._post is None else self._post.slab.slot(slot)
+            # Memory that was never touched costs nothing: what is read straight into tensors needs no slot.
+            alone = self._post is None
+            self._slots[slot] = memoryview(mmap.mmap(-1, UNIT_BYTES)) if alone else self._post.slab.slot(slot)
         return self._slots[slot]
 
     def _end_reads(self, turn: _Turn) -> bool:
-        if not turn.reading:
-            return False
-        # Where nothing is to come from others and nobody was promised anything, only reads are to be waited for.
-        patience = None if self._post is None else 0.0 if turn.asked or turn.held else _READ_POLL_S
-        done, _ = wait(turn.reading, timeout=patience, return_when=FIRST_COMPLETED)
+        done = [future for future in turn.reading if future.done()]
         for future in done:
             unit, slot = turn.reading.pop(future)
             data = future.result()
@@ -352,7 +373,7 @@ class Handing:
     def _hear(self, turn: _Turn) -> bool:
         if self._post is None:
             return False
-        came = self._post.receive(_POLL_MS if turn.reading else _IDLE_POLL_MS)
+        came = self._post.receive(0)
         if came is None:
             return False
         message, data = came
@@ -393,6 +414,50 @@ class _Held(NamedTuple):
     """Whether `data` lies in the slot."""
 
 
+class _Order(NamedTuple):
+    """A read's place among those of its image."""
+
+    before: Event
+    """Set when the one before it has its bytes, or will never have them."""
+    done: Event
+
+    def let_pass(self, _: object = None) -> None:
+        """The next one may begin."""
+        self.done.set()
+
+
+class _Bell:
+    """Wakes the thread that loads: a read has ended, or a message has come. Any thread may ring."""
+
+    def __init__(self, post: Post | None) -> None:
+        """
+        Args:
+            post: whose messages; None: there are none.
+        """
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._poller.register(self._fd, zmq.POLLIN)
+        if post is not None:
+            self._poller.register(post.inbox, zmq.POLLIN)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._fd)
+
+    def ring(self, _: object) -> None:
+        """A read has ended."""
+        os.eventfd_write(self._fd, 1)
+
+    def wait(self, timeout_ms: int) -> bool:
+        """Whether anything came in time."""
+        came = dict(self._poller.poll(timeout_ms))
+        if self._fd in came:
+            os.eventfd_read(self._fd)
+        return bool(came)
+
+
 class _Turn:
     """How far one `Handing.run` is."""
 
@@ -405,6 +470,18 @@ class _Turn:
         """With the slot."""
         self.held: dict[Key, _Held] = {}
         self.asked: dict[Key, Unit] = {}
+        self._read_last: dict[int, Event] = {}
+        """Of each image: set when the read that was begun last has its bytes."""
+
+    def next_in(self, image: int) -> _Order:
+        """The place of the next read of an image."""
+        done = Event()
+        before = self._read_last.get(image)
+        if before is None:
+            before = Event()
+            before.set()
+        self._read_last[image] = done
+        return _Order(before, done)
 
     def take_following(self, limit: int) -> list[Unit]:
         """Those of the next `limit` units to read that were not among them before; called after each `popleft`."""

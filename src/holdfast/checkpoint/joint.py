@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -122,7 +122,6 @@ class JointReading:
         self._has_met = False
         """Whether the others' addresses are known."""
         self._wanted: dict[int, _OfImage] = {}
-        self._locks: dict[int, Lock] = {}
         self.more = b""
 
     def __enter__(self) -> Self:
@@ -148,6 +147,7 @@ class JointReading:
             self._ranks.rank,
             self._post,
             read=self._read,
+            verify=self._verify,
             will_read=self._will_read,
             take=self._take,
             check=self._meeting.check,
@@ -230,8 +230,6 @@ class JointReading:
 
     def _meet_headers(self, images: Collection[int]) -> None:
         """Tell which images are wanted; have their headers read, each by one rank."""
-        for image in images:
-            self._locks.setdefault(image, Lock())
         unknown = sorted(image for image in images if not self.catalog.images[image].is_known)
         endpoint = b"" if self._post is None or self._has_met else self._post.endpoint
         said = self._meeting.gather(msgspec.msgpack.encode((endpoint, unknown)))
@@ -271,15 +269,27 @@ class JointReading:
 
     def _read(self, unit: Unit, memory: memoryview) -> memoryview:
         """For reading threads."""
-        with self._locks[unit.image]:
-            image = self.catalog.images[unit.image]
-            if unit.first == HEADER:
-                return image.header()
-            try:
-                return image.blocks(unit.first, unit.end, self._place(unit) or memory)
-            except HoldfastError as error:
-                pull = next(iter(self._within(unit, (unit.end - unit.first) * image.meta.block_bytes)))
-                raise type(error)(f"{pull.name}{pull.wanted} cannot be read: {error}") from error
+        image = self.catalog.images[unit.image]
+        if unit.first == HEADER:
+            return image.header()
+        with self._named(unit):
+            return image.unverified(unit.first, unit.end, self._place(unit) or memory)
+
+    def _verify(self, unit: Unit, data: memoryview) -> None:
+        """For reading threads."""
+        if unit.first != HEADER:
+            with self._named(unit):
+                self.catalog.images[unit.image].check(unit.first, data)
+
+    @contextmanager
+    def _named(self, unit: Unit) -> Iterator[None]:
+        """Errors say which tensor it is about."""
+        try:
+            yield
+        except HoldfastError as error:
+            block_bytes = self.catalog.images[unit.image].meta.block_bytes
+            pull = next(iter(self._within(unit, (unit.end - unit.first) * block_bytes)))
+            raise type(error)(f"{pull.name}{pull.wanted} cannot be read: {error}") from error
 
     def _will_read(self, unit: Unit) -> None:
         """For reading threads."""

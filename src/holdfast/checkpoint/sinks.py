@@ -50,7 +50,8 @@ class Sink:
         """Take bytes of the region in its C order, from byte `start` on; False where it cannot take them so."""
         if self._bytes is None:
             return False
-        self._bytes[start : start + len(data)] = data
+        # By numpy, which lets other threads read and verify meanwhile.
+        numpy.asarray(self._bytes)[start : start + len(data)] = numpy.asarray(data)
         return True
 
     def put(self, box: Box, elements: NDArray[Any]) -> None:

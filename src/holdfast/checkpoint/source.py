@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
@@ -12,6 +13,8 @@ from holdfast.errors import CorruptError, StorageError
 
 _HINT_BYTES = 128 << 10
 """Linux takes a longer hint for one of this length, or of a little more."""
+_DEEP_BYTES = 2 << 20
+"""A system that reads so far ahead by itself needs no hints."""
 
 
 class Source(Protocol):
@@ -39,6 +42,8 @@ class FileSource:
         self._offset = offset
         self._fd: int | None = None
         self._opening = Lock()
+        self._is_deep: bool | None = None
+        """Whether the system reads far ahead in this file; None: not looked up yet."""
 
     def read(self, offset: int, length: int) -> memoryview:
         """See `Source.read`.
@@ -72,9 +77,17 @@ class FileSource:
             raise CorruptError(f"{self._path} ends {length - done} bytes short of {self._offset + offset + length}")
 
     def will_read(self, offset: int, length: int) -> None:
-        """Have the system begin to read a range that is read soon. A hint: nothing comes of it where that fails."""
+        """Have the system begin to read a range that is read soon. A hint: nothing comes of it where that fails.
+
+        None is given where the system reads far ahead by itself, which costs it a third: it keeps in large pages what
+        it reads in order, and what it was told about in small ones.
+        """
         with suppress(OSError):
             fd = self._open()
+            if self._is_deep is None:
+                self._is_deep = _read_ahead_bytes(os.fstat(fd).st_dev) >= _DEEP_BYTES
+            if self._is_deep:
+                return
             for start in range(self._offset + offset, self._offset + offset + length, _HINT_BYTES):
                 os.posix_fadvise(fd, start, _HINT_BYTES, os.POSIX_FADV_WILLNEED)
 
@@ -89,6 +102,16 @@ class FileSource:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+
+@cache
+def _read_ahead_bytes(device: int) -> int:
+    """How far the system reads ahead in files of a device; 0 where it does not say."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for place in (f"block/{number}/queue", f"block/{number}/../queue", f"../class/bdi/{number}"):
+        with suppress(OSError, ValueError):
+            return int(Path(f"/sys/dev/{place}/read_ahead_kb").read_text()) << 10
+    return 0
 
 
 class MemorySource:

@@ -129,16 +129,32 @@ class OpenImage:
             CorruptError: one does not match its checksum; names image and block.
             StorageError, PeerError: the source cannot give them.
         """
+        data = self.unverified(first, end, into)
+        self.check(first, data)
+        return data
+
+    def unverified(self, first: int, end: int, into: memoryview | None = None) -> memoryview:
+        """The same before `check`, which another thread may do.
+
+        Raises:
+            CorruptError, StorageError, PeerError: the source cannot give them.
+        """
         start, length = self.extent(first, end)
         if into is not None and len(into) >= length and isinstance(self.source, FileSource):
             data = into[:length]
             self.source.read_into(start, data)
-        else:
-            data = self.source.read(start, length)
+            return data
+        return self.source.read(start, length)
+
+    def check(self, first: int, data: memoryview) -> None:
+        """Verify whole blocks, from `first` on. Any thread, once the header is known.
+
+        Raises:
+            CorruptError: one does not match its checksum; names image and block.
+        """
         size = self.meta.block_bytes
-        for block in range(first, end):
-            self._check(block, data[(block - first) * size : (block - first + 1) * size])
-        return data
+        for start in range(0, len(data), size):
+            self._check(first + start // size, data[start : start + size])
 
     def will_read(self, first: int, end: int) -> None:
         """`blocks` will be called for these."""
