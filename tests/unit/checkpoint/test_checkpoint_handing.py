@@ -1,0 +1,148 @@
+"""How units are read: in the order of each file, verified beside, and noticed soon."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from holdfast.checkpoint import handing, meeting, source
+from holdfast.checkpoint.handing import Handing
+from holdfast.checkpoint.source import FileSource
+from holdfast.checkpoint.wants import Unit
+from holdfast.errors import CorruptError
+
+_LIMIT = timedelta(seconds=30)
+
+
+def _handing(
+    read: Callable[[Unit], None], verify: Callable[[Unit], None], taken: list[Unit], *, timeout: timedelta = _LIMIT
+) -> Handing:
+    def read_into(unit: Unit, memory: memoryview) -> memoryview:
+        read(unit)
+        return memory[:8]
+
+    return Handing(
+        0,
+        None,
+        read=read_into,
+        verify=lambda unit, data: verify(unit),
+        will_read=lambda unit: None,
+        take=lambda unit, data: taken.append(unit),
+        check=lambda: None,
+        timeout=timeout,
+    )
+
+
+def _units(count: int, image: int = 0) -> list[Unit]:
+    return [Unit(image, number, number + 1, 0, (0,)) for number in range(count)]
+
+
+def test_a_file_is_read_in_order_while_what_was_read_is_verified() -> None:
+    begun = [Event() for _ in range(20)]
+    early: list[int] = []
+
+    def read(unit: Unit) -> None:
+        begun[unit.first].set()
+        if begun[unit.first + 1].wait(0.002):
+            early.append(unit.first + 1)
+
+    def verify(unit: Unit) -> None:
+        assert unit.first == 18 or begun[unit.first + 1].wait(_LIMIT.total_seconds()), unit
+
+    taken: list[Unit] = []
+    _handing(read, verify, taken).run(reversed(_units(19)))
+    assert early == []
+    assert sorted(taken) == _units(19)
+
+
+def test_files_are_read_side_by_side() -> None:
+    both = [Event(), Event()]
+
+    def read(unit: Unit) -> None:
+        both[unit.image].set()
+        assert both[1 - unit.image].wait(_LIMIT.total_seconds())
+
+    _handing(read, lambda unit: None, []).run([*_units(1, image=0), *_units(1, image=1)])
+
+
+def test_one_that_cannot_be_read_ends_it_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[bool] = []
+
+    class Noted(Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(super().wait(timeout))
+            return waits[-1]
+
+    monkeypatch.setattr(handing, "Event", Noted)
+
+    def read(unit: Unit) -> None:
+        if unit.first == 3:
+            raise CorruptError("block 3")
+
+    taken: list[Unit] = []
+    with pytest.raises(CorruptError, match="block 3"):
+        _handing(read, lambda unit: None, taken, timeout=timedelta(seconds=5)).run(_units(100))
+    assert waits
+    assert all(waits)
+    assert set(taken) <= {unit for unit in _units(100) if unit.first != 3}
+    assert len(taken) < 99
+
+
+def test_what_is_wrong_is_not_taken() -> None:
+    def verify(unit: Unit) -> None:
+        if unit.first == 2:
+            raise CorruptError("block 2")
+
+    taken: list[Unit] = []
+    with pytest.raises(CorruptError, match="block 2"):
+        _handing(lambda unit: None, verify, taken).run(_units(50))
+    assert _units(50)[2] not in taken
+
+
+@pytest.mark.parametrize(("read_ahead", "hinted"), [(128 << 10, 5 << 20), (8 << 20, 0)])
+def test_the_system_is_told_what_comes_unless_it_reads_far_ahead_anyway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_ahead: int, hinted: int
+) -> None:
+    ranges: list[tuple[int, int]] = []
+    monkeypatch.setattr(source, "_read_ahead_bytes", lambda device: read_ahead)
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, length, advice: ranges.append((start, length)))
+    (tmp_path / "f").write_bytes(b"x")
+    file = FileSource(tmp_path / "f", offset=4096)
+    file.will_read(1 << 20, 5 << 20)
+    file.close()
+    assert sum(length for _, length in ranges) == hinted
+    assert all(a + n == b for (a, n), (b, _) in pairwise(ranges))
+    assert all(length <= read_ahead for _, length in ranges)
+    assert not ranges or ranges[0][0] == 4096 + (1 << 20)
+
+
+def test_how_far_a_system_reads_ahead_is_known_or_zero() -> None:
+    assert source._read_ahead_bytes(os.makedev(4095, 77)) == 0
+    assert source._read_ahead_bytes(Path(__file__).stat().st_dev) >= 0
+
+
+@pytest.mark.parametrize(("num_waiting", "longest"), [(2, 0.1), (10_000, 2.0)])
+def test_what_comes_is_noticed_within_a_sixteenth_of_the_time_it_took(
+    monkeypatch: pytest.MonkeyPatch, num_waiting: int, longest: float
+) -> None:
+    now = 1000.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "sleep", sleep)
+    looked = [now - 1000 for _ in meeting.polls(timedelta(seconds=60), num_waiting)]
+    assert looked[0] == 0
+    assert looked[-1] == pytest.approx(60)
+    gaps = [b - a for a, b in pairwise(looked)]
+    assert all(gap <= min(max(0.002, at / 16), longest) + 1e-9 for at, gap in zip(looked, gaps, strict=False))
+    assert len(looked) < (800 if longest < 1 else 200)
