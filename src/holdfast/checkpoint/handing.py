@@ -331,8 +331,9 @@ class Handing:
     def _memory(self, slot: int) -> memoryview:
         if not self._slots[slot]:
             # Memory that was never touched costs nothing: what is read straight into tensors needs no slot.
-            alone = self._post is None
-            self._slots[slot] = memoryview(mmap.mmap(-1, UNIT_BYTES)) if alone else self._post.slab.slot(slot)
+            self._slots[slot] = (
+                memoryview(mmap.mmap(-1, UNIT_BYTES)) if self._post is None else self._post.slab.slot(slot)
+            )
         return self._slots[slot]
 
     def _end_reads(self, turn: _Turn) -> bool:
