@@ -4,6 +4,8 @@ Every rank handles units in the same order and asks for at most a few at a time;
 all have asked for it, at most a few units too. So memory is bounded on both sides, and nobody waits in a circle: the
 first unfinished unit is always among those that its reader reads and its wanters ask for.
 
+Units of one file are read one after the other, as the system expects of whom it reads ahead for, and verified beside.
+
 Ranks of one host look at what was read where the reader has it (`holdfast.checkpoint.slab`), to others it is sent.
 Messages go over ZeroMQ, straight between ranks. Each carries a random key that its receiver told through the process
 group's store; what does not is dropped. Bytes were verified by the reader; a tag of the message guards the way.
