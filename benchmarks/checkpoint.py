@@ -244,8 +244,8 @@ def gathered(options: Options, flat: State) -> State:
     state: State = {}
     rank, world = dist.get_rank(), dist.get_world_size()
     mesh = DeviceMesh("cpu", list(range(world)))
+    whole = torch.empty(options.rows * COLUMNS)
     for index, (name, part) in enumerate(flat.items()):
-        whole = torch.empty(options.rows * COLUMNS)
         for owner, (start, end) in enumerate(pairwise(flat_cuts(options, index, world))):
             if owner == rank:
                 whole[start:end] = part.tensor
@@ -376,7 +376,7 @@ class Rank:
             for key in subjects:
                 self._prepare(self._kept(key, saved), DROPPED)
             self._rounds(title, subjects)
-            if condition == HOT:
+            if condition == DROPPED:  # what warms the cache would count as read
                 self._costs(f"load {name}", {key: subjects[key] for key in self.measured[title]})
 
     def _kept(self, key: str, side: Side) -> Path:
@@ -561,7 +561,7 @@ def report(results: Results, skipped: dict[str, str], size_mb: float) -> str:
         rows = []
         for key, values in subjects.items():
             over = estimate(ratios(values, subjects["raw"]))
-            load = name.removesuffix(f", {HOT}")
+            load = name.removesuffix(f", {DROPPED}")
             costs = [results.get(f"{load}: {what}", {}).get(key) for what in ("read over needed", "peak MB")]
             shown = [f"{cost[0]:.3g}" if cost else "-" for cost in costs]
             rows.append([key, str(estimate([1000 * value for value in values])), str(over), *shown])
