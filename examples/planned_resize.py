@@ -7,6 +7,7 @@ Stock torch alone: a stretch begins from the checkpoint that the one before has 
 `torch.distributed.checkpoint`, and leaves one. holdfast is not imported.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -46,6 +47,9 @@ def main() -> None:
     if args.digest_out and dist.get_rank() == 0:
         args.digest_out.write_text(final + "\n")
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # Without the interpreter's end: a thread of gloo may drop the last tensor there, and abort (pytorch issue 190489).
+    os._exit(0)
 
 
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: object) -> int:
