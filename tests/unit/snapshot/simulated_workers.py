@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simulated_truth import Truth
-from simulated_world import File, Violation, Worker
+from simulated_world import PATIENCE, File, Violation, Worker
 
 from holdfast.snapshot import agreement, ledger
 
@@ -106,10 +106,11 @@ class Workers(Truth):
                     )
                 )
             case "secure":  # for a moment only: it may go on at any time
+                worker.looks += not self.chaos
                 if worker.step in node.grants.values():
                     self._want(worker)
                     worker.stage = "body"
-                elif self.rng.random() < 0.02:
+                elif self.rng.random() < 0.02 or worker.looks >= PATIENCE:
                     self.seen["restored state not granted in time"] += 1
                     worker.stage = "body"
             case "body":

@@ -18,6 +18,9 @@ from holdfast.snapshot.reports import Agreed, Pin, Request, SlotRef
 
 ROUNDS = 150
 """Rounds (each possible action once) within which a job must end after the last fault; sound runs need about 60."""
+PATIENCE = 40
+"""Looks (two a round) after which a worker waits no longer for the grant of the restored step, once faults have ended:
+the wait has a limit on the clock, and what ends by chance alone may outlast any number of rounds."""
 
 
 class Violation(AssertionError):
@@ -75,6 +78,8 @@ class Worker:
     bells: deque[object] = field(default_factory=deque)
     connected_to: int = 0
     performed: int | None = None
+    looks: int = 0
+    """At the grant of the restored step, since faults have ended."""
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import ledger_simulation as simulation
 import msgspec
 import pytest
+from simulated_world import PATIENCE, Worker
 
 from holdfast.checkpoint.version import Version
 from holdfast.snapshot import chain, leader, ledger
@@ -61,6 +62,20 @@ def test_a_campaign_of_schedules_with_parity_holds_all_invariants():
 
 def test_parity_survives_a_restart_between_its_report_and_the_orders_that_name_it():
     _hold(range(215_946, 215_947))
+
+
+def test_a_worker_that_waits_for_a_restored_step_which_is_never_granted_goes_on_within_a_bound():
+    """The others had passed the step, so the grant was gone: the job ended after the last round that it was given."""
+    _hold(range(202_472, 202_473))
+    world = simulation.Simulation(0, coded=True)
+    world.chaos, world.rng.random = False, lambda: 1.0  # chance alone would never end the wait
+    node = world.nodes[0]
+    worker = Worker(world.generation, 0, 0, node, step=7, stage="secure")
+    node.workers = [worker]
+    for _ in range(PATIENCE):
+        assert worker.stage == "secure"
+        world._do_move(worker)
+    assert worker.stage == "body"
 
 
 def test_a_seed_with_parity_reproduces_its_run():
