@@ -35,6 +35,27 @@ class Rule:
     fired: int = 0
 
 
+class Together:
+    """Holds requests back until so many have come; from then on none."""
+
+    def __init__(self, count: int, timeout_s: float = 20.0) -> None:
+        self._left = threading.Semaphore(count - 1)
+        self._met = threading.Event()
+        self._timeout_s = timeout_s
+        self.arrived = threading.Semaphore(0)
+        """Released once by each."""
+        self.broken = False
+        """One has waited in vain."""
+
+    def wait(self) -> None:
+        """Wait for the others."""
+        self.arrived.release()
+        if not self._left.acquire(blocking=False):
+            self._met.set()
+        elif not self._met.wait(self._timeout_s):
+            self.broken = True
+
+
 @dataclass
 class S3:
     """The server behind its proxy."""
@@ -47,6 +68,8 @@ class S3:
     got: Counter[str] = field(default_factory=Counter)
     """Bytes that were read of each object."""
     slow_s: float = 0.3
+    together: Together | None = None
+    """Holds reads of large ranges."""
 
     def environment(self) -> dict[str, str]:
         """How obstore finds it."""
@@ -109,6 +132,11 @@ def s3_server() -> Iterator[S3]:
         server.stop()
 
 
+def _range_bytes(header: str | None) -> int:
+    found = re.fullmatch(r"bytes=(\d+)-(\d+)", header or "")
+    return int(found[2]) - int(found[1]) + 1 if found else 0
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -116,6 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         s3: S3 = self.server.s3  # type: ignore[attr-defined]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         kind = s3.take(self.command, self.path, body)
+        if s3.together is not None and _range_bytes(self.headers.get("Range")) >= 1 << 20:
+            s3.together.wait()
         if kind == "reset":
             self._reset()
         elif kind in ("500", "503", "429", "403"):

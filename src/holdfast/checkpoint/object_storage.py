@@ -20,6 +20,7 @@ import builtins
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -37,6 +38,8 @@ PART_BYTES = 16 << 20
 """Of a multipart upload; objects up to this size are one PUT. S3 allows 10,000 parts: 156 GiB in one image."""
 PARTS_AT_ONCE = 3
 PART_RETRIES = 8
+READS_AT_ONCE = 8
+"""Ranges that a process reads ahead at once: one connection alone is far slower than a store."""
 _COPY_LIMIT = 5 << 30
 """Larger objects cannot be copied by S3 with one request."""
 _PASSING = (
@@ -46,6 +49,8 @@ _PASSING = (
 
 _stores: dict[tuple[int, Bucket, bool], ObjectStore] = {}
 """By process (a forked one must not use its parent's threads), bucket, and whether obstore repeats requests itself."""
+_readers: dict[int, ThreadPoolExecutor] = {}
+"""By process, too: threads that read ahead."""
 _lock = threading.Lock()
 
 
@@ -199,13 +204,17 @@ class ObjectStorage:
 
 
 class ObjectSource:
-    """An image in an object store, read by ranged GETs. One thread at a time."""
+    """An image in an object store, read by ranged GETs. One thread at a time; what it is told of before is on its way
+    in other threads meanwhile."""
 
     def __init__(self, at: UrlPath, offset: int, backoff: Backoff) -> None:
         """Called by `ObjectStorage.source`."""
         self._at = at
         self._offset = offset
         self._backoff = backoff
+        self._coming: dict[tuple[int, int], Future[memoryview]] = {}
+        """By offset and length."""
+        self._closed = False
 
     def read(self, offset: int, length: int) -> memoryview:
         """See `Source.read`.
@@ -214,6 +223,15 @@ class ObjectSource:
             StorageError: the object cannot be read.
             CorruptError: it ends before the range does.
         """
+        coming = self._coming.pop((offset, length), None)
+        return self._get(offset, length) if coming is None else coming.result()
+
+    def will_read(self, offset: int, length: int) -> None:
+        """See `FarSource.will_read`. The bytes are kept until they are read; the caller bounds how much it tells of."""
+        if (offset, length) not in self._coming:
+            self._coming[offset, length] = _reader().submit(self._get, offset, length)
+
+    def _get(self, offset: int, length: int) -> memoryview:
         import obstore
 
         if length == 0:
@@ -223,8 +241,11 @@ class ObjectSource:
         def ask(attempt: int) -> memoryview:
             return memoryview(obstore.get_range(_store(self._at), self._at.key, start=start, length=length))
 
+        def passes(error: Exception) -> bool:
+            return not self._closed and _passes(error)
+
         try:
-            data = retry(ask, f"{self._at}: a request", backoff=self._backoff, passing=_passes)
+            data = retry(ask, f"{self._at}: a request", backoff=self._backoff, passing=passes)
         except Exception as error:  # see ObjectStorage._try
             if "416" in str(error):
                 raise CorruptError(f"{self._at} ends before byte {start}") from error
@@ -234,7 +255,11 @@ class ObjectSource:
         return data
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Drop what was read ahead for nothing."""
+        self._closed = True
+        for coming in self._coming.values():
+            coming.cancel()
+        self._coming.clear()
 
 
 class _Ranges:
@@ -268,6 +293,14 @@ def _store(at: UrlPath, *, repeats: bool = False) -> ObjectStore:
         if key not in _stores:
             _stores[key] = _open(at.bucket, repeats)
         return _stores[key]
+
+
+def _reader() -> ThreadPoolExecutor:
+    process = os.getpid()
+    with _lock:
+        if process not in _readers:
+            _readers[process] = ThreadPoolExecutor(READS_AT_ONCE, thread_name_prefix="holdfast-get")
+        return _readers[process]
 
 
 def _open(bucket: Bucket, repeats: bool) -> ObjectStore:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from holdfast.errors import CorruptError, StorageError
 
@@ -30,6 +30,15 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Release what it holds; called once, when the reader is done."""
+        ...
+
+
+@runtime_checkable
+class FarSource(Protocol):
+    """A source that is worth telling what is read soon."""
+
+    def will_read(self, offset: int, length: int) -> None:
+        """`read` will be called for exactly this range; ranges are told in order, by one thread at a time."""
         ...
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import xxhash
 
 from holdfast.checkpoint.image import ImageMeta, read_header
-from holdfast.checkpoint.source import FileSource, MemorySource, Source
+from holdfast.checkpoint.source import FarSource, FileSource, MemorySource, Source
 from holdfast.errors import CorruptError, HoldfastError
 
 WINDOW_BYTES = 8 << 20
@@ -158,7 +158,7 @@ class OpenImage:
 
     def will_read(self, first: int, end: int) -> None:
         """`blocks` will be called for these."""
-        if isinstance(self.source, FileSource):
+        if isinstance(self.source, FarSource):
             self.source.will_read(*self.extent(first, end))
 
     def header(self) -> memoryview:

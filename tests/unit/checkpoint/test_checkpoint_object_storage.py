@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from holdfast.checkpoint import object_storage
-from holdfast.checkpoint.object_storage import PART_BYTES, ObjectStorage
+from holdfast.checkpoint.object_storage import PART_BYTES, ObjectStorage, _reader
 from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.retries import Backoff, retry
 from holdfast.checkpoint.storage import PosixStorage, storage_of
 from holdfast.errors import CorruptError, StorageError, UsageError
-from support.s3 import S3, Kind
+from support.s3 import S3, Kind, Together
 
 FAST = Backoff(attempts=4, first_s=0.01, most_s=0.02)
 
@@ -155,6 +155,40 @@ def test_a_cut_answer_is_read_again(s3: S3, url: UrlPath) -> None:
     rule = s3.fail("cut", "GET", "/file")
     assert bytes(storage.source(url / "file").read(0, 2048)) == bytes(range(256)) * 8
     assert rule.fired == 1
+
+
+def test_what_is_read_ahead_is_asked_for_once_and_its_error_comes_with_the_read(s3: S3, url: UrlPath) -> None:
+    ObjectStorage(FAST).write(url / "file", [bytes(range(256)) * 8])
+    source = ObjectStorage(FAST).source(url / "file")
+    asked = len(s3.requests)
+    for offset, length in ((0, 512), (512, 512), (512, 512), (1024, 0), (4096, 5)):
+        source.will_read(offset, length)
+    assert bytes(source.read(0, 512)) == bytes(range(256)) * 2
+    assert bytes(source.read(512, 512)) == bytes(range(256)) * 2
+    assert bytes(source.read(1024, 0)) == b""
+    with pytest.raises(CorruptError, match="ends before byte 4096"):
+        source.read(4096, 5)
+    assert len(s3.requests) == asked + 3
+    assert bytes(source.read(0, 512)) == bytes(range(256)) * 2  # what was read is not kept
+    assert len(s3.requests) == asked + 4
+    source.close()
+
+
+def test_nothing_is_tried_again_for_a_reader_that_is_gone(
+    s3: S3, url: UrlPath, caplog: pytest.LogCaptureFixture
+) -> None:
+    ObjectStorage(FAST).write(url / "file", [bytes(2 << 20)])
+    source = ObjectStorage(Backoff(attempts=9, first_s=0.01)).source(url / "file")
+    s3.together = Together(2)
+    rule = s3.fail("503", "GET", "/file", times=99)
+    source.will_read(0, 2 << 20)
+    assert s3.together.arrived.acquire(timeout=20)
+    source.close()
+    s3.together.wait()
+    s3.together = None
+    _reader().submit(lambda: None).result(30)
+    assert rule.fired == 1
+    assert "attempt" not in caplog.text
 
 
 def test_what_does_not_pass_is_said_at_once(s3: S3, url: UrlPath) -> None:

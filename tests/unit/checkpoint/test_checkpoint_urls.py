@@ -15,7 +15,7 @@ from holdfast.checkpoint.object_storage import ObjectStorage
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.steps import tag_step
 from holdfast.errors import CorruptError, StorageError
-from support.s3 import S3
+from support.s3 import S3, Together
 
 
 def _state(step: int) -> dict[str, object]:
@@ -59,6 +59,20 @@ def test_saves_loads_lists_and_retention(s3: S3, runs: Path) -> None:
     assert newest.step == 2
     with open_checkpoint(str(newest.path)) as catalog:
         catalog.verify()
+
+
+def test_a_load_asks_for_several_ranges_at_once_and_for_each_byte_once(s3: S3, runs: Path) -> None:
+    saved = {"weight": torch.arange(5 << 20, dtype=torch.float32)}
+    hc.save(saved, f"{runs}/large")
+    s3.together = Together(4)
+    try:
+        loaded = hc.load({"weight": torch.zeros(5 << 20)}, f"{runs}/large")
+        assert not s3.together.broken
+    finally:
+        s3.together = None
+    assert torch.equal(loaded["weight"], saved["weight"])  # type: ignore[arg-type]
+    image = next(info for info in ObjectStorage().list(runs / "large") if info.size_bytes > 20 << 20)
+    assert abs(s3.got_of(str(runs), image.name) - image.size_bytes) < 64 << 10  # the header is asked for in parts
 
 
 def test_a_step_is_tagged_later_once_also_where_the_answer_is_lost(s3: S3, runs: Path) -> None:
