@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tools_states import Tool, listing, loaded, same, training_state
 
 import holdfast.checkpoint
+from holdfast.checkpoint import objects, register_codec
 from holdfast.checkpoint.commit import open_checkpoint
 from holdfast.checkpoint.steps import read_step_info
 from holdfast.checkpoint.tools import cli
@@ -64,7 +65,15 @@ def test_steps_are_listed_with_what_keeps_them(tool: Tool, steps: Path) -> None:
 
 def test_an_empty_directory_has_no_latest(tool: Tool, tmp_path: Path) -> None:
     assert "no complete checkpoint" in tool.refused("ls", tmp_path, "--latest")
+    assert tool("ls", tmp_path) == 0
+    assert "holds no steps" in tool.err
     assert "is no directory" in tool.refused("ls", tmp_path / "none", code=2)
+
+
+def test_a_checkpoint_of_any_name_is_listed_by_itself(tool: Tool, tmp_path: Path) -> None:
+    holdfast.checkpoint.save({"x": torch.ones(2)}, tmp_path / "best")
+    assert len(tool.works("ls", tmp_path / "best").splitlines()) == 2
+    assert tool.works("ls", tmp_path / "best", "--latest") == f"{tmp_path / 'best'}\n"
 
 
 def test_inspect_shows_tensors_and_where_values_are_bad(tool: Tool, tmp_path: Path) -> None:
@@ -150,6 +159,7 @@ def test_diff_names_the_first_element_and_the_largest_difference(tool: Tool, tmp
     found = json.loads(tool.out)
     assert found == {
         "equal": 1,
+        "equal_values": 0,
         "differences": [
             {"name": "only", "what": "only in A"},
             {"name": "shape", "what": "shape", "a": "[2]", "b": "[3]"},
@@ -158,6 +168,44 @@ def test_diff_names_the_first_element_and_the_largest_difference(tool: Tool, tmp
         ],
     }
     assert tool("diff", tmp_path / "b.pt", tmp_path / "b.pt") == 0
+
+
+def test_diff_compares_what_is_no_tensor(tool: Tool, tmp_path: Path) -> None:
+    a = {"x": torch.ones(2), "step": 3, "groups": [{"lr": 0.1, "nesterov": False}], "nothing": {}, "long": "y" * 99}
+    b = {**a, "step": 4, "groups": [{"lr": 0.1}], "nothing": []}
+    holdfast.checkpoint.save(a, tmp_path / "a")
+    holdfast.checkpoint.save(b, tmp_path / "b")
+    torch.save({**b, "long": "y" * 98}, tmp_path / "b.pt")
+    assert tool("diff", tmp_path / "a", tmp_path / "b") == 1
+    assert tool.out.splitlines() == [
+        "groups.0.nesterov: only in A: False",
+        "nothing: value {} in A, [] in B",
+        "step: value 3 in A, 4 in B",
+        "1 tensors are equal, 0 are not; of other values 2 are equal, 3 are not",
+    ]
+    assert tool("diff", tmp_path / "b", tmp_path / "b.pt", "--json") == 1
+    (difference,) = json.loads(tool.out)["differences"]
+    assert (difference["name"], difference["what"], len(difference["a"])) == ("long", "value", 60)
+    assert tool("diff", tmp_path / "a", tmp_path / "b", "--strip-a", "x", "--strip-b", "x") == 0
+    tool.works("export", tmp_path / "a", tmp_path / "hf", "--format", "hf")
+    assert tool("diff", tmp_path / "a", tmp_path / "hf") == 0
+
+
+def test_diff_compares_objects_that_nobody_here_can_read_as_bytes(tool: Tool, tmp_path: Path) -> None:
+    class Counter:
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+    register_codec(Counter, "tests.counter", lambda counter: counter.count, Counter)
+    try:
+        holdfast.checkpoint.save({"x": torch.ones(2), "counter": Counter(3)}, tmp_path / "a")
+        holdfast.checkpoint.save({"x": torch.ones(2), "counter": Counter(4)}, tmp_path / "b")
+    finally:
+        del objects._codecs_by_type[Counter], objects._codecs_by_name["tests.counter"]
+    assert tool("diff", tmp_path / "a", tmp_path / "a") == 0
+    assert tool("diff", tmp_path / "a", tmp_path / "b") == 1
+    assert "state: value" in tool.out
+    assert "bytes in A" in tool.out
 
 
 # --- repair, prune ---
@@ -179,6 +227,7 @@ def test_repair_makes_the_checkpoint_readable_again(tool: Tool, steps: Path, dam
     tool("repair", step, "--dry-run")
     assert listing(step) == damaged
     tool.works("repair", step)
+    assert tool.works("repair", step) == f"{step}: sound, nothing to do\n"
     state = {**training_state(), "step": 20}
     assert same(loaded(state, step), state)
     assert read_step_info(step).version == info.version

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from holdfast.errors import HoldfastError, UsageError
 
@@ -79,8 +79,14 @@ def _run(name: str, command: Command, arguments: list[str]) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line."""
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help says more)\n")
+
+
 def _parser(name: str, command: Command) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"holdfast ckpt {name}",
         description=f"{_COMMANDS[name][1][0].upper()}{_COMMANDS[name][1][1:]}.",
         epilog=f"example:\n  {command.EXAMPLE}",

@@ -16,7 +16,7 @@ from holdfast.checkpoint.steps import MAX_SMALL_BYTES, tag_step
 from holdfast.checkpoint.storage import Storage, remove_leftovers, storage_of
 from holdfast.checkpoint.tools.native import open_native
 from holdfast.checkpoint.tools.parallel import in_parallel, workers_within
-from holdfast.checkpoint.tools.units import Progress, human, parse_size
+from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.errors import CheckpointError, CorruptError
 
@@ -25,10 +25,12 @@ EXAMPLE = "holdfast ckpt copy checkpoints/step-00000100 s3://bucket/archive/step
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("source", type=place, help="one of our checkpoints: a directory or a URL")
-    parser.add_argument("destination", type=place, help="a new directory or URL")
+    parser.add_argument("source", type=argument(place), help="one of our checkpoints: a directory or a URL")
+    parser.add_argument("destination", type=argument(place), help="a new directory or URL")
     parser.add_argument("--workers", type=int, default=2, help="images copied at the same time (default 2)")
-    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

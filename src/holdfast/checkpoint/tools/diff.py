@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 import msgspec
 
 from holdfast.checkpoint.boxes import Box
+from holdfast.checkpoint.objects import encode
 from holdfast.checkpoint.tools.building import buffer_bytes
-from holdfast.checkpoint.tools.states import SavedState, SavedTensor, open_state, parts
-from holdfast.checkpoint.tools.units import Progress, parse_size, put_json
+from holdfast.checkpoint.tools.native import NativeState
+from holdfast.checkpoint.tools.safetensors_format import SafetensorsState
+from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_state, parts
+from holdfast.checkpoint.tools.units import Progress, argument, parse_size, put_json
+from holdfast.errors import StateError
 
 EXAMPLE = "holdfast ckpt diff checkpoints/step-00000100 exported/"
 
 
+_SHOWN = 60
+"""Characters of a value that are shown."""
+
+
 class Difference(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One tensor that is not the same in both."""
+    """One tensor, or another value, that is not the same in both."""
 
     name: str
     what: str
-    """only in A, only in B, shape, dtype, values."""
+    """only in A, only in B; of a tensor: shape, dtype, values; of another value: value."""
     a: str = ""
     b: str = ""
     largest: float | None = None
@@ -35,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", help="another one")
     parser.add_argument("--strip-a", metavar="PREFIX", default="", help="compare A's names that start so, without it")
     parser.add_argument("--strip-b", metavar="PREFIX", default="", help="the same for B")
-    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -45,23 +56,24 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         b = open_state(arguments.b)
         try:
+            strip = (arguments.strip_a, arguments.strip_b)
             found, same = differences(
-                a,
-                b,
-                strip=(arguments.strip_a, arguments.strip_b),
-                max_bytes=max(buffer_bytes(arguments.max_memory) // 32, 1 << 16),
+                a, b, strip=strip, max_bytes=max(buffer_bytes(arguments.max_memory) // 32, 1 << 16)
             )
+            others, same_others = differing_values(a, b, strip=strip)
         finally:
             b.close()
     finally:
         a.close()
     if arguments.json:
-        put_json({"equal": same, "differences": [msgspec.to_builtins(d) for d in found]})
+        listed = [msgspec.to_builtins(difference) for difference in found + others]
+        put_json({"equal": same, "equal_values": same_others, "differences": listed})
     else:
-        for difference in found:
+        for difference in found + others:
             sys.stdout.write(_line(difference))
-        sys.stdout.write(f"{same} tensors are equal, {len(found)} are not\n")
-    return int(bool(found))
+        sys.stdout.write(f"{same} tensors are equal, {len(found)} are not; ")
+        sys.stdout.write(f"of other values {same_others} are equal, {len(others)} are not\n")
+    return int(bool(found or others))
 
 
 def differences(
@@ -81,6 +93,41 @@ def differences(
             else:
                 found.append(difference)
     return sorted(found, key=lambda difference: difference.name), same
+
+
+def differing_values(
+    a: SavedState, b: SavedState, *, strip: tuple[str, str] = ("", "")
+) -> tuple[list[Difference], int]:
+    """Of what is no tensor (steps, learning rates, random generators, strings): what differs, by its path in the state,
+    and how many are equal. Of what each rank has of its own, rank 0's. safetensors files hold tensors only: beside one
+    nothing is compared. Objects of a codec that is not registered here are compared as the bytes that were saved.
+
+    Raises:
+        CorruptError, StateError: it cannot be read.
+    """
+    if SafetensorsState.format in (a.format, b.format):
+        return [], 0
+    try:
+        values = [dict(leaves(state.nested())) for state in (a, b)]
+    except StateError:
+        if not (isinstance(a, NativeState) and isinstance(b, NativeState)):
+            raise
+        values = [dict(state.catalog.objects(0)) for state in (a, b)]
+    in_a, in_b = (
+        {name.removeprefix(prefix): value for name, value in of_one.items() if name.startswith(prefix)}
+        for of_one, prefix in zip(values, strip, strict=True)
+    )
+    found = [Difference(name, "only in A", a=_shown(in_a[name])) for name in in_a.keys() - in_b.keys()]
+    found += [Difference(name, "only in B", b=_shown(in_b[name])) for name in in_b.keys() - in_a.keys()]
+    both = in_a.keys() & in_b.keys()
+    differing = [name for name in both if encode(in_a[name]) != encode(in_b[name])]
+    found += [Difference(name, "value", _shown(in_a[name]), _shown(in_b[name])) for name in differing]
+    return sorted(found, key=lambda difference: difference.name), len(both) - len(differing)
+
+
+def _shown(value: Any) -> str:  # Any: whatever was saved
+    text = f"{len(value)} bytes" if isinstance(value, bytes) else " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _by_label(state: SavedState, strip: str) -> dict[str, SavedTensor]:
@@ -134,5 +181,7 @@ def _line(difference: Difference) -> str:
             f"{difference.name}: values, largest difference {difference.largest:.6g}, "
             f"first at {list(difference.first or ())}\n"
         )
-    pair = f" {difference.a} in A, {difference.b} in B" if difference.a or difference.b else ""
-    return f"{difference.name}: {difference.what}{pair}\n"
+    if difference.what.startswith("only"):
+        value = difference.a or difference.b
+        return f"{difference.name}: {difference.what}{': ' if value else ''}{value}\n"
+    return f"{difference.name}: {difference.what} {difference.a} in A, {difference.b} in B\n"

@@ -16,7 +16,7 @@ from holdfast.checkpoint.places import place
 from holdfast.checkpoint.tools.building import Build, Read, build_checkpoint
 from holdfast.checkpoint.tools.native import ALIASES, DCP_MAPPINGS, DCP_OBJECTS, TREE, NativeState, open_several
 from holdfast.checkpoint.tools.parallel import workers_within
-from holdfast.checkpoint.tools.units import human, parse_size
+from holdfast.checkpoint.tools.units import argument, human, parse_size
 from holdfast.errors import MismatchError, UsageError
 
 EXAMPLE = (
@@ -27,7 +27,7 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     parser.add_argument("source", help="one of our checkpoints")
-    parser.add_argument("destination", type=place, help="a new directory or URL")
+    parser.add_argument("destination", type=argument(place), help="a new directory or URL")
     parser.add_argument(
         "--rename",
         action="append",
@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out a tensor or object, all below it, or all that match a pattern with *",
     )
     parser.add_argument("--workers", type=int, default=2, help="images made at the same time (default 2)")
-    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

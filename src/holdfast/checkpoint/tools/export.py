@@ -10,7 +10,7 @@ from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.exported import Export, cast_dtype
 from holdfast.checkpoint.tools.parallel import share_of, workers_within
 from holdfast.checkpoint.tools.states import open_state
-from holdfast.checkpoint.tools.units import Progress, human, parse_size
+from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size
 
 EXAMPLE = "holdfast ckpt export checkpoints/step-00000100 exported/ --format hf --only model --cast bf16"
 
@@ -23,10 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="PREFIX", help="what stands below it, under its names there: `model`")
     parser.add_argument("--cast", metavar="DTYPE", help="floating point tensors in this type: bf16, fp16, fp32, …")
     parser.add_argument(
-        "--shard-size", metavar="SIZE", type=parse_size, default="5GB", help="hf: most bytes in a file (default 5GB)"
+        "--shard-size",
+        metavar="SIZE",
+        type=argument(parse_size),
+        default="5GB",
+        help="hf: most bytes in a file (default 5GB)",
     )
     parser.add_argument("--workers", type=int, default=2, help="hf: files written at the same time (default 2)")
-    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from holdfast.checkpoint.tools.native import TREE, NativeState
 from holdfast.checkpoint.tools.parallel import workers_within
 from holdfast.checkpoint.tools.reshard import shares
 from holdfast.checkpoint.tools.states import SavedState, open_state
-from holdfast.checkpoint.tools.units import human, parse_size
+from holdfast.checkpoint.tools.units import argument, human, parse_size
 from holdfast.errors import UsageError
 
 EXAMPLE = "holdfast ckpt import Llama-3-8B/ imported/step-00000000 --prefix model --world 8"
@@ -26,13 +26,17 @@ EXAMPLE = "holdfast ckpt import Llama-3-8B/ imported/step-00000000 --prefix mode
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     parser.add_argument("source", help="safetensors file or folder, DCP directory, or file of torch.save")
-    parser.add_argument("destination", type=place, help="a new directory or URL; step-… in its name is the step")
+    parser.add_argument(
+        "destination", type=argument(place), help="a new directory or URL; step-… in its name is the step"
+    )
     parser.add_argument(
         "--prefix", default="", help="nest all below this key: `model` is what InitFrom and --only model look for"
     )
     parser.add_argument("--world", type=int, default=1, help="number of images (default 1)")
     parser.add_argument("--workers", type=int, default=2, help="images made at the same time (default 2)")
-    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from collections import Counter
 from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.native import NativeState
 from holdfast.checkpoint.tools.states import SavedState, SavedTensor, open_state, parts
-from holdfast.checkpoint.tools.units import Progress, human, parse_size, put_json, table
+from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size, put_json, table
 
 EXAMPLE = "holdfast ckpt inspect checkpoints/step-00000100 --stats --only model"
 
@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="a checkpoint in any of the formats")
     parser.add_argument("--only", metavar="PREFIX", default="", help="tensors whose names start so")
     parser.add_argument("--stats", action="store_true", help="least, largest, mean, norm, NaN and Inf of every tensor")
-    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

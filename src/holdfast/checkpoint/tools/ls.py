@@ -9,8 +9,9 @@ from pathlib import Path
 
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
-from holdfast.checkpoint.steps import StepInfo, list_steps
-from holdfast.checkpoint.tools.units import human, put_json, table
+from holdfast.checkpoint.root import ROOT_NAME
+from holdfast.checkpoint.steps import StepInfo, list_steps, read_step_info
+from holdfast.checkpoint.tools.units import argument, human, put_json, table
 from holdfast.errors import UsageError
 
 EXAMPLE = "holdfast ckpt ls checkpoints --latest"
@@ -18,7 +19,7 @@ EXAMPLE = "holdfast ckpt ls checkpoints --latest"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("directory", type=place, help="checkpoint directory")
+    parser.add_argument("directory", type=argument(place), help="checkpoint directory, or one checkpoint")
     parser.add_argument("--latest", action="store_true", help="print the path of the newest complete one only")
     parser.add_argument("--keep", metavar="POLICY", help="JSON of a Retention: show what it would keep, and why")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     """0; 1 where ``--latest`` finds nothing."""
     if not arguments.directory.is_dir():
         raise UsageError(f"{arguments.directory} is no directory")
-    steps = list_steps(arguments.directory)
+    steps = _steps(arguments.directory)
     if arguments.latest:
         return _latest(arguments.directory, steps)
     policy = Retention.decode(arguments.keep) if arguments.keep else Retention()
@@ -37,10 +38,21 @@ def run(arguments: argparse.Namespace) -> int:
         put_json([_as_json(info, kept.get(info.step, [])) for info in steps])
     elif steps:
         sys.stdout.write(table([_HEADING, *(_row(info, kept.get(info.step, [])) for info in steps)]))
+    else:
+        sys.stderr.write(
+            f"holdfast ckpt: {arguments.directory} holds no steps (folders named step-00000100 and so on)\n"
+        )
     return 0
 
 
 _HEADING = ("STEP", "SIZE", "WRITTEN", "RANKS", "STATE", "TAG", "METRICS", "KEPT BECAUSE")
+
+
+def _steps(directory: Path) -> list[StepInfo]:
+    """Those in it, or itself where it is a checkpoint, whatever its name."""
+    if (directory / ROOT_NAME).exists():
+        return [read_step_info(directory)]
+    return list_steps(directory)
 
 
 def _latest(directory: Path, steps: list[StepInfo]) -> int:

@@ -8,7 +8,7 @@ import sys
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.steps import list_steps
-from holdfast.checkpoint.tools.units import human, put_json
+from holdfast.checkpoint.tools.units import argument, human, put_json
 from holdfast.errors import UsageError
 
 EXAMPLE = "holdfast ckpt prune checkpoints --last 3 --every-steps 10000 --best 2 --by loss --dry-run"
@@ -16,7 +16,7 @@ EXAMPLE = "holdfast ckpt prune checkpoints --last 3 --every-steps 10000 --best 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("directory", type=place, help="checkpoint directory")
+    parser.add_argument("directory", type=argument(place), help="checkpoint directory")
     parser.add_argument("--last", type=int, metavar="N", help="keep the newest N")
     parser.add_argument("--every-steps", type=int, metavar="N", help="keep multiples of N")
     parser.add_argument("--every-seconds", type=float, metavar="N", help="keep one in N seconds")

@@ -28,6 +28,7 @@ from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, IndexFile, Root, decode_root, encode_root
 from holdfast.checkpoint.steps import MAX_SMALL_BYTES
 from holdfast.checkpoint.storage import storage_of
+from holdfast.checkpoint.tools.units import argument
 from holdfast.checkpoint.tools.verify import problems_of, step_paths
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import Version
@@ -38,7 +39,9 @@ EXAMPLE = "holdfast ckpt repair checkpoints --dry-run"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("path", type=place, help="a step directory, or a checkpoint directory (all its steps)")
+    parser.add_argument(
+        "path", type=argument(place), help="a step directory, or a checkpoint directory (all its steps)"
+    )
     parser.add_argument("--rebuild", action="store_true", help="finish steps whose images are all there and sound")
     parser.add_argument(
         "--min-age",
@@ -54,12 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
     """0 where all is sound now, 1 where something stays broken."""
     broken = False
     for path in step_paths(arguments.path):
-        for line in repair(path, rebuild=arguments.rebuild, min_age_s=arguments.min_age, dry_run=arguments.dry_run):
+        lines = repair(path, rebuild=arguments.rebuild, min_age_s=arguments.min_age, dry_run=arguments.dry_run)
+        is_sound = True
+        for line in lines:
             sys.stdout.write(f"{path}: {line}\n")
-        if path.exists():
-            problems = problems_of(path)
-            broken = broken or bool(problems)
-            sys.stdout.write("".join(f"{path}: still broken: {problem}\n" for problem in problems))
+            is_sound = False
+        problems = problems_of(path) if path.exists() else []
+        broken = broken or bool(problems)
+        sys.stdout.write("".join(f"{path}: still broken: {problem}\n" for problem in problems))
+        if is_sound and not problems:
+            sys.stdout.write(f"{path}: sound, nothing to do\n")
     return int(broken)
 
 

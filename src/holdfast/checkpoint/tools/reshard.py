@@ -21,7 +21,7 @@ from holdfast.checkpoint.tools.layouts import Layout
 from holdfast.checkpoint.tools.native import DCP_MAPPINGS, DCP_OBJECTS, NativeState, open_several
 from holdfast.checkpoint.tools.parallel import workers_within
 from holdfast.checkpoint.tools.states import SavedTensor
-from holdfast.checkpoint.tools.units import human, parse_size
+from holdfast.checkpoint.tools.units import argument, human, parse_size
 from holdfast.errors import UsageError
 
 EXAMPLE = "holdfast ckpt reshard checkpoints/step-00000100 resharded/step-00000100 --world 8"
@@ -30,14 +30,16 @@ EXAMPLE = "holdfast ckpt reshard checkpoints/step-00000100 resharded/step-000001
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     parser.add_argument("source", help="one of our checkpoints")
-    parser.add_argument("destination", type=place, help="a new directory or URL")
+    parser.add_argument("destination", type=argument(place), help="a new directory or URL")
     layout = parser.add_mutually_exclusive_group(required=True)
     layout.add_argument(
         "--world", type=int, metavar="N", help="number of ranks that will load it, with FSDP2's sharding"
     )
     layout.add_argument("--layout", type=Path, metavar="FILE", help="JSON: mesh, and which axis cuts which dim of what")
     parser.add_argument("--workers", type=int, default=2, help="images made at the same time (default 2)")
-    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -171,3 +171,18 @@ def tensor_names(tree: Any) -> Iterator[str]:
     elif isinstance(tree, list | tuple):
         for item in tree:
             yield from tensor_names(item)
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What a nested state holds beside tensors, with where it lies. Any: see `SavedState.nested`."""
+    if type(tree) is TensorRef:
+        return
+    items: Iterable[tuple[object, Any]] = ()
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list | tuple):
+        items = enumerate(tree)
+    if not isinstance(tree, dict | list | tuple) or not tree:
+        yield path, tree
+    for key, item in items:
+        yield from leaves(item, f"{path}.{key}" if path else str(key))

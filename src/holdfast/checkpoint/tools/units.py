@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 from holdfast.errors import UsageError
 
+T = TypeVar("T")
+
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A ``type`` for argparse that refuses in the words of `parse`."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
 
 
 def parse_size(text: str) -> int:

@@ -18,7 +18,7 @@ from holdfast.checkpoint.root import ROOT_NAME, Root, decode_root
 from holdfast.checkpoint.steps import MAX_SMALL_BYTES, list_steps
 from holdfast.checkpoint.storage import storage_of
 from holdfast.checkpoint.tools.parallel import workers_within
-from holdfast.checkpoint.tools.units import Progress, human, parse_size, put_json
+from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size, put_json
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.errors import CheckpointError, CorruptError, UsageError
 
@@ -27,9 +27,13 @@ EXAMPLE = "holdfast ckpt verify checkpoints/step-00000100 --workers 4"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
-    parser.add_argument("path", type=place, help="a step directory, or a checkpoint directory (all its steps)")
+    parser.add_argument(
+        "path", type=argument(place), help="a step directory, or a checkpoint directory (all its steps)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="images read at the same time (default 2)")
-    parser.add_argument("--max-memory", metavar="SIZE", type=parse_size, default="2GiB", help="bound (default 2GiB)")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
