@@ -93,6 +93,21 @@ def test_inspect_shows_tensors_and_where_values_are_bad(tool: Tool, tmp_path: Pa
     assert "float32" in tool.works("inspect", tmp_path / "c", "--stats", "--only", "a")
 
 
+def test_inspect_shows_what_is_no_tensor(tool: Tool, tmp_path: Path) -> None:
+    state = {
+        "x": [torch.ones(1), 5],
+        "groups": [{"betas": (0.9, 0.99), "names": ["n" * 70]}],
+        "raw": b"abc",
+        "none": [],
+    }
+    holdfast.checkpoint.save(state, tmp_path / "c")
+    lines = tool.works("inspect", tmp_path / "c").splitlines()
+    shown = ["groups.0.betas = (0.9, 0.99)", f"groups.0.names = ['{'n' * 57}…", "none = []", "raw = 3 bytes", "x.1 = 5"]
+    assert lines[-6:] == ["", *shown]
+    found = json.loads(tool.works("inspect", tmp_path / "c", "--json", "--only", "x"))
+    assert found["values"] == {"x.1": "5"}
+
+
 def test_foreign_formats_are_inspected_too(tool: Tool, tmp_path: Path) -> None:
     save_file({"w": torch.ones(2, dtype=torch.bfloat16)}, tmp_path / "m.safetensors")
     torch.save({"w": [torch.ones(2)]}, tmp_path / "m.pt")
@@ -206,6 +221,8 @@ def test_diff_compares_objects_that_nobody_here_can_read_as_bytes(tool: Tool, tm
     assert tool("diff", tmp_path / "a", tmp_path / "b") == 1
     assert "state: value" in tool.out
     assert "bytes in A" in tool.out
+    assert len(tool.works("inspect", tmp_path / "a").splitlines()) > 5
+    assert "cannot be shown" in tool.err
 
 
 # --- repair, prune ---

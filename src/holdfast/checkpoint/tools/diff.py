@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 import msgspec
 
@@ -13,15 +12,11 @@ from holdfast.checkpoint.objects import encode
 from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.native import NativeState
 from holdfast.checkpoint.tools.safetensors_format import SafetensorsState
-from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_state, parts
+from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_state, parts, shown
 from holdfast.checkpoint.tools.units import Progress, argument, parse_size, put_json
 from holdfast.errors import StateError
 
 EXAMPLE = "holdfast ckpt diff checkpoints/step-00000100 exported/"
-
-
-_SHOWN = 60
-"""Characters of a value that are shown."""
 
 
 class Difference(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -117,17 +112,12 @@ def differing_values(
         {name.removeprefix(prefix): value for name, value in of_one.items() if name.startswith(prefix)}
         for of_one, prefix in zip(values, strip, strict=True)
     )
-    found = [Difference(name, "only in A", a=_shown(in_a[name])) for name in in_a.keys() - in_b.keys()]
-    found += [Difference(name, "only in B", b=_shown(in_b[name])) for name in in_b.keys() - in_a.keys()]
+    found = [Difference(name, "only in A", a=shown(in_a[name])) for name in in_a.keys() - in_b.keys()]
+    found += [Difference(name, "only in B", b=shown(in_b[name])) for name in in_b.keys() - in_a.keys()]
     both = in_a.keys() & in_b.keys()
     differing = [name for name in both if encode(in_a[name]) != encode(in_b[name])]
-    found += [Difference(name, "value", _shown(in_a[name]), _shown(in_b[name])) for name in differing]
+    found += [Difference(name, "value", shown(in_a[name]), shown(in_b[name])) for name in differing]
     return sorted(found, key=lambda difference: difference.name), len(both) - len(differing)
-
-
-def _shown(value: Any) -> str:  # Any: whatever was saved
-    text = f"{len(value)} bytes" if isinstance(value, bytes) else " ".join(repr(value).split())
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def _by_label(state: SavedState, strip: str) -> dict[str, SavedTensor]:

@@ -9,8 +9,9 @@ from collections import Counter
 
 from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.native import NativeState
-from holdfast.checkpoint.tools.states import SavedState, SavedTensor, open_state, parts
+from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_state, parts, shown
 from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size, put_json, table
+from holdfast.errors import StateError
 
 EXAMPLE = "holdfast ckpt inspect checkpoints/step-00000100 --stats --only model"
 
@@ -35,12 +36,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.stats:
             _add_stats(state, tensors, rows, buffer_bytes(arguments.max_memory))
         head = _head(state)
+        values = {name: value for name, value in _values(state) if name.startswith(arguments.only)}
     finally:
         state.close()
     if arguments.json:
-        put_json({**head, "tensors": rows})
+        put_json({**head, "tensors": rows, "values": values})
     else:
         _print(head, rows, arguments.stats)
+        sys.stdout.write("".join(f"{line}\n" for line in ("", *(f"{n} = {v}" for n, v in values.items())) if values))
     return int(any(row.get("nan") or row.get("inf") for row in rows))
 
 
@@ -66,6 +69,15 @@ def _head(state: SavedState) -> dict[str, object]:
             "divergence": list(state.catalog.divergence),
         }
     return head
+
+
+def _values(state: SavedState) -> list[tuple[str, str]]:
+    """What is no tensor, shortened; of what each rank has of its own, rank 0's."""
+    try:
+        return sorted((name, shown(value)) for name, value in leaves(state.nested(), whole_lists=True))
+    except StateError as error:  # of a codec that only the training script registers
+        sys.stderr.write(f"holdfast ckpt inspect: what is no tensor cannot be shown: {error}\n")
+        return []
 
 
 def _described(state: SavedState, tensor: SavedTensor) -> dict[str, object]:

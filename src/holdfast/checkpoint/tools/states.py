@@ -15,6 +15,10 @@ from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.errors import MismatchError, UsageError
 
+_PLAIN = (str, int, float, complex, type(None))
+_SHOWN = 60
+"""Characters of a value that are shown."""
+
 
 class SavedTensor(NamedTuple):
     """One tensor of a saved state."""
@@ -173,16 +177,28 @@ def tensor_names(tree: Any) -> Iterator[str]:
             yield from tensor_names(item)
 
 
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What a nested state holds beside tensors, with where it lies. Any: see `SavedState.nested`."""
+def leaves(tree: Any, path: str = "", *, whole_lists: bool = False) -> Iterator[tuple[str, Any]]:
+    """What a nested state holds beside tensors, with where it lies.
+
+    Args:
+        tree: Any: see `SavedState.nested`.
+        path: of it.
+        whole_lists: give a list of plain values as one.
+    """
     if type(tree) is TensorRef:
         return
-    items: Iterable[tuple[object, Any]] = ()
+    items: list[tuple[object, Any]] = []
     if isinstance(tree, dict):
-        items = tree.items()
-    elif isinstance(tree, list | tuple):
-        items = enumerate(tree)
-    if not isinstance(tree, dict | list | tuple) or not tree:
+        items = list(tree.items())
+    elif isinstance(tree, list | tuple) and not (whole_lists and all(isinstance(item, _PLAIN) for item in tree)):
+        items = list(enumerate(tree))
+    if not items:
         yield path, tree
     for key, item in items:
-        yield from leaves(item, f"{path}.{key}" if path else str(key))
+        yield from leaves(item, f"{path}.{key}" if path else str(key), whole_lists=whole_lists)
+
+
+def shown(value: Any) -> str:  # Any: see `SavedState.nested`
+    """A value in one short line."""
+    text = f"{len(value)} bytes" if isinstance(value, bytes) else " ".join(repr(value).split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
