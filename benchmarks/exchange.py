@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import zmq
-from measure import Bar, Estimate, as_json, estimate, ratios, table
+from measure import Bar, Estimate, as_json, estimate, exit_code, keep, lines_of, options_of, ratios, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from holdfast.snapshot.arena import SlotState, read_header_of
@@ -38,7 +38,7 @@ from holdfast.snapshot.messages import ParityMade
 from support.snapshot_worker import Plan
 from support.snapshots import Job, Node
 
-CODES = ("2+1", "3+1", "4+2")
+CODES, QUICK_CODES = ("2+1", "3+1", "4+2"), ("2+1", "4+2")
 CHUNK_BYTES = 1 << 20
 CONNECTIONS = 2
 REST_S = 9.0
@@ -269,8 +269,8 @@ def judge(samples: Sequence[Sample]) -> list[Bar]:
     everything_formula = [sample.held_formula_bytes for sample in samples]
     bars = [
         Bar(f"{code}: raw ZeroMQ rate / rate", _ratio([sample.raw_rate for sample in samples], rates), 2.0),
-        Bar(f"{code}: bytes / m x state", _ratio(wire, wanted), 1.02),
-        Bar(f"{code}: parity / formula", _ratio(held, formula), 1.05),
+        Bar(f"{code}: bytes / m x state", _ratio(wire, wanted), 1.02, counts=True),
+        Bar(f"{code}: parity / formula", _ratio(held, formula), 1.05, counts=True),
         Bar(f"{code}: all memory / formula", _ratio(everything, everything_formula), 1.05),
     ]
     both = [sample for sample in samples if sample.busy_steps and sample.quiet_steps]
@@ -298,12 +298,10 @@ def row(samples: Sequence[Sample]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="30 MB and three versions: shows that it runs")
+    parser = options_of(__doc__, quick="30 MB and three versions; bars of time are not judged")
     parser.add_argument("--versions", type=int, default=11, help="versions per code (default 11)")
     parser.add_argument("--mb", type=int, default=1000, help="state per group in 10^6 bytes (default 1000)")
-    parser.add_argument("--codes", default=",".join(CODES), help="comma separated (default 2+1,3+1,4+2)")
-    parser.add_argument("--json", type=Path, help="write everything that was measured")
+    parser.add_argument("--codes", help="comma separated (default 2+1,3+1,4+2; with --quick 2+1,4+2)")
     parser.add_argument("--send-raw", help=argparse.SUPPRESS)
     parser.add_argument("--bytes", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--connections", type=int, default=1, help=argparse.SUPPRESS)
@@ -317,9 +315,10 @@ def main() -> int:
         return 0
     megabytes, versions = (30, 3) if arguments.quick else (arguments.mb, arguments.versions)
     rest_s = 2.0 if arguments.quick else REST_S
+    usual = QUICK_CODES if arguments.quick else CODES
     results = {
         code: measure(code, megabytes * 10**6, versions, megabytes * 10**6, rest_s)
-        for code in arguments.codes.split(",")
+        for code in (arguments.codes.split(",") if arguments.codes else usual)
     }
     header = [
         "code",
@@ -330,14 +329,13 @@ def main() -> int:
         "GB of parity, of the formula",
         "GB in all, of the formula",
     ]
-    print(table(header, [row(samples) for samples in results.values()]))
     bars = [bar for samples in results.values() for bar in judge(samples)]
-    for bar in bars:
-        print(bar)
-    if arguments.json is not None:
-        everything = {code: [asdict(sample) for sample in samples] for code, samples in results.items()}
-        arguments.json.write_text(as_json({"exchange": everything}, bars))
-    return 0 if all(bar.met for bar in bars) else 1
+    everything = {code: [asdict(sample) for sample in samples] for code, samples in results.items()}
+    keep(as_json({"exchange": everything}, bars, quick=arguments.quick), arguments.json)
+    if arguments.json != "-":
+        print(table(header, [row(samples) for samples in results.values()]))
+        print(lines_of(bars, quick=arguments.quick))
+    return exit_code(bars, quick=arguments.quick)
 
 
 if __name__ == "__main__":

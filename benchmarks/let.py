@@ -21,7 +21,6 @@ cost within 1.5 of the bound for the largest model, where matrix products take t
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -45,7 +44,7 @@ from let_runs import (
     optimizer_of,
     update,
 )
-from measure import Bar, Estimate, as_json, estimate, ratios, table
+from measure import Bar, Estimate, as_json, estimate, exit_code, keep, lines_of, options_of, ratios, table
 
 MOST_GROWTHS = 3
 """How often the grid of learning rates may grow."""
@@ -428,11 +427,7 @@ def show_costs(made: Sequence[Cost]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], epilog="example: python benchmarks/let.py --quick"
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny models and few steps: whether it runs")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
+    parser = options_of(__doc__, quick="tiny models and few steps; the bars are not judged")
     parser.add_argument("--resume", type=Path, help="folder of finished runs; default: a temporary one")
     parser.add_argument("--report", action="store_true", help="train nothing, show what --resume holds")
     args = parser.parse_args()
@@ -443,14 +438,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="let-") as fresh:
         trainer = Trainer(plan.scale, Store(args.resume or Path(fresh), only_read=args.report))
         results, bars = campaign(trainer, plan)
-    if args.json == "-":
-        print(as_json(results, bars))
-    elif args.json:
-        Path(args.json).write_text(as_json(results, bars))
-    print()
-    for bar in bars:
-        print(bar)
-    return 0 if not results["missing"] and all(bar.met for bar in bars) else 1
+    keep(as_json(results, bars, quick=args.quick), args.json)
+    if args.json != "-":
+        print("\n" + lines_of(bars, quick=args.quick))
+    return exit_code(bars, quick=args.quick, whole=not results["missing"])
 
 
 if __name__ == "__main__":

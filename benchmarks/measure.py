@@ -45,14 +45,31 @@ class Bar:
     value: Estimate
     limit: float
     unit: str = ""
+    counts: bool = False
+    """Whether it is about what can be counted (bytes, recoveries), not about time: short forms judge nothing else."""
 
     @property
     def met(self) -> bool:
         return self.value.high <= self.limit
 
-    def __str__(self) -> str:
-        verdict = "met   " if self.met else "MISSED"
+    def judged(self, *, quick: bool) -> bool:
+        """Whether a form of the benchmark says anything about it."""
+        return self.counts or not quick
+
+    def line(self, *, quick: bool) -> str:
+        """The verdict, and what it rests on."""
+        verdict = ("met   " if self.met else "MISSED") if self.judged(quick=quick) else "not judged in --quick"
         return f"{verdict}  {self.name}: {self.value}{self.unit} (bar {self.limit:g}{self.unit})"
+
+
+def lines_of(bars: Sequence[Bar], *, quick: bool) -> str:
+    """A line for each bar; those that the short form judges first."""
+    return "\n".join(bar.line(quick=quick) for bar in sorted(bars, key=lambda bar: not bar.judged(quick=quick)))
+
+
+def exit_code(bars: Sequence[Bar], *, quick: bool, whole: bool = True) -> int:
+    """1 where a bar that is judged is missed, or where not all of it ran."""
+    return int(not (whole and all(bar.met for bar in bars if bar.judged(quick=quick))))
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
@@ -106,7 +123,7 @@ def keep(text: str, path: str | None) -> None:
         Path(path).write_text(text)
 
 
-def as_json(results: dict[str, object], bars: Sequence[Bar]) -> str:
-    """Everything that was measured, for machines."""
-    judged = [{**asdict(bar), "met": bar.met} for bar in bars]
+def as_json(results: dict[str, object], bars: Sequence[Bar], *, quick: bool) -> str:
+    """Everything that was measured, for machines. ``met`` is null for bars that are not judged."""
+    judged = [{**asdict(bar), "met": bar.met if bar.judged(quick=quick) else None} for bar in bars]
     return json.dumps({"machine": machine(), "results": results, "bars": judged}, indent=1)

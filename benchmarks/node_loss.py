@@ -1,7 +1,7 @@
 """How long a job stands still when a node loses its power without a word and a spare one waits.
 
     python benchmarks/node_loss.py            # 10 losses of a follower's node, 10 of the leader's
-    python benchmarks/node_loss.py --quick    # one of each, to see that it works: its bar is not judged
+    python benchmarks/node_loss.py --quick    # one of each: judged is whether it was recovered from, not how fast
 
 Needs root: nodes are namespaces (`tests/support/nodes.py`). Two nodes train with DDP on gloo, a third one waits. The
 driver takes the power off one of the two and waits until both ranks have finished a step in the next generation; that
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from goodput import BIN, PHASES, ROOT, read_log
-from measure import Bar, as_json, estimate, keep, machine, options_of, table
+from measure import Bar, as_json, estimate, exit_code, keep, lines_of, machine, options_of, table
 
 sys.path.insert(0, str(ROOT / "tests"))  # the nodes are those of the tests
 
@@ -134,7 +134,7 @@ def measure(which: str, losses: int) -> tuple[list[float], dict[str, float]]:
 
 def main() -> int:
     """Measure and judge."""
-    parser = options_of(__doc__, quick="one loss of each kind; the bar is not judged")
+    parser = options_of(__doc__, quick="one loss of each kind; the bars of time are not judged")
     parser.add_argument("--losses", type=int, default=10, help="of each kind (default 10)")
     options = parser.parse_args()
     if (reason := why_impossible()) is not None:
@@ -151,12 +151,12 @@ def main() -> int:
         for which, (costs, phases) in found.items()
     ]  # fmt: skip
     print(table(["node lost", "s until the next step", "range", "recovered", *PHASES], rows), file=said)
-    for bar in bars:
-        print(bar, file=said)
-    text = as_json({which: {"costs_s": costs, "phases_s": phases} for which, (costs, phases) in found.items()}, bars)
-    keep(text, options.json)
+    print(lines_of(bars, quick=options.quick), file=said)
+    everything = {which: {"costs_s": costs, "phases_s": phases} for which, (costs, phases) in found.items()}
+    keep(as_json(everything, bars, quick=options.quick), options.json)
     whole = all(len(costs) == losses for costs, _ in found.values())
-    return 0 if options.quick else int(not (whole and all(bar.met for bar in bars)))
+    print("recovered from every loss" if whole else "NOT recovered from every loss", file=said)
+    return exit_code(bars, quick=options.quick, whole=whole)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How long a job stands still when a worker is killed: holdfast, with and without standby, against its rivals.
 
     python benchmarks/recovery.py            # 12 kills of each subject, in turns
-    python benchmarks/recovery.py --quick    # 3 kills, to see that it works: its bars are not judged
+    python benchmarks/recovery.py --quick    # 3 kills: judged is whether all were recovered from, not how fast
 
 Two ranks train with DDP on gloo. The driver kills rank 1 with SIGKILL in the middle of a run and waits until all ranks
 have finished a step again in processes that began after the kill. A failure costs that time, less one median step. Each
@@ -27,7 +27,6 @@ phases of holdfast's recoveries come from its event log; the exit code is 1 wher
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import signal
@@ -42,7 +41,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from measure import Bar, as_json, estimate, machine, ratios, table
+from measure import Bar, as_json, estimate, exit_code, keep, lines_of, machine, options_of, ratios, table
 
 from holdfast.launcher.events import read_events
 
@@ -321,15 +320,13 @@ def _read_phases(run_dir: Path, found: Run) -> None:
 
 def main() -> int:
     """Measure and judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 kills of each subject; the bars are not judged")
+    parser = options_of(__doc__, quick="3 kills of each subject; the bars of time are not judged")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--kills", type=int, default=3, help="kills of each subject per round")
     parser.add_argument(
         "--rivals", type=Path, metavar="FOLDER", help=f"where pip installed {', '.join(GUESTS.values())}"
     )
     parser.add_argument("--only", nargs="+", metavar="SUBJECT", help="default: all that are here")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     options = parser.parse_args()
     rounds = 1 if options.quick else options.rounds
     runs: dict[str, list[Run]] = {subject: [] for subject in options.only or here(options.rivals)}
@@ -375,14 +372,10 @@ def report(runs: dict[str, list[Run]], kills: int, *, quick: bool, path: str | N
         share = estimate(ratios(costs["holdfast"][:pairs], costs["torchrun"][:pairs]))
         bars = [Bar("kill to next step", estimates["holdfast"], 0.5, " s"), Bar("over torchrun", share, 0.25)]
     whole = all(len(values) == kills for values in costs.values())
-    for bar in bars:
-        print(bar, file=said)
+    print(lines_of(bars, quick=quick), file=said)
     print("recovered from every failure" if whole else "NOT recovered from every failure", file=said)
-    if path == "-":
-        print(as_json({"costs_s": costs, "steps_lost": lost, "phases_s": phases}, bars))
-    elif path is not None:
-        Path(path).write_text(as_json({"costs_s": costs, "steps_lost": lost, "phases_s": phases}, bars))
-    return 0 if quick else int(not (whole and bars and all(bar.met for bar in bars)))
+    keep(as_json({"costs_s": costs, "steps_lost": lost, "phases_s": phases}, bars, quick=quick), path)
+    return exit_code(bars, quick=quick, whole=whole and bool(bars))
 
 
 def _phase(runs: dict[str, list[Run]], subject: str, phase: str) -> list[float]:

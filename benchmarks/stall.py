@@ -25,7 +25,6 @@ skipped; that is checked in each round.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import gc
@@ -46,7 +45,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measure import Bar, Estimate, as_json, estimate, machine, ratios, table
+from measure import Bar, Estimate, as_json, estimate, exit_code, keep, lines_of, machine, options_of, ratios, table
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -437,13 +436,13 @@ def judge(results: dict[str, dict[str, dict[str, list[float]]]]) -> list[Bar]:
     large, small = results["large"], results["small"]
     bars = [
         Bar(
-            "1 GB inline, wait over memcpy",
+            "large state inline, wait over memcpy",
             estimate(ratios(large["inline"]["stall_s"], large["memcpy"]["stall_s"])),
             1.5,
             "x",
         ),
         Bar(
-            "1 GB inline, CPU seconds with checksums over memcpy's",
+            "large state inline, CPU seconds with checksums over memcpy's",
             estimate(ratios(large["inline"]["cpu_s"], large["memcpy"]["cpu_s"])),
             2.0,
             "x",
@@ -451,7 +450,7 @@ def judge(results: dict[str, dict[str, dict[str, list[float]]]]) -> list[Bar]:
     ]
     if "dcp.async_save" in large:
         value = estimate(ratios(large["overlapped"]["stall_s"], large["dcp.async_save"]["stall_s"]))
-        bars.append(Bar("1 GB overlapped, wait over dcp.async_save's warm stall", value, 0.1, "x"))
+        bars.append(Bar("large state overlapped, wait over dcp.async_save's warm stall", value, 0.1, "x"))
     for mode in ("inline", "overlapped"):
         per_tensor = [1e6 * value / SMALL_TENSORS for value in small[mode]["stall_s"]]
         bars.append(
@@ -494,11 +493,9 @@ def _ms(values: list[float]) -> Estimate:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds; the bars are not judged")
+    parser = options_of(__doc__, quick="small sizes and few rounds; the bars are not judged")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--folder", help="where rivals write; default: a temporary directory")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured here; - is stdout")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder of the rivals' files goes
     parameters, elements = (3, 1 << 20) if args.quick else (20, 2 << 20)
@@ -517,18 +514,12 @@ def main() -> int:
         found = json.loads(Path(options.results).read_text())
     results, skipped = found["results"], found["skipped"]
     bars = judge(results)
-    if args.json == "-":
-        print(as_json({"stall": results, "skipped": skipped}, bars))
-    else:
+    keep(as_json({"stall": results, "skipped": skipped}, bars, quick=args.quick), args.json)
+    if args.json != "-":
         print(f"machine: {machine()}\n")
         print(report(results, skipped, 12 * parameters * elements / 1e6))
-        print("\n".join(map(str, bars)))
-        if args.json:
-            Path(args.json).write_text(as_json({"stall": results, "skipped": skipped}, bars))
-    if args.quick:
-        print("quick: the bars above are shown, not judged")
-        return 0
-    return 0 if all(bar.met for bar in bars) else 1
+        print(lines_of(bars, quick=args.quick))
+    return exit_code(bars, quick=args.quick)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Each benchmark still runs: its short form ends well and says what it measured, which is not judged here."""
+"""Each benchmark still runs: its short form ends well and says what it measured; of that it judges no time."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -21,9 +22,30 @@ def test_the_short_form_of_a_benchmark_runs(name: str) -> None:
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found = json.loads(ended.stdout[ended.stdout.index("{") :])
     assert found["bars"], found
+    timed = [bar for bar in found["bars"] if not bar.get("counts")]
+    assert timed
+    assert all(bar.get("met", bar.get("passed")) is None for bar in timed), timed
 
 
 def test_every_benchmark_has_a_short_form_and_a_place_among_the_results() -> None:
     assert {"erasure.py", "stall.py"} <= set(RUNNABLE)
     results = (BENCHMARKS / "RESULTS.md").read_text()
     assert [name for name in RUNNABLE if f"## {name}" not in results] == []
+
+
+def test_a_short_form_says_what_it_does_not_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    measure = importlib.import_module("measure")
+    missed = measure.Estimate(2.0, 2.0, 2.0, 1)
+    timed, counted = measure.Bar("seconds", missed, 1.0), measure.Bar("bytes", missed, 1.0, counts=True)
+    assert measure.lines_of([timed, counted], quick=True).splitlines() == [
+        "MISSED  bytes: 2 [2, 2] (bar 1)",
+        "not judged in --quick  seconds: 2 [2, 2] (bar 1)",
+    ]
+    codes = [measure.exit_code(bars, quick=quick) for bars in ([timed], [counted]) for quick in (False, True)]
+    assert codes == [1, 0, 1, 1]
+    assert measure.exit_code([], quick=True, whole=False) == 1
+    assert [bar["met"] for bar in json.loads(measure.as_json({}, [timed, counted], quick=True))["bars"]] == [
+        None,
+        False,
+    ]
