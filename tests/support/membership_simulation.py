@@ -9,11 +9,16 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
+from holdfast.checkpoint.storage import StorageEntry
 from holdfast.checkpoint.version import GenerationId
+from holdfast.errors import StorageError
 from holdfast.launcher import leader, leader_orders, member
 from holdfast.launcher.budget import RestartBudget
+from holdfast.launcher.claims import ClaimStore
 from holdfast.launcher.limits import Limits
 from holdfast.launcher.membership import Membership, Send, Terms
 from holdfast.launcher.quorum import may_follow
@@ -59,6 +64,12 @@ class Chaos:
     """Per second of the whole network: one direction between two nodes is cut, or all such cuts heal."""
     drains: float = 0.0
     """Nodes that are asked to leave; they come back as other ones."""
+    half_claims: float = 0.05
+    """Of all claims: whose leader dies between its two writes."""
+    store_delay_s: float = 0.1
+    """The longest time until the claim store has done something, and again until who asked has the answer."""
+    other_memories: float = 0.0
+    """Of all agents that start: whose seat remembers a later incarnation of the job, which the others never met."""
     restart_after_s: tuple[float, float] = (0.1, 6.0)
 
 
@@ -93,19 +104,54 @@ class SimAgent:
         return self.membership.leader is not None
 
 
-@dataclass
-class Claims:
-    """The claim store: names are created once."""
+class MemoryStorage:
+    """What a claim store asks of a storage; names are created once."""
 
-    records: dict[tuple[int, int], Standing] = field(default_factory=dict)
-    proofs: set[str] = field(default_factory=set)
+    def __init__(self) -> None:
+        self.objects: dict[Path, bytes] = {}
+        self.writes_left = 1 << 30
+        """After so many writes whoever writes is dead."""
 
-    def newest(self) -> Standing | None:
-        return max(self.records.values(), key=lambda s: s.order, default=None)
+    def list(self, folder: Path) -> list[StorageEntry]:
+        found = sorted(path.name for path in self.objects if path.parent == folder)
+        return [StorageEntry(name, 0, False, 0.0) for name in found]
 
-    def create(self, standing: Standing) -> bool:
-        name = (standing.generation.incarnation, standing.generation.generation)
-        return self.records.setdefault(name, standing) is standing
+    def read(self, path: Path, *, limit: int) -> bytes:
+        if path not in self.objects or not self.writes_left:
+            raise StorageError(f"{path} cannot be read")
+        return self.objects[path]
+
+    def write(self, path: Path, chunks: Iterable[bytes], *, exclusive: bool = False) -> int:
+        if not self.writes_left or (exclusive and path in self.objects):
+            raise StorageError(f"{path} cannot be written")
+        self.writes_left -= 1
+        self.objects[path] = b"".join(chunks)
+        return len(self.objects[path])
+
+
+class Claims(ClaimStore):
+    """The real claim store, in memory."""
+
+    def __init__(self) -> None:
+        self.storage = MemoryStorage()
+        super().__init__("/claims", self.storage)  # type: ignore[arg-type]  # it asks for no more than these methods
+
+    @property
+    def generations(self) -> list[str]:
+        """Names that were claimed."""
+        return [entry.name for entry in self.storage.list(Path("/claims/generations"))]
+
+    def create_and_die(self, claim: Standing, after: GenerationId | None) -> None:
+        """As a leader that dies after its first write."""
+        self.storage.writes_left = 1
+        with suppress(StorageError):
+            self.create(claim, after)
+        self.storage.writes_left = 1 << 30
+
+
+def memory_of(generation: GenerationId, nodes: int) -> DaemonInfo:
+    """What a seat tells that ran this generation of so many nodes last."""
+    return DaemonInfo(newest_incarnation=generation.incarnation, generation=generation, nodes=nodes)
 
 
 def number(generation: GenerationId) -> tuple[int, int]:
@@ -147,6 +193,8 @@ class Simulation:
         """The first version of a generation is protected at once."""
         self.lost_leaders = 0
         """How often an agent found its leader silent."""
+        self.dies_claiming: set[int] = set()
+        """Nodes whose agent will die between the two writes of its next claim."""
         self.stuck: set[int] = set()
         """Nodes whose workers do not even end by SIGKILL."""
         self.session = False
@@ -205,7 +253,8 @@ class Simulation:
     def _chaotic(self) -> bool:
         return self.now < self.chaos.until_s
 
-    def boot(self, node: int) -> SimAgent | None:
+    def boot(self, node: int, memory: DaemonInfo | None = None) -> SimAgent | None:
+        """Start an agent; `memory`: what its seat remembers, where it has run nothing in this simulation."""
         if node in self.agents or node in self.gone:
             return None
         self._births += 1
@@ -232,13 +281,15 @@ class Simulation:
         self.by_address[info.address] = agent
         if endpoint >= 0:
             self.by_address[f"e{endpoint}"] = agent
+        known = memory or DaemonInfo()
         newest = self.node_newest.get(node)
-        known = DaemonInfo()
         if newest is not None and newest.generation is not None:
             generation = newest.generation
-            known = DaemonInfo(
-                newest_incarnation=generation.incarnation, generation=generation, nodes=len(newest.places)
-            )
+            known = memory_of(generation, len(newest.places))
+        if self._chaotic and self.chaos.other_memories and self.random.random() < self.chaos.other_memories:
+            incarnation = known.newest_incarnation + self.random.randint(1, 3)
+            nonce = f"{self.random.getrandbits(32):08x}"
+            known = memory_of(GenerationId(incarnation=incarnation, nonce=nonce, generation=2), 1)
         self._do(agent, agent.membership.tell(lambda m: m.daemon(known, self.now), self.now))
         self._tick(agent)
         return agent
@@ -413,8 +464,8 @@ class Simulation:
                     self.notes.append((self.now, agent.node_id, instruction))
                 case leader_orders.ReadClaims(proof):
                     self._later(agent, lambda: self._read_claims(agent, proof))
-                case leader_orders.Claim(standing):
-                    self._later(agent, lambda s=standing: self._claim(agent, s))
+                case leader_orders.Claim(standing, after):
+                    self._later(agent, lambda s=standing, a=after: self._claim(agent, s, a))
                 case member.ReadProof(nonce):
                     self._later(agent, lambda n=nonce: self._read_proof(agent, n))
                 case member.StartWorkers(plan, _):
@@ -444,28 +495,35 @@ class Simulation:
         self._do(agent, agent.membership.answer(lambda m: m.stored(generation, address, self.now), self.now))
 
     def _later(self, agent: SimAgent, action: Callable[[], None]) -> None:
-        self._at(self.random.uniform(0, 0.1), lambda: action() if self._alive(agent) else None)
+        limit_s = self.chaos.store_delay_s if self._chaotic else 0.1
+        self._at(self.random.uniform(0, limit_s), lambda: action() if self._alive(agent) else None)
 
     def _read_proof(self, agent: SimAgent, nonce: str) -> None:
         assert self.claims is not None
         plan = agent.membership.plan
-        if nonce in self.claims.proofs:
+        if self.claims.has_proof(nonce):
             self._do(agent, agent.membership.tell(lambda m: m.proved(nonce, self.now), self.now))
         elif plan is not None and plan.proof == nonce:
             self._later(agent, lambda: self._read_proof(agent, nonce))
 
     def _read_claims(self, agent: SimAgent, proof: str) -> None:
         assert self.claims is not None
-        self.claims.proofs.add(proof)
+        if not self.claims.has_proof(proof):
+            self.claims.prove(proof)
         newest = self.claims.newest()
         self._later(
             agent,
             lambda: self._do(agent, agent.membership.answer(lambda m: m.claims_read(newest, self.now), self.now)),
         )
 
-    def _claim(self, agent: SimAgent, standing: Standing) -> None:
+    def _claim(self, agent: SimAgent, standing: Standing, after: GenerationId | None) -> None:
         assert self.claims is not None
-        won = self.claims.create(standing)
+        if agent.node in self.dies_claiming or (self._chaotic and self.random.random() < self.chaos.half_claims):
+            self.dies_claiming.discard(agent.node)
+            self.claims.create_and_die(standing, after)
+            self.crash(agent)
+            return
+        won = self.claims.create(standing, after)
         self._later(
             agent,
             lambda: self._do(

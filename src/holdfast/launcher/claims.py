@@ -1,7 +1,12 @@
 """The claim store: who may have the next generation, decided by names that can be created once.
 
-    DIR/generations/<incarnation>-<n>     a claim: the `Standing` that it lists, as JSON
+    DIR/successors/<generation>           the claim for what comes after that generation ("first": after none)
+    DIR/generations/<incarnation>-<n>     the same claim under the name of what it claims
     DIR/proofs/<nonce>                    written by a leader, read by every member: the store is the same one for all
+
+A claim is the `Standing` that it lists, as JSON. It is won under the name of its predecessor: two sides of a split may
+give the successor different names, as one of them may have met nodes that remember a later incarnation. So claims are a
+chain, and whoever died between the two names has claimed: others read it, and the members that it lists go on.
 
 A directory that all agents share, or a place in an object store (`holdfast.checkpoint.storage`).
 """
@@ -19,7 +24,8 @@ from pathlib import Path
 import msgspec
 
 from holdfast.checkpoint.places import place
-from holdfast.checkpoint.storage import storage_of
+from holdfast.checkpoint.storage import Storage, storage_of
+from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import HoldfastError
 from holdfast.launcher.wire import Standing
 
@@ -32,14 +38,19 @@ _LIMIT_BYTES = 1 << 20
 class ClaimStore:
     """The store itself. Every call may block on the storage; one thread at a time."""
 
-    def __init__(self, url: str) -> None:
-        """Nothing is opened. `url`: a directory, file:// or what `holdfast.checkpoint.places` knows.
+    def __init__(self, url: str, storage: Storage | None = None) -> None:
+        """Nothing is opened.
+
+        Args:
+            url: a directory, file:// or what `holdfast.checkpoint.places` knows.
+            storage: where it lies; None: what the URL says.
 
         Raises:
             UsageError: nothing here opens such a URL.
         """
         self._root = place(url)
-        self._storage = storage_of(self._root)
+        self._storage = storage if storage is not None else storage_of(self._root)
+        self._generations, self._successors = self._root / "generations", self._root / "successors"
 
     def newest(self) -> Standing | None:
         """The newest claim.
@@ -47,17 +58,30 @@ class ClaimStore:
         Raises:
             StorageError: the store cannot be read.
         """
-        folder = self._root / "generations"
-        numbers = [number for entry in self._storage.list(folder) if (number := _number(entry.name)) is not None]
-        return self._read(folder / _name(*max(numbers))) if numbers else None
+        found = self._storage.list(self._generations)
+        numbers = [number for entry in found if (number := _number(entry.name)) is not None]
+        newest = self._read(self._generations / _name(*max(numbers))) if numbers else None
+        followed = {entry.name for entry in self._storage.list(self._successors)}
+        while (name := _successor_of(newest.generation if newest is not None else None)) in followed:
+            followed.remove(name)
+            newest = self._read(self._successors / name)
+        return newest
 
-    def create(self, claim: Standing) -> bool:
-        """Whether the claim is there and is this one.
+    def create(self, claim: Standing, after: GenerationId | None) -> bool:
+        """Whether the claim is there and is this one: the only one that comes after that generation.
+
+        Args:
+            claim: of the same leader always the same, however often it asks.
+            after: the newest generation that was claimed before, None where there was none.
 
         Raises:
             StorageError: the store can be neither written nor read.
         """
-        path = self._root / "generations" / _name(claim.generation.incarnation, claim.generation.generation)
+        name = _name(claim.generation.incarnation, claim.generation.generation)
+        places = (self._successors / _successor_of(after), self._generations / name)
+        return all(self._is_first(path, claim) for path in places)
+
+    def _is_first(self, path: Path, claim: Standing) -> bool:
         try:
             self._storage.write(path, [msgspec.json.encode(claim)], exclusive=True)
         except HoldfastError as error:
@@ -89,6 +113,10 @@ class ClaimStore:
 
     def _read(self, path: Path) -> Standing:
         return msgspec.json.decode(self._storage.read(path, limit=_LIMIT_BYTES), type=Standing)
+
+
+def _successor_of(generation: GenerationId | None) -> str:
+    return str(generation) if generation is not None else "first"
 
 
 def _name(incarnation: int, generation: int) -> str:

@@ -208,9 +208,9 @@ class Council:
                     lambda store: _prove_and_read(store, proof),
                     lambda found: self._answer(lambda machine: machine.claims_read(_claim(found), now())),
                 )
-            case leader_orders.Claim(standing):
+            case leader_orders.Claim(standing, after):
                 self._desk.ask(
-                    lambda store: store.create(standing),
+                    lambda store: store.create(standing, after),
                     lambda won: self._answer(lambda machine: machine.claim_ended(standing, won=won is True, now=now())),
                 )
             case member.ReadProof(nonce):

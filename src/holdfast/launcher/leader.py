@@ -77,9 +77,9 @@ class Leader(FormingLeader):
     def claim_ended(self, claim: Standing, *, won: bool, now: float) -> list[Instruction]:
         """The claim was created, or somebody else had it before."""
         run = self._run
-        if self._phase == CLAIMING and run is not None and run.generation == claim.generation:
+        if self._phase == CLAIMING and run is not None and claim == self._run_standing():
             if won:
-                self._fenced_until = now + FENCE_S if run.follows is None and self._standing is not None else now
+                self._fenced_until = now + FENCE_S if run.overtakes else now
                 self._standing = run.known = claim
                 self._phase = FORMING
                 self._out.append(HostStore(run.generation))

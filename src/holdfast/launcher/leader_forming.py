@@ -14,7 +14,8 @@ from holdfast.launcher.roster import Node, newest_incarnation, remembered_run
 from holdfast.launcher.wire import Phase, Standing, Verdict
 
 FENCE_S = 10.0
-"""How long a new incarnation waits after its claim, so that a generation that still runs somewhere has read it."""
+"""How long a new incarnation waits after its claim, so that a generation that still runs somewhere has read it; what
+follows one that died or fell apart meanwhile waits as long."""
 
 
 class FormingLeader(LeaderState):
@@ -135,6 +136,7 @@ class FormingLeader(LeaderState):
             places=places(infos, ranks, {n.report.node.node_id: n.report.daemon.endpoint for n in chosen}),
             follows=follows,
             known=self._standing,
+            overtakes=self._claims and self._standing is not None and (follows is None or follows.overtakes),
             ids=frozenset(ranks),
         )
         self._fresh = follows is None
@@ -169,11 +171,13 @@ class FormingLeader(LeaderState):
 
     def _advance_claiming(self, now: float) -> None:
         """Claim, and again where the store does not answer: the same claim is created once only."""
+        assert self._run is not None
         if any(not self._is_ready(node) for node in self._members()):
             self._gather_again(now)
         elif now >= self._claims_next:
             self._claims_next = now + CLAIM_AGAIN_S
-            self._out.append(Claim(self._run_standing()))
+            known = self._run.known
+            self._out.append(Claim(self._run_standing(), known.generation if known is not None else None))
 
     def _claim_lost(self, run: Run, now: float) -> None:
         """Another side was first. One that wanted to found an incarnation does not try again: it would overtake."""
@@ -192,6 +196,7 @@ class FormingLeader(LeaderState):
             self._gather_again(now)
         elif run.store and self._may_run(run, votes) and now >= self._fenced_until:
             self._proposals.discard(run.generation)
+            run.overtakes = False
             self._standing = self._run_standing()
             self._phase = Phase.RUN
             self._note("forming", f"{len(run.places)} nodes, {sum(p.num_ranks for p in run.places)} ranks")

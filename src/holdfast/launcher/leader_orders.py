@@ -43,6 +43,8 @@ class Claim:
     """Try to create the claim, and answer with `claim_ended`."""
 
     standing: Standing
+    after: GenerationId | None
+    """The newest generation that the leader knew: it has one successor."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Run:
     """The generation before; None for the first one of an incarnation."""
     known: Standing | None = None
     """Newest generation that the leader knew when it chose this one, or the claim for it."""
+    overtakes: bool = False
+    """See `Standing`."""
     store: str = ""
     running_noted: bool = False
     stop_sequence: int = 0
@@ -209,6 +211,7 @@ class LeaderState:
             run_id=self._run_id,
             restart_count=self._restarts,
             bases=tuple(dict.fromkeys((before.members, *before.bases))) if before is not None else (),
+            overtakes=run.overtakes,
         )
 
     def _read_claims(self, now: float) -> bool:

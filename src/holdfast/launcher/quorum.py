@@ -24,7 +24,10 @@ promised Q first, it did not accept P afterwards, and P does not run.
 Only its own leader ever lets a proposal run. So a leader that gives its own one up knows that it never ran, and heeds
 it no more: what it proposes next has a larger number, and whoever follows the one given up needs the same bases.
 
-With a claim store the number is that of the claim, which only one side wins.
+With a claim store one claim comes after each other one, whatever it names, and only one side wins it
+(`holdfast.launcher.claims`). A claim that founds an incarnation comes after the newest one like any other; as the
+generation that it overtakes may still run where nobody of it is here, it does not start before that has read the claim,
+nor does what follows it unless it has started.
 
 What this does not cover: fresh agents, which know of no generation, found an incarnation when enough of them have been
 called by nobody for the last-call time. Where ``--nnodes`` allows worlds of half of its largest number and less, or

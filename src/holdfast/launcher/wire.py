@@ -14,7 +14,7 @@ import msgspec
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import PeerError
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Raised whenever agents of two releases would misread each other."""
 MAX_MESSAGE_BYTES = 1 << 20
 
@@ -98,6 +98,9 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
     restart_count: int = 0
     bases: tuple[tuple[str, ...], ...] = ()
     """Where it is only proposed: the members of the generations before it that have not agreed to it yet."""
+    overtakes: bool = False
+    """Of a claim, as long as nobody knows that it ran: it begins an incarnation, or follows one that never ran, while a
+    generation of an older one may still run elsewhere."""
 
     @property
     def order(self) -> tuple[int, int, str]:
@@ -105,8 +108,12 @@ class Standing(msgspec.Struct, frozen=True, kw_only=True):
         return self.generation.incarnation, self.generation.generation, self.generation.nonce
 
     def is_news_after(self, known: Standing | None) -> bool:
-        """Whether it says more than `known`: a newer generation, or that one is not only proposed any more."""
-        return known is None or (self.order, not self.bases) > (known.order, not known.bases)
+        """Whether it says more than `known`: a newer generation, or that this one is not only proposed or claimed."""
+        return known is None or self._knowledge > known._knowledge
+
+    @property
+    def _knowledge(self) -> tuple[tuple[int, int, str], bool, bool]:
+        return self.order, not self.bases, not self.overtakes
 
 
 class StopRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from holdfast.checkpoint.version import GenerationId
 from holdfast.launcher.limits import Limits
 from holdfast.launcher.wire import AgentMessage, Plan
 from support.membership_jobs import (
@@ -17,7 +18,7 @@ from support.membership_jobs import (
     split_before_news,
     with_sessions,
 )
-from support.membership_simulation import Simulation
+from support.membership_simulation import Simulation, memory_of
 
 # --- losses
 
@@ -177,7 +178,7 @@ def test_a_claim_whose_winner_dies_at_once_can_be_followed_by_its_other_members_
     simulation.split(ranks[:2], ranks[2:])
     assert simulation.claims is not None
     claims = simulation.claims
-    simulation.run_until(lambda: len(claims.records) == 2, 10)
+    simulation.run_until(lambda: len(claims.generations) == 2, 10)
     winners = claims.newest()
     assert winners is not None
     assert len(winners.members) == 3  # the larger side tries first
@@ -187,6 +188,35 @@ def test_a_claim_whose_winner_dies_at_once_can_be_followed_by_its_other_members_
     assert set(by_rank(simulation)) == set(ranks[2:]) - {winner}
     simulation.run(20)
     assert simulation.world() == [2]  # the losing side, larger than nothing, has not overtaken
+
+
+def test_two_sides_that_would_name_one_successor_differently_do_not_both_claim_it() -> None:
+    """A spare on one side remembers a later incarnation, so that side names what comes next by a number above it."""
+    simulation = running(4, smallest=1, claims=True)
+    assert simulation.claims is not None
+    simulation.boot(4, memory_of(GenerationId(incarnation=7, nonce="0" * 8, generation=3), nodes=1))
+    simulation.run(3)
+    ranks = by_rank(simulation)
+    simulation.split(ranks[:2], [*ranks[2:], 4])
+    simulation.run(15)
+    assert len(simulation.claims.generations) == 2
+    assert len(simulation.whole_generations()) == 1
+
+
+def test_who_dies_while_it_claims_has_claimed_and_the_members_that_it_lists_go_on() -> None:
+    simulation = running(5, smallest=1, claims=True)
+    ranks = by_rank(simulation)
+    simulation.split(ranks[:2], ranks[2:])
+    simulation.chaos.restart_after_s = (1000, 1000)
+    simulation.dies_claiming = set(ranks[2:])  # whoever of them leads
+    simulation.run_until(lambda: len(simulation.dies_claiming) == 2, 10)
+    simulation.dies_claiming = set()
+    goes_on(simulation, 2, 12)
+    assert simulation.claims is not None
+    assert set(by_rank(simulation)) < set(ranks[2:])
+    assert simulation.claims.generations == ["1-1", "1-3"]
+    simulation.run(20)
+    assert simulation.world() == [2]
 
 
 def test_a_restarted_agent_has_no_second_vote() -> None:
@@ -225,7 +255,7 @@ def test_a_fresh_agent_at_the_first_endpoint_does_not_overtake_a_generation_that
     goes_on(simulation, 4, 8)
 
 
-def test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_before_that_starts() -> None:
+def one_of_four_runs_behind_a_cable_and_new_agents_found_an_incarnation() -> Simulation:
     simulation = running(4, smallest=1, claims=True, endpoints=2)
     simulation.split([0], [1, 2, 3])
     simulation.chaos.restart_after_s = (0.2, 0.2)
@@ -233,8 +263,28 @@ def test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_befor
         simulation.crash(simulation.agents[node])
     goes_on(simulation, 1, 8)
     assert by_rank(simulation) == [0]
+    return simulation
+
+
+def test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_before_that_starts() -> None:
+    simulation = one_of_four_runs_behind_a_cable_and_new_agents_found_an_incarnation()
     goes_on(simulation, 3, 30)
     assert simulation.whole_generations()[0].incarnation == 2
+
+
+def test_what_follows_an_incarnation_that_never_ran_gives_others_as_long_to_read_of_it() -> None:
+    """A founder loses a node just after its claim; the next generation is no reason to start before others yield."""
+    simulation = one_of_four_runs_behind_a_cable_and_new_agents_found_an_incarnation()
+    assert simulation.claims is not None
+    claims = simulation.claims
+    claimed = simulation.run_until(lambda: "2-1" in claims.generations, 30)
+    simulation = one_of_four_runs_behind_a_cable_and_new_agents_found_an_incarnation()
+    simulation.run(claimed - 1.7)  # the node is missed only after the claim
+    lost = next(agent for agent in simulation.agents.values() if agent.node and not agent.leads)
+    simulation.crash(lost, forever=True)
+    goes_on(simulation, 2, 30)
+    (after,) = simulation.whole_generations()
+    assert (after.incarnation, after.generation) == (2, 2)
 
 
 def test_a_one_way_cable_ends_in_one_generation() -> None:

@@ -352,9 +352,36 @@ def test_an_agent_that_restarts_before_it_was_missed_joins_as_a_new_member() -> 
     assert len({generation.generation for generation in simulation.started}) >= 2
 
 
-def machine_of(limits: Limits) -> Leader:
+def machine_of(limits: Limits, *, claims: bool = False) -> Leader:
     budget = RestartBudget(max_restarts=0, no_progress=3)
-    return Leader(node=node_info("l"), nonce="00000000", run_id="r", limits=limits, budget=budget, now=0.0)
+    return Leader(
+        node=node_info("l"), nonce="00000000", run_id="r", limits=limits, budget=budget, now=0.0, claims=claims
+    )
+
+
+def test_the_answer_to_a_claim_with_other_members_does_not_count() -> None:
+    """A member was lost before the answer came: who goes on without it has not claimed that yet."""
+    members = ("l", "a", "b")
+    machine = machine_of(Limits(min_nodes=1, max_nodes=3), claims=True)
+    generation = GenerationId(incarnation=1, nonce="0" * 8, generation=1)
+    machine.claims_read(Standing(generation=generation, members=members, addresses=members), 0.0)
+
+    def claims(names: tuple[str, ...], begin: int, end: int) -> list[Standing]:
+        """What is claimed while these nodes report, ten times a second."""
+        out: list[leader_orders.Instruction] = []
+        for tick in range(begin, end):
+            out += machine.ticked(tick / 10)
+            for name in names:
+                promise = {"promised": machine.plan.ballot, "promised_to": "l", "proof": machine.plan.proof}
+                out += machine.reported(Report(node=node_info(name), sequence=tick, **promise), tick / 10)
+        return [order.standing for order in out if isinstance(order, leader_orders.Claim)]
+
+    whole = claims(members, 1, 10)[-1]
+    smaller = claims(("l", "a"), 10, 40)[-1]
+    assert (whole.generation, len(whole.members), len(smaller.members)) == (smaller.generation, 3, 2)
+    late = machine.claim_ended(whole, won=True, now=4.0)
+    assert not any(isinstance(order, leader_orders.HostStore) for order in late)
+    assert any(isinstance(order, leader_orders.HostStore) for order in machine.claim_ended(smaller, won=True, now=4.1))
 
 
 def test_a_node_rank_that_lives_is_not_given_away() -> None:

@@ -10,7 +10,9 @@ import pytest
 import test_launcher_losses as losses
 import test_launcher_membership as one_leader
 
+from holdfast.checkpoint.version import GenerationId
 from holdfast.launcher import leader, leader_forming, leader_orders, leader_state, member, quorum
+from holdfast.launcher.claims import ClaimStore, _name
 from holdfast.launcher.election import Election
 from holdfast.launcher.leader import Leader
 from holdfast.launcher.limits import Limits
@@ -47,6 +49,8 @@ def any_schedule(seed: int, nodes: int | None = None) -> Simulation:
         crashes=0.15 / nodes,
         splits=0.1 * (seed % 2) if may_split else 0.0,
         cuts=0.1 * (seed % 4 == 3) if may_split else 0.0,
+        other_memories=0.3 if claims else 0.0,
+        store_delay_s=1.0 if seed % 8 == 5 else 0.1,
     )
     static = seed % 5 == 0 and limits.min_nodes == nodes
     simulation = Simulation(
@@ -154,10 +158,22 @@ def _forget(machine: Leader, now: float) -> None:
 _everybody = Membership._everybody
 _regroup = Leader._regroup
 _run_standing = Leader._run_standing
+_form = Leader._form
 
 
 def _standing_already(machine: Leader) -> Standing:
     return msgspec.structs.replace(_run_standing(machine), bases=())
+
+
+def _fence_founders_only(machine: Leader, chosen: list, follows: Standing | None, now: float) -> None:
+    _form(machine, chosen, follows, now)
+    assert machine._run is not None
+    machine._run.overtakes = machine._run.overtakes and follows is None
+
+
+def _claim_one_name(store: ClaimStore, claim: Standing, after: GenerationId | None) -> bool:
+    name = _name(claim.generation.incarnation, claim.generation.generation)
+    return store._is_first(store._generations / name, claim)
 
 
 MUTANTS: dict[str, tuple[object, str, object]] = {
@@ -197,6 +213,8 @@ MUTANTS: dict[str, tuple[object, str, object]] = {
         lambda limits, *, endpoint, remembered, store: limits.min_nodes,
     ),
     "a claimed incarnation is not fenced": (leader, "FENCE_S", 0.0),
+    "what follows an incarnation that never ran is not fenced": (Leader, "_form", _fence_founders_only),
+    "sides that name a successor differently both claim it": (ClaimStore, "create", _claim_one_name),
     "a generation ends before its workers wait at the agreed step": (
         Leader,
         "_regroup",
@@ -242,7 +260,9 @@ def test_the_simulation_catches_the_mutant(name: str, monkeypatch: pytest.Monkey
 def _check_many() -> None:
     losses.test_a_fresh_agent_at_the_first_endpoint_does_not_overtake_a_generation_that_it_cannot_hear()
     losses.test_a_generation_that_still_runs_elsewhere_reads_of_a_new_incarnation_before_that_starts()
+    losses.test_what_follows_an_incarnation_that_never_ran_gives_others_as_long_to_read_of_it()
     losses.test_with_a_claim_store_only_one_of_two_nodes_goes_on()
+    losses.test_two_sides_that_would_name_one_successor_differently_do_not_both_claim_it()
     losses.test_newcomers_do_not_go_on_with_a_proposal_that_the_voters_have_not_heard_of(maker_dies=True)
     losses.test_what_a_leader_has_given_up_does_not_bind_it()
     losses.test_a_generation_is_newer_than_all_that_its_nodes_remember()
