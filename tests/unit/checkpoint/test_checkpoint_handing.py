@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +13,10 @@ from threading import Event
 import pytest
 
 from holdfast.checkpoint import handing, meeting, source
-from holdfast.checkpoint.handing import Handing
+from holdfast.checkpoint.handing import Handing, Post
 from holdfast.checkpoint.source import FileSource
 from holdfast.checkpoint.wants import Unit
-from holdfast.errors import CorruptError
+from holdfast.errors import CorruptError, PeerError
 
 _LIMIT = timedelta(seconds=30)
 
@@ -93,6 +93,68 @@ def test_one_that_cannot_be_read_ends_it_and_nobody_waits_for_it(monkeypatch: py
     assert all(waits)
     assert set(taken) <= {unit for unit in _units(100) if unit.first != 3}
     assert len(taken) < 99
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_the_system_is_told_what_comes_in_order_and_only_so_far_ahead(count: int) -> None:
+    told: list[int] = []
+    told_before: list[int] = []
+
+    def read(unit: Unit, memory: memoryview) -> memoryview:
+        told_before.append(len(told))  # units of one image are never read two at once
+        return memory[:8]
+
+    Handing(
+        0,
+        None,
+        read=read,
+        verify=lambda unit, data: None,
+        will_read=lambda unit: told.append(unit.first),
+        take=lambda unit, data: None,
+        check=lambda: None,
+        timeout=_LIMIT,
+    ).run(_units(count))
+    assert told == list(range(1, count)), "each once, in order; the first is read at once"
+    assert told_before == [min(number + handing._HINTED, count - 1) for number in range(count)]
+
+
+@pytest.fixture
+def posts() -> Iterator[tuple[Post, Post]]:
+    found = Post(0, "127.0.0.1", "a"), Post(1, "127.0.0.1", "b")
+    for post in found:
+        post.know([other.endpoint for other in found])
+    yield found
+    for post in found:
+        post.close()
+
+
+def test_who_waits_for_others_looks_whether_they_failed_and_asks_only_so_far_ahead(posts: tuple[Post, Post]) -> None:
+    looked: list[None] = []
+
+    def check() -> None:
+        looked.append(None)
+        if len(looked) == 3:
+            raise PeerError("rank 1 has failed")
+
+    def read(unit: Unit, memory: memoryview) -> memoryview:
+        raise AssertionError
+
+    handed = Handing(
+        0,
+        posts[0],
+        read=read,
+        verify=lambda unit, data: None,
+        will_read=lambda unit: None,
+        take=lambda unit, data: None,
+        check=check,
+        timeout=_LIMIT,
+    )
+    with pytest.raises(PeerError, match="rank 1 has failed"):
+        handed.run([Unit(0, number, number + 1, 1, (0, 1)) for number in range(40)])
+    asked = []
+    while (came := posts[1].receive(1000 if len(asked) < handing._AHEAD else 10)) is not None:
+        asked.append((came[0].kind, came[0].first))
+    assert asked == [("ask", number) for number in range(handing._AHEAD)]
 
 
 def test_what_is_wrong_is_not_taken() -> None:
