@@ -8,6 +8,7 @@ torch once and nothing of holdfast; it runs no thread, so that a fork of it is w
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import runpy
@@ -15,8 +16,9 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _helper: subprocess.Popen[str] | None = None
 
@@ -134,11 +136,32 @@ def _become(rank: int, world_size: int, gate: int, variables: dict[str, str], fo
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 
 
+def _keep_process_groups() -> None:
+    """Let no process group end before its process does: torch's destructor of a gloo group waits, holding the
+    interpreter's lock, for a thread that may itself be waiting for that lock. Seen once, as a rank that never ended."""
+    import torch.distributed as dist
+
+    kept = []
+
+    def keeping(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make)
+        def made(*arguments: Any, **options: Any) -> Any:
+            group = make(*arguments, **options)
+            kept.append((group, dist.group.WORLD))
+            return group
+
+        return made
+
+    dist.init_process_group = keeping(dist.init_process_group)
+    dist.new_group = keeping(dist.new_group)
+
+
 def _run_script(script: str, arguments: list[str]) -> None:
     """The script as ``__main__``, then the end of this process."""
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
     code = 0
+    _keep_process_groups()
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as ending:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import xxhash
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -64,6 +65,8 @@ from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.environment import run_attempt
 from holdfast.errors import CorruptError, MismatchError, StateError, UsageError
 
+_DCP_VERSION: str | None = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+"""What DCP's own writer notes in the metadata; earlier versions of torch know none."""
 OBJECTS = "dcp.objects"
 MAPPINGS = "dcp.mappings"
 
@@ -235,7 +238,10 @@ class HoldfastReader(StorageReader):
         state: dict[str, Any] = {name: _tensor_metadata(catalog, name) for name in catalog.tensors}
         state.update({name: BytesStorageMetadata() for name in self._objects})
         planner_data = {name: mappings.get(name, (name,)) for name in state}
-        return Metadata(state_dict_metadata=state, planner_data=planner_data)
+        metadata = Metadata(state_dict_metadata=state, planner_data=planner_data)
+        if _DCP_VERSION is not None:
+            metadata.version = _DCP_VERSION
+        return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """See `StorageReader.set_up_storage_reader`."""

@@ -76,6 +76,16 @@ def test_every_dtype_and_shape_goes_through_dcp(tmp_path: Path) -> None:
         assert tensor_bytes(into[key]).tobytes() == tensor_bytes(tensor).tobytes(), key
 
 
+def test_the_metadata_is_what_the_reader_of_dcp_gives(tmp_path: Path) -> None:
+    state = {"model": _model()[0].state_dict(), "step": 7}
+    _save(dict(state), tmp_path / "c")
+    dcp.save(dict(state), checkpoint_id=tmp_path / "d", no_dist=True)
+    ours, theirs = HoldfastReader(tmp_path / "c").read_metadata(), dcp.FileSystemReader(tmp_path / "d").read_metadata()
+    assert ours.state_dict_metadata == theirs.state_dict_metadata
+    assert ours.planner_data == theirs.planner_data
+    assert getattr(ours, "version", None) == getattr(theirs, "version", None)  # torch 2.8 knows none
+
+
 def test_async_save_of_dcp_takes_the_writer(tmp_path: Path) -> None:
     tensor = torch.arange(4.0)
     import torch.distributed as dist
