@@ -431,18 +431,24 @@ def rounds_of(subjects: dict[str, Subject], options: Options) -> dict[str, dict[
     return measured
 
 
-def judge(results: dict[str, dict[str, dict[str, list[float]]]]) -> list[Bar]:
-    """The bars that can be judged with what was measured."""
+def judge(results: dict[str, dict[str, dict[str, list[float]]]], size_mb: float) -> list[Bar]:
+    """The bars that can be judged with what was measured.
+
+    Args:
+        results: of all rounds.
+        size_mb: of the large state, on each rank.
+    """
+    size = f"{RANKS * size_mb / 1000:.1g} GB"
     large, small = results["large"], results["small"]
     bars = [
         Bar(
-            "large state inline, wait over memcpy",
+            f"{size} inline, wait over memcpy",
             estimate(ratios(large["inline"]["stall_s"], large["memcpy"]["stall_s"])),
             1.5,
             "x",
         ),
         Bar(
-            "large state inline, CPU seconds with checksums over memcpy's",
+            f"{size} inline, CPU seconds with checksums over memcpy's",
             estimate(ratios(large["inline"]["cpu_s"], large["memcpy"]["cpu_s"])),
             2.0,
             "x",
@@ -450,7 +456,7 @@ def judge(results: dict[str, dict[str, dict[str, list[float]]]]) -> list[Bar]:
     ]
     if "dcp.async_save" in large:
         value = estimate(ratios(large["overlapped"]["stall_s"], large["dcp.async_save"]["stall_s"]))
-        bars.append(Bar("large state overlapped, wait over dcp.async_save's warm stall", value, 0.1, "x"))
+        bars.append(Bar(f"{size} overlapped, wait over dcp.async_save's warm stall", value, 0.1, "x"))
     for mode in ("inline", "overlapped"):
         per_tensor = [1e6 * value / SMALL_TENSORS for value in small[mode]["stall_s"]]
         bars.append(
@@ -513,11 +519,12 @@ def main() -> int:
         mp.spawn(rank_main, args=(options,), nprocs=RANKS)
         found = json.loads(Path(options.results).read_text())
     results, skipped = found["results"], found["skipped"]
-    bars = judge(results)
+    size_mb = 12 * parameters * elements / 1e6
+    bars = judge(results, size_mb)
     keep(as_json({"stall": results, "skipped": skipped}, bars, quick=args.quick), args.json)
     if args.json != "-":
         print(f"machine: {machine()}\n")
-        print(report(results, skipped, 12 * parameters * elements / 1e6))
+        print(report(results, skipped, size_mb))
         print(lines_of(bars, quick=args.quick))
     return exit_code(bars, quick=args.quick)
 

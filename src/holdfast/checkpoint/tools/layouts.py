@@ -3,7 +3,7 @@
 ::
 
     {
-      "mesh": {"dp": 2, "tp": 4},
+      "mesh": {"pp": 2, "dp": 2, "tp": 4},
       "default": {"axes": {"dp": 0}},
       "tensors": [
         {"match": "model.*.wq.weight", "axes": {"tp": 0, "dp": 0}},
