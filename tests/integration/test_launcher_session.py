@@ -17,7 +17,7 @@ import torch, holdfast
 from torch.distributed.elastic.multiprocessing.errors import record
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from support.light_torch import spare_compiler
-from support.pacing import paced
+from support.pacing import paced, wait_for_version
 
 @record
 def main():
@@ -31,7 +31,7 @@ def main():
         print("from", session.step, session.restored and session.restored.tier, flush=True)
         for step in paced(session.steps(until=int(sys.argv[2]))):
             if step == fails_at and os.environ["RANK"] == "1":
-                time.sleep(0.5)  # until both ranks have a version of the step before
+                wait_for_version(step)
                 raise ValueError("always here")
             model(torch.ones(1, 4)).sum().backward()
             optimizer.step()

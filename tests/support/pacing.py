@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
+from holdfast.checkpoint.version import Version
 from holdfast.environment import WorkerEnvironment, worker_environment
+from holdfast.snapshot.arena import SlotState, read_header_of
 from holdfast.snapshot.control import ControlPage
 
 LIMIT_S = 30.0
@@ -41,6 +45,28 @@ def paced(steps: Iterator[int], *, standby_at: int | None = None) -> Iterator[in
             if step == standby_at:
                 _wait_for_standby(environment)
             yield step
+
+
+def wait_for_version(step: int) -> None:
+    """Wait until every rank of this node has a whole image of one version of `step`: a failure then goes back to it."""
+    environment = worker_environment()
+    assert environment is not None, "a worker of holdfast run"
+    deadline = time.monotonic() + LIMIT_S
+    while environment.local_world_size not in _images(environment.arena, step).values():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no version of step {step} within {LIMIT_S} s")
+        time.sleep(0.01)
+
+
+def _images(arena: Path, step: int) -> dict[Version, int]:
+    """How many ranks have a whole image of the versions of that step."""
+    ranks: dict[Version, set[int]] = {}
+    for path in arena.glob("slot-*"):
+        with suppress(FileNotFoundError):
+            header, _ = read_header_of(path)
+            if header.state is SlotState.CLEAN and header.version is not None and header.version.step == step:
+                ranks.setdefault(header.version, set()).add(header.global_rank)
+    return {version: len(found) for version, found in ranks.items()}
 
 
 def _wait_for_standby(environment: WorkerEnvironment) -> None:
