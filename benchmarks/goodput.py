@@ -56,7 +56,7 @@ GLOO_TIMEOUT_S = 20
 PERSIST_S = 20
 MEASURED_AT = (3, 8)
 """Steps after the first start at which torchrun's script saves to learn what that costs."""
-QUICK_S, QUICK_MTBF_S, QUICK_LIMIT_S = 8.0, 10.0, 60.0
+QUICK_S, QUICK_MTBF_S, QUICK_LIMIT_S = 6.0, 10.0, 60.0
 """Of the short form: length of training; the MTBF for which torchrun's script picks its interval; of a run."""
 KINDS = (("kill", 0.75), ("power", 0.15), ("stop", 0.10))
 PHASES = ("stopped", "agreed", "started", "opened", "restored", "first_step")
@@ -184,8 +184,8 @@ def schedule(mtbf_s: float, seed: int, nodes: int) -> Iterator[Fault]:
         yield Fault(at_s, kind, chance.randrange(nodes))
 
 
-QUICK_FAULTS = (Fault(4.0, "kill", 1),)
-"""Of the short form: late enough for torchrun to have a checkpoint."""
+QUICK_FAULTS = (Fault(3.0, "kill", 1),)
+"""Of the short form: late enough for torchrun to have a checkpoint, too early for a standby of holdfast to be ready."""
 
 
 # --- the driver
