@@ -8,7 +8,8 @@ With ``--max-restarts N`` it is torchrun's rule, counted for the whole job: N re
   `no_progress` restarts without progress.
 
 Node loss, growth and preemption are no failures and are not counted. A kill from outside (SIGKILL, SIGTERM, SIGINT,
-SIGHUP) is never "the same failure": it says nothing about the script.
+SIGHUP) is never "the same failure": it says nothing about the script. Nor is a hang: a stopped process, or a
+storage that does not answer.
 """
 
 from __future__ import annotations
@@ -84,6 +85,6 @@ class RestartBudget:
 
 def _signature(failure: Failure) -> tuple[object, ...] | None:
     """What makes two failures the same one; None for those that never are."""
-    if failure.exit_code in _FROM_OUTSIDE:
+    if failure.exit_code in _FROM_OUTSIDE or failure.hangs:
         return None
     return failure.exit_code, failure.message, failure.step

@@ -12,7 +12,7 @@ from holdfast.launcher.wire import Failure, Plan, Report, SessionState
 
 def describe_failure(failure: Failure) -> str:
     """What happened to the worker, to be followed by more: "rank 1 was killed (SIGKILL)"."""
-    if failure.exit_code == 0:
+    if failure.hangs:
         return f"rank {failure.global_rank} hangs ({failure.message})"
     if failure.exit_code < 0:
         return f"rank {failure.global_rank} was killed ({signal_name(-failure.exit_code)})"

@@ -66,6 +66,11 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     time_s: float = 0.0
     """time.time() at which the agent saw the process end."""
 
+    @property
+    def hangs(self) -> bool:
+        """Whether the process had not ended."""
+        return self.exit_code == 0
+
 
 class SessionState(msgspec.Struct, frozen=True, kw_only=True):
     """How far the Sessions of one node's workers have come; times are time.time() of the last rank."""

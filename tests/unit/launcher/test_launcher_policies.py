@@ -71,10 +71,11 @@ def test_another_exception_or_step_is_another_failure(other: Failure) -> None:
     assert budget.failed(other).restart
 
 
-def test_kills_from_outside_are_never_the_same_failure() -> None:
+@pytest.mark.parametrize("again", [failure(-9, ""), failure(0, "in state T for 14 s")])
+def test_kills_from_outside_and_hangs_are_never_the_same_failure(again: Failure) -> None:
     budget = RestartBudget(max_restarts=None, no_progress=3)
     budget.progressed(4)
-    assert [budget.failed(failure(-9, "")).restart for _ in range(4)] == [True, True, True, False]
+    assert [budget.failed(again).restart for _ in range(4)] == [True, True, True, False]
 
 
 def test_progress_means_a_larger_step_than_ever() -> None:
