@@ -208,8 +208,8 @@ def commands(
 ) -> tuple[list[str], dict[str, str]]:
     """Command line and environment of a subject."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if subject in GUESTS:
-        environment["PYTHONPATH"] = str(rivals)
+    if subject in GUESTS and rivals is not None:
+        environment["PYTHONPATH"] = str(rivals.resolve())
     if subject == "torchft":
         return [sys.executable, __file__, "replicas", str(folder), str(steps), str(kills + 3)], environment
     flags = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(kills + 3)]

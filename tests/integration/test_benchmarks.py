@@ -49,3 +49,12 @@ def test_a_short_form_says_what_it_does_not_judge(monkeypatch: pytest.MonkeyPatc
         None,
         False,
     ]
+
+
+def test_rivals_in_a_folder_beside_are_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    recovery = importlib.import_module("recovery")
+    monkeypatch.chdir(tmp_path)
+    for subject in recovery.GUESTS:
+        _, environment = recovery.commands(subject, tmp_path / "run", 9, 1, Path(".rivals"))
+        assert environment["PYTHONPATH"] == str(tmp_path / ".rivals")
