@@ -221,6 +221,9 @@ def test_diff_compares_objects_that_nobody_here_can_read_as_bytes(tool: Tool, tm
     assert tool("diff", tmp_path / "a", tmp_path / "b") == 1
     assert "state: value" in tool.out
     assert "bytes in A" in tool.out
+    torch.save({"x": torch.ones(2)}, tmp_path / "x.pt")
+    assert tool("diff", tmp_path / "a", tmp_path / "x.pt") == 0
+    assert "cannot be compared" in tool.err
     assert len(tool.works("inspect", tmp_path / "a").splitlines()) > 5
     assert "cannot be shown" in tool.err
 

@@ -95,18 +95,20 @@ def differing_values(
 ) -> tuple[list[Difference], int]:
     """Of what is no tensor (steps, learning rates, random generators, strings): what differs, by its path in the state,
     and how many are equal. Of what each rank has of its own, rank 0's. safetensors files hold tensors only: beside one
-    nothing is compared. Objects of a codec that is not registered here are compared as the bytes that were saved.
+    nothing is compared. Objects of a codec that is not registered here are compared as the bytes that were saved, or
+    beside another format not at all, which is said.
 
     Raises:
-        CorruptError, StateError: it cannot be read.
+        CorruptError: it cannot be read.
     """
     if SafetensorsState.format in (a.format, b.format):
         return [], 0
     try:
         values = [dict(leaves(state.nested())) for state in (a, b)]
-    except StateError:
+    except StateError as error:
         if not (isinstance(a, NativeState) and isinstance(b, NativeState)):
-            raise
+            sys.stderr.write(f"holdfast ckpt diff: what is no tensor cannot be compared: {error}\n")
+            return [], 0
         values = [dict(state.catalog.objects(0)) for state in (a, b)]
     in_a, in_b = (
         {name.removeprefix(prefix): value for name, value in of_one.items() if name.startswith(prefix)}

@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         put_json({**head, "tensors": rows, "values": values})
     else:
         _print(head, rows, arguments.stats)
-        sys.stdout.write("".join(f"{line}\n" for line in ("", *(f"{n} = {v}" for n, v in values.items())) if values))
+        if values:
+            sys.stdout.write("\n" + "".join(f"{name} = {value}\n" for name, value in values.items()))
     return int(any(row.get("nan") or row.get("inf") for row in rows))
 
 
