@@ -49,7 +49,7 @@ from holdfast.launcher.wire import (
     StopRequest,
     Verdict,
 )
-from holdfast.launcher.workers import WorkerExit, WorkerGroup, message_of
+from holdfast.launcher.workers import WorkerExit, WorkerGroup, cannot_run, message_of
 from holdfast.snapshot.messages import (
     Bye,
     EndGeneration,
@@ -520,7 +520,29 @@ class Agent:
             return
         self._starting = None
         assert plan.generation is not None, "workers belong to a generation"
-        group = WorkerGroup(
+        try:
+            group = self._make_group(plan, place)
+            group.start()
+        except (OSError, ValueError) as error:  # ValueError: what the command line says of devices
+            self._cannot_spawn(plan.generation, place, error)
+            return
+        started_s = time.time()
+        self._group = group
+        self._write(
+            events.GenerationStarted(
+                members=tuple(other.host for other in plan.places),
+                world_size=sum(other.num_ranks for other in plan.places),
+                restart_count=plan.restart_count,
+                store=plan.store,
+                pids=tuple(group.pids().values()),
+                forked=group.num_forked,
+            )
+        )
+        generation = plan.generation
+        self._tell(lambda machine: machine.started(generation, started_s, time.monotonic()))
+
+    def _make_group(self, plan: Plan, place: Place) -> WorkerGroup:
+        return WorkerGroup(
             self._spec,
             plan,
             place,
@@ -540,28 +562,9 @@ class Agent:
             inherited=self._inherited,
             standby=self._reserve.standby,
         )
-        try:
-            group.start()
-        except OSError as error:
-            self._cannot_spawn(plan.generation, place, error)
-            return
-        started_s = time.time()
-        self._group = group
-        self._write(
-            events.GenerationStarted(
-                members=tuple(other.host for other in plan.places),
-                world_size=sum(other.num_ranks for other in plan.places),
-                restart_count=plan.restart_count,
-                store=plan.store,
-                pids=tuple(group.pids().values()),
-                forked=group.num_forked,
-            )
-        )
-        generation = plan.generation
-        self._tell(lambda machine: machine.started(generation, started_s, time.monotonic()))
 
-    def _cannot_spawn(self, generation: GenerationId, place: Place, error: OSError) -> None:
-        text = f"{self._spec.command} cannot be run: {error.strerror or error}"
+    def _cannot_spawn(self, generation: GenerationId, place: Place, error: OSError | ValueError) -> None:
+        text = cannot_run(self._spec.command, error)
         say(text)
         failure = Failure(
             host=self._council.node.host,

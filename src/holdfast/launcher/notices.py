@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -38,7 +39,7 @@ class NoticeFile:
             return False
         self._next = now + NOTICE_POLL_S
         assert self.path is not None, "without a file nothing is left to tell"
-        self._told = self.path.exists()
+        self._told = os.path.exists(self.path)  # which, unlike Path.exists, never raises
         return self._told
 
 

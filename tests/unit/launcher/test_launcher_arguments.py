@@ -88,6 +88,8 @@ def test_hold_flags_are_read_in_their_units() -> None:
         (["--hold-jbo", "x", "train.py"], "did you mean --hold-job?"),
         (["--nproc-per-node", "0", "train.py"], "at least 1"),
         (["--nproc-per-node", "many", "train.py"], "many"),
+        (["--nproc-per-node", "254", "train.py"], "at most 253 workers"),
+        (["--hold-no-progress", "0", "train.py"], "1 or more"),
         (["--nnodes", "3:2", "train.py"], "MIN:MAX"),
         (["--max-restarts", "-1", "train.py"], "0 or more"),
         (["missing.py"], "no such script"),

@@ -195,6 +195,7 @@ def test_a_notice_file_is_told_once(tmp_path: Path) -> None:
     assert notice.arrived(1.0)
     assert not notice.arrived(9.0)
     assert not NoticeFile(None).arrived(0.0)
+    assert not NoticeFile(tmp_path / ("n" * 300)).arrived(0.0), "a place where nothing can be is no reason to fail"
 
 
 def test_findings_are_events_when_they_change_and_strict_keeps_an_unfit_host_out(
