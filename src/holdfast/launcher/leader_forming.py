@@ -164,8 +164,8 @@ class FormingLeader(LeaderState):
         """One more than the largest number that any node has seen, in memory or under another leader."""
         known = self._standing.generation.incarnation if self._standing is not None else 0
         self._incarnation = max(known, newest_incarnation(self._roster.nodes.values())) + 1
-        self._nonce = f"{(int(self._own_nonce, 16) + 0x9E3779B1 * self._founded) & 0xFFFFFFFF:08x}"
-        self._founded += 1
+        self._nonce = f"{(int(self._own_nonce, 16) + 0x9E3779B1 * len(self._founded)) & 0xFFFFFFFF:08x}"
+        self._founded.append(self._nonce)
         self._run_id = remembered_run(chosen) or self._run_id
         return 1 if self._claims else self._ballot
 
