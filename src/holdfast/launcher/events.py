@@ -19,13 +19,13 @@ Kinds, and the fields that each one adds (fields that have their default are lef
                         forked (how many of them the standby gave)
     worker_failed       global_rank, local_rank, pid, exit_code (negative: signal), signal (name), message, step
     membership          text, change (node_joined, node_lost, node_left, forming, running, stopping, stopped,
-                        asked_to_stop, asked_to_grow, asked_to_drain, leader_lost)
+                        asked_to_stop, asked_to_grow, asked_to_drain, waiting, claim_lost, leader_lost, leads, yielded)
     recovery            cause, tier (memory, peers, storage, none, ""), step, steps_lost, restart_count, and `phases`:
                         seconds since the failure was detected at which the job had: stopped (no old worker left
                         anywhere), agreed (new generation named), started (all workers spawned), opened (all Sessions
                         opened), restored, first_step (all ranks finished one). Phases that were not reached are absent;
                         without a Session only the first three are there. Written by the leader's agent only.
-    daemon              change (started, adopted, died, off, failed), pid, text
+    daemon              change (started, adopted, died, failed), pid, text
     standby             change (ready, failed), pid, modules (that it has imported), text
     notice              severity (info, warning, error), text; about and count where it is counted: divergence,
                         damage

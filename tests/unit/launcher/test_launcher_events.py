@@ -29,6 +29,14 @@ def test_every_kind_and_field_is_documented_and_nothing_else() -> None:
     assert documented == written
 
 
+def test_every_change_of_membership_is_documented_and_nothing_else() -> None:
+    (row,) = [line for line in DOCUMENT.splitlines() if line.startswith("| `membership` |")]
+    listed = row.partition("`change` (")[2].rpartition("), `text`")[0]
+    sources = "".join(path.read_text() for path in Path(events.__file__).parent.glob("*.py"))
+    written = re.findall(r"""(?:\b_note\(|\bMembership\(change=)\s*"(\w+)\"""", sources)
+    assert set(re.sub(r" \([^)]*\)", "", listed).split(", ")) == set(written)
+
+
 def test_the_schema_number_and_the_common_fields_are_documented() -> None:
     assert f"**schema {events.SCHEMA}**" in DOCUMENT
     head = DOCUMENT.partition("## Kinds")[0]

@@ -397,7 +397,8 @@ def test_a_leader_that_ran_and_founds_goes_on_from_a_claim_of_its_own_of_whose_w
     def run(seconds: float) -> None:
         """The nodes promise and report ten times a second, the store answers while it is to."""
         nonlocal clock
-        for clock in range(clock + 1, clock + 1 + int(10 * seconds)):
+        for _ in range(int(10 * seconds)):
+            clock += 1
             now = clock / 10
             orders = machine.ticked(now)
             for report in alive.values():
@@ -418,7 +419,9 @@ def test_a_leader_that_ran_and_founds_goes_on_from_a_claim_of_its_own_of_whose_w
     run(5)
     assert machine.plan.phase is Phase.RUN
     others = ("x", "y")
-    newer = Standing(generation=GenerationId(incarnation=1, nonce=nonce, generation=7), members=others, addresses=others)
+    newer = Standing(
+        generation=GenerationId(incarnation=1, nonce=nonce, generation=7), members=others, addresses=others
+    )
     assert store.create(newer, machine.plan.generation)
     alive["a"] = msgspec.structs.replace(alive["a"], standing=newer)
     run(1)
