@@ -167,6 +167,7 @@ class Agent:
         if self._steps is not None:
             self._steps.close()
         self._reserve.close()
+        self._health.close()
         if self._link is not None:
             self._link.finish(5.0)
         self._council.close()
@@ -335,6 +336,7 @@ class Agent:
         if plan is not None and plan.generation == self._generation:
             self._watch.dump(plan.dump, pids, now)
         self._council.membership.member.pulses(self._watch.look(pids, now))
+        self._health.look(now)
         for order in self._vigil.ticked(now) if self._council.leads else ():
             self._order(order)
 
@@ -510,6 +512,7 @@ class Agent:
             message = start_message(plan, place)
             self._link.start_generation(message)
         self._starting = (plan, place, message)
+        self._health.generation_begins(plan, place, time.monotonic())
         self._try_start()
 
     def _try_start(self) -> None:

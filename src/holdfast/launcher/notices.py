@@ -15,6 +15,8 @@ from holdfast.launcher import health
 from holdfast.launcher.console import say
 from holdfast.launcher.events import AnyEvent, HealthEvent
 from holdfast.launcher.health import Finding, Status
+from holdfast.launcher.reach import Reach
+from holdfast.launcher.wire import Place, Plan
 
 NOTICE_POLL_S = 0.5
 """How often the notice file is looked for."""
@@ -52,6 +54,7 @@ class HealthCheck:
         self._directories = tuple(directories)
         self._write = write
         self._known: dict[str, Status] = {}
+        self._reach = Reach()
 
     def before_the_first_generation(self) -> None:
         """All checks; GPUs in a process of their own, so that this one never opens them.
@@ -74,10 +77,24 @@ class HealthCheck:
         if self._level != "off":
             self._tell(health.quick_checks(self._directories))
 
+    def generation_begins(self, plan: Plan, place: Place, now: float) -> None:
+        """See whether the other nodes of the generation answer this one; `look` tells what came of it."""
+        if self._level != "off":
+            self._reach.begin(plan, place, now)
+
+    def look(self, now: float) -> None:
+        """Tell of nodes that have not answered: at least every second."""
+        self._tell(self._reach.look(now))
+
+    def close(self) -> None:
+        """Wait for no answers any longer."""
+        self._reach.close()
+
     def _tell(self, findings: Iterable[Finding]) -> None:
         """Failures are said; everything that changed is an event."""
         for finding in findings:
-            key = f"{finding.check} {finding.text}" if finding.check == "gpu" else finding.check
+            several = finding.check in ("gpu", "reach")
+            key = f"{finding.check} {finding.text}" if several else finding.check
             if self._known.get(key, "ok") == finding.status:
                 continue
             self._known[key] = finding.status
