@@ -336,7 +336,8 @@ class Agent:
         if plan is not None and plan.generation == self._generation:
             self._watch.dump(plan.dump, pids, now)
         self._council.membership.member.pulses(self._watch.look(pids, now))
-        self._health.look(now)
+        if self._health.look(now):
+            self._noticed("health check")
         for order in self._vigil.ticked(now) if self._council.leads else ():
             self._order(order)
 
@@ -356,7 +357,7 @@ class Agent:
         if self._link is not None:
             self._link.request(EndGeneration(generation=generation))
         if group.failures() or group.stopping:
-            self._health.after_a_failure()
+            self._health.after_a_failure(time.monotonic())
             self._tell(lambda machine: machine.gone(generation, time.monotonic()))
         else:
             self._tell(lambda machine: machine.done(generation, time.monotonic()))
@@ -375,9 +376,8 @@ class Agent:
         self._tell(lambda machine: machine.stuck(generation, text, time.monotonic()))
 
     def _reap_orphans(self) -> None:
-        own = {self._guard.pid} | self._reserve.pids
-        own |= {self._link.pid} if self._link is not None else set()
-        reap_orphans(frozenset(own))
+        daemon = {self._link.pid} if self._link is not None else set()
+        reap_orphans(frozenset({self._guard.pid} | self._reserve.pids | daemon))
 
     def _hear_daemon(self, link: DaemonLink) -> None:
         for message in link.receive():

@@ -187,7 +187,7 @@ _FLAGS = (
         "health",
         _parse_health,
         "off|warn|strict",
-        "checks of this host before the start and after a failure; strict: a failed one keeps it out (default warn)",
+        "checks of this host before the start and after a failure; strict: it does not start, or leaves (default warn)",
     ),
     _Flag(
         "redundancy",

@@ -32,7 +32,7 @@ Kinds, and the fields that each one adds (fields that have their default are lef
     health              check (as in `holdfast doctor`), status (ok: well again, warn, fail), text
     hang                change (dump, suspected, resumed, hung), global_rank (that stopped first), step, text
     straggler           global_rank, slow (false: it has caught up), text
-    stop_requested      signal (name, or "notice file"), urgent, node_only (only this node leaves)
+    stop_requested      signal (name, "notice file" or "health check"), urgent, node_only (only this node leaves)
     fault               fault (the entry of the schedule that this agent is about to carry out), step
     run_ended           outcome (done, failed, stopped, drained: this node only), exit_code, reason, persisted (version
                         in storage), path
