@@ -32,6 +32,8 @@ class FormingLeader(LeaderState):
         size = self._limits.legal(len(candidates))
         if size == 0:
             self._enough_since = None
+            if now - self._gather_since >= self._limits.last_call_s:
+                self._note_few(len(candidates))
         elif not self._still_waiting(ready, now):
             self._enough_since = now if self._enough_since is None else self._enough_since
             self._choose(ready, candidates, size, now)
@@ -113,6 +115,13 @@ class FormingLeader(LeaderState):
         text = f"{votes} of the {len(standing.members)} nodes of {standing.generation} are here: too few to go on"
         if text != self._waiting_noted:
             self._waiting_noted = text
+            self._note("waiting", text)
+
+    def _note_few(self, num_nodes: int) -> None:
+        least, within_s = self._limits.min_nodes, self._limits.join_timeout_s
+        text = f"{num_nodes} of at least {least} nodes are here: the job waits for others, up to {within_s:g} s in all"
+        if text != self._few_noted:
+            self._few_noted = text
             self._note("waiting", text)
 
     def _too_few(self, ready: list[Node]) -> Verdict:

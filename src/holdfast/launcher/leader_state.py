@@ -113,7 +113,7 @@ class LeaderState:
         self._growths = 0
         self._grown: float | None = None
         """When the world last grew, or was about to."""
-        self._waiting_noted = ""
+        self._waiting_noted = self._few_noted = ""
         self._begun = now
         self._gather_since = now
         self._enough_since: float | None = None

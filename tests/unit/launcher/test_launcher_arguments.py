@@ -132,6 +132,17 @@ def test_the_command_names_its_subcommands(capsys: pytest.CaptureFixture[str]) -
     assert cli.main([]) == 2
 
 
+def test_an_interrupt_before_anything_has_begun_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("holdfast.launcher.run.main", interrupted)
+    assert cli.main(["run", "train.py"]) == 130
+    assert capsys.readouterr().err == "holdfast: interrupted\n"
+
+
 @pytest.mark.parametrize(("text", "value"), [("8G", 8 << 30), ("512MiB", 512 << 20), ("100", 100), ("1k", 1024)])
 def test_sizes(text: str, value: int) -> None:
     assert parse_size(text) == value

@@ -439,6 +439,29 @@ def test_a_leader_that_ran_and_founds_goes_on_from_a_claim_of_its_own_of_whose_w
     assert (machine.plan.generation.incarnation, machine.plan.generation.generation) == (2, 2)
 
 
+def test_a_leader_says_how_many_nodes_it_waits_for() -> None:
+    machine = machine_of(Limits(min_nodes=3, max_nodes=3, last_call_s=5.0))
+    told: list[tuple[float, str]] = []
+    for tick in range(1, 200):
+        now = tick / 10
+        orders = machine.ticked(now)
+        for name in ("l", "a") if now > 8 else ("l",):
+            promise = {"promised": machine.plan.ballot, "promised_to": "l"}
+            orders += machine.reported(Report(node=node_info(name), sequence=tick, **promise), now)
+        told += [(now, o.text[:15]) for o in orders if isinstance(o, leader_orders.Note) and o.kind == "waiting"]
+    assert told == [(5.0, "1 of at least 3"), (8.1, "2 of at least 3")]
+
+
+def test_a_node_that_no_leader_answers_says_so_once() -> None:
+    machine = Member(node=node_info("n"), limits=Limits(last_call_s=5.0, join_timeout_s=60.0), now=0.0)
+    told = [tick / 10 for tick in range(300) if member.SeeksOn() in machine.ticked(tick / 10)]
+    assert told == [5.0]
+    machine.planned(Plan(leader_id="l", sequence=1, phase=Phase.GATHER), 30.0)
+    told = [tick / 10 for tick in range(300, 500) if member.SeeksOn() in machine.ticked(tick / 10)]
+    assert len(told) == 1, "the leader is lost, and another one does not come"
+    assert 37 <= told[0] <= 38
+
+
 def test_a_node_rank_that_lives_is_not_given_away() -> None:
     limits = Limits(min_nodes=2, max_nodes=2)
     machine = machine_of(limits)
