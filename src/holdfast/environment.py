@@ -97,11 +97,6 @@ def worker_environment(environ: Mapping[str, str] = os.environ) -> WorkerEnviron
         ) from error
 
 
-def run_attempt(environ: Mapping[str, str] = os.environ) -> str:
-    """Which start of which job this is, as torchrun (and we) tell workers: equal on all ranks, empty without either."""
-    return f"{environ.get('TORCHELASTIC_RUN_ID', '')}/{environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
-
-
 def _ranks_per_node(text: str, world_size: int) -> tuple[int, ...]:
     try:
         counts = tuple(int(count) for count in text.split(",")) if text else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import holdfast.checkpoint
+from holdfast.checkpoint import list_steps
 from holdfast.checkpoint.tools.cli import main
 
 _KILLED = 77
-_OPERATIONS = ("open", "fsync", "replace", "link", "unlink", "mkdir", "rename")
+_OPERATIONS = ("open", "fsync", "replace", "link", "unlink", "mkdir", "rmdir", "rename")
 
 
 def _dies_at(number: int, arguments: list[str]) -> int:
@@ -82,6 +85,75 @@ def test_a_kill_between_any_two_file_operations_leaves_source_and_way_on(tmp_pat
         if command != "export":
             assert main(["verify", str(to)]) == 0
     assert number > 10, "the operations were not counted"
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("options", [["import"], ["export", "--format", "dcp"], ["export", "--format", "torch"]])
+def test_a_kill_of_what_reads_or_writes_other_formats_leaves_nothing_or_all_of_it(
+    tmp_path: Path, options: list[str]
+) -> None:
+    source = tmp_path / "m.safetensors"
+    save_file({"w": torch.randn(40, 3), "b": torch.arange(4)}, source)
+    before = source.read_bytes()
+    for number in range(1, 100):
+        folder = tmp_path / f"d{number}"
+        folder.mkdir()
+        arguments = [options[0], str(source), str(folder / "to"), *options[1:]]
+        code = _dies_at(number, arguments)
+        assert code in (0, _KILLED)
+        if not (folder / "to").exists() or (options == ["import"] and not (folder / "to" / "root").exists()):
+            assert main(arguments) == 0
+            assert not list(folder.rglob(".tmp-*"))
+        assert main(["diff", str(source), str(folder / "to")]) == 0
+        assert source.read_bytes() == before
+        if code == 0:
+            break
+    assert 4 < number < 99
+
+
+def test_a_kill_of_prune_leaves_only_whole_checkpoints_and_all_that_stays(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        holdfast.checkpoint.save({"n": step, "w": torch.ones(3)}, tmp_path / "s" / f"step-{step:08d}")
+    stays = _contents(tmp_path / "s" / "step-00000003")
+    for number in range(1, 100):
+        steps = tmp_path / f"d{number}"
+        shutil.copytree(tmp_path / "s", steps)
+        code = _dies_at(number, ["prune", str(steps), "--last", "1"])
+        assert code in (0, _KILLED)
+        for info in list_steps(steps):
+            assert not info.complete or main(["verify", str(info.path)]) == 0
+        assert _contents(steps / "step-00000003") == stays
+        if code == 0:
+            break
+        assert main(["prune", str(steps), "--last", "1"]) == 0
+        assert [info.step for info in list_steps(steps) if info.complete] == [3]
+    assert 4 < number < 99
+
+
+@pytest.mark.campaign
+def test_a_kill_of_repair_leaves_what_can_be_repaired(tmp_path: Path) -> None:
+    source = tmp_path / "s" / "step-00000001"
+    holdfast.checkpoint.save({"n": 1, "w": torch.ones(3)}, source)
+    whole = _contents(source)
+    for damage in ("root", "index"):
+        for file in source.iterdir():
+            if file.name.startswith(damage):
+                file.write_bytes(b"x" * 4080)
+        for number in range(1, 100):
+            step = tmp_path / f"{damage}{number}" / "step-00000001"
+            shutil.copytree(source, step)
+            code = _dies_at(number, ["repair", str(step)])
+            assert code in (0, _KILLED)
+            assert main(["repair", str(step)]) == 0
+            assert main(["verify", str(step)]) == 0
+            assert {name: data for name, data in _contents(step).items() if name in whole and name != "root"} == {
+                name: data for name, data in whole.items() if name != "root"
+            }
+            if code == 0:
+                break
+        assert 4 < number < 99
+        for name, data in whole.items():
+            (source / name).write_bytes(data)
 
 
 def test_a_state_four_times_the_bound_passes_through(tmp_path: Path) -> None:

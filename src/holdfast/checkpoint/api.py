@@ -2,7 +2,8 @@
 
 The state is a nested mapping. Tensors and DTensors in it are saved as pieces: DTensors once per byte in the job, plain
 tensors once per rank-0 copy (they are taken to be equal on all ranks). Everything else goes through `objects`. Objects
-with ``state_dict`` and ``load_state_dict`` are asked for and given theirs.
+with ``state_dict`` and ``load_state_dict`` are asked for and given theirs. A tensor that stands in several places, as
+a module's tied parameters do, is saved once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +168,7 @@ class _Attempt:
 
     def run(self, prepared: _Prepared | Exception) -> StepInfo:
         """Meet the other ranks, write and commit."""
-        nonce = agree(self.ranks, f"{self.path}/{self.number}", lambda: secrets.token_hex(4), self.timeout)
+        nonce = agree(self.ranks, f"{str(self.path)!a}/{self.number}", lambda: secrets.token_hex(4), self.timeout)
         version = GenerationId(incarnation=1, nonce=nonce, generation=self.number).at(step_of(self.path))
         if isinstance(prepared, Exception):
             refuse_save(self.path, prepared, ranks=self.ranks, version=version, attempt=self.number)
@@ -267,8 +269,21 @@ def _value_of(value: Any) -> Any:
     if isinstance(value, torch.nn.Module) and any(map(is_fsdp1, value.modules())):
         return flat_state(value)
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        return dict(value.state_dict())
+        state = dict(value.state_dict())
+        return _tied(value, state) if isinstance(value, torch.nn.Module) else state
     return value
+
+
+def _tied(module: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a module with one object where a parameter or a buffer stands under several names: torch gives each
+    of them one of its own."""
+    first: dict[int, str] = {}
+    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    for name, tensor in chain.from_iterable(named):
+        original = first.setdefault(id(tensor), name)
+        if original != name and original in state and name in state:
+            state[name] = state[original]
+    return state
 
 
 def _give(value: Any, loaded: Any) -> Any:

@@ -300,7 +300,8 @@ def _sweep(storage: Storage, directory: Path, used: set[str]) -> None:
     try:
         for entry in storage.list(directory):
             left = IMAGE_NAME.fullmatch(entry.name) or INDEX_COPY.fullmatch(entry.name)
-            if entry.name not in used and (left or entry.name.startswith(TEMPORARY_PREFIX)):
+            is_ours = left is not None or entry.name.startswith(TEMPORARY_PREFIX)
+            if is_ours and entry.name not in used and not entry.is_folder:
                 storage.remove(directory / entry.name)
     except StorageError as error:
         logger.warning("%s: what an interrupted save left could not be removed: %s", directory, error)
@@ -361,8 +362,6 @@ def read_index(path: str | Path, *, storage: Storage | None = None) -> Index:
 def _read_index(storage: Storage, path: Path, root: Root) -> Index:
     problems: list[str] = []
     for copy in root.index_copies:
-        if "/" in copy.name or copy.name in ("", ".", ".."):
-            raise CorruptError(f"{path}: the root names the index {copy.name!r}, which is not in its directory")
         try:
             data = storage.read(path / copy.name, limit=min(copy.size_bytes, MAX_INDEX_BYTES))
         except CheckpointError as error:

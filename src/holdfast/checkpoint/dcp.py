@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
+import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -54,15 +54,22 @@ from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.catalog import Catalog, TensorRecord
 from holdfast.checkpoint.commit import commit_step, open_checkpoint, refuse_committed
 from holdfast.checkpoint.index import ImageRecord
+from holdfast.checkpoint.meeting import store_errors
 from holdfast.checkpoint.objects import ObjectRecord, decode, encode
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.places import is_place, place
 from holdfast.checkpoint.saving import Ranks, write_own
 from holdfast.checkpoint.steps import step_of
 from holdfast.checkpoint.storage import storage_of
-from holdfast.checkpoint.tensors import contiguous_on_cpu, dtype_name, empty_for, tensor_bytes, torch_dtype
-from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.environment import run_attempt
+from holdfast.checkpoint.tensors import (
+    check_tensor,
+    contiguous_on_cpu,
+    dtype_name,
+    empty_for,
+    tensor_bytes,
+    torch_dtype,
+)
+from holdfast.checkpoint.version import GenerationId, Version, new_nonce
 from holdfast.errors import CorruptError, MismatchError, StateError, UsageError
 
 _DCP_VERSION: str | None = getattr(filesystem, "CURRENT_DCP_VERSION", None)
@@ -71,6 +78,8 @@ OBJECTS = "dcp.objects"
 MAPPINGS = "dcp.mappings"
 
 _RECORD = MetadataIndex("__holdfast_image__")
+_process_nonce = new_nonce()
+"""Of saves without a process group."""
 _saves: Counter[str] = Counter()
 """Saves of this process by path: all ranks set up their writers together, so the counts agree."""
 
@@ -121,8 +130,7 @@ class HoldfastWriter(StorageWriter):
         _saves[place] += 1
         # Not from the coordinator: with DCP's plan caching, what it puts into plans does not reach ranks whose plan has
         # not changed.
-        nonce = f"{xxhash.xxh3_64_intdigest(f'{place}/{run_attempt()}'.encode()) & 0xFFFFFFFF:08x}"
-        self._generation = GenerationId(incarnation=1, nonce=nonce, generation=_saves[place])
+        self._generation = GenerationId(incarnation=1, nonce=_attempt(), generation=_saves[place])
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """See `StorageWriter.prepare_local_plan`.
@@ -344,6 +352,16 @@ def dcp_objects(catalog: Catalog) -> tuple[dict[str, Any], dict[str, tuple[str |
     return objects, mappings
 
 
+def _attempt() -> str:
+    """A nonce that all ranks share and no other start of the job has: whoever comes first puts it into the default
+    group's store. What an earlier start still writes, it writes under other names."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return _process_nonce
+    store = dist.distributed_c10d._get_default_store()
+    with store_errors():
+        return bytes(store.compare_set("holdfast/dcp/attempt", "", new_nonce())).decode()
+
+
 def _is_record(result: WriteResult) -> bool:
     return bool(result.index.fqn == _RECORD.fqn)
 
@@ -373,6 +391,7 @@ def _is_stored(piece: Piece) -> bool:
 def _resolved(planner: SavePlanner, item: WriteItem, piece: Piece) -> memoryview:
     tensor = planner.resolve_data(item)
     assert isinstance(tensor, torch.Tensor)
+    check_tensor(item.index.fqn, tensor)
     if tensor.numel() != piece.box.volume or dtype_name(tensor.dtype) != piece.dtype:
         raise StateError(f"{piece.key} is {tensor.dtype}{list(tensor.shape)} now, which is not what was planned")
     return tensor_bytes(contiguous_on_cpu(tensor))

@@ -12,7 +12,9 @@ from holdfast.checkpoint.flat import FlatRange
 from holdfast.checkpoint.layout import Layout, is_dtensor, layout_of, local_part
 from holdfast.checkpoint.meeting import Ranks
 from holdfast.checkpoint.ownership import Shard
-from holdfast.checkpoint.tensors import contiguous_on_cpu, layout_shard, plain_shard
+from holdfast.checkpoint.retries import first_line
+from holdfast.checkpoint.tensors import check_tensor, contiguous_on_cpu, layout_shard, plain_shard
+from holdfast.errors import StateError
 
 StateTensor = torch.Tensor | FlatRange
 
@@ -46,7 +48,11 @@ class Held(NamedTuple):
 
 
 def signature(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: Any) -> Hashable:
-    """Equal for states that are planned alike: names, shapes, dtypes and placements of all tensors."""
+    """Equal for states that are planned alike: names, shapes, dtypes and placements of all tensors.
+
+    Raises:
+        StateError: a tensor has no shape: a lazy module's before its first forward, a nested one.
+    """
     parts: list[Hashable] = [ranks.rank, ranks.world_size, id(process_group)]
     for name, tensor in tensors.items():
         if isinstance(tensor, FlatRange):
@@ -55,7 +61,10 @@ def signature(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: A
             # Mesh, placements, shape and dtype in one, which knows its hash: properties of a DTensor take long.
             parts += (name, tensor._spec, tensor._local_tensor.shape)
         else:
-            parts += (name, tensor.dtype, tensor.shape)
+            try:
+                parts += (name, tensor.dtype, tensor.shape)
+            except RuntimeError as error:
+                raise StateError(f"{name} has no shape yet, or none at all: {first_line(error)}") from error
     return tuple(parts)
 
 
@@ -86,6 +95,7 @@ def hold(tensors: Mapping[str, StateTensor], ranks: Ranks, process_group: Any) -
     everyone = tuple(range(ranks.world_size))
     held: list[Held] = []
     for name, tensor in tensors.items():
+        check_tensor(name, local_part(tensor))
         layout = layout_of(name, tensor)
         if isinstance(tensor, FlatRange) or is_dtensor(tensor):
             shard = _in_group(layout_shard(name, tensor, layout, rank=_global_rank(ranks)), process_group)

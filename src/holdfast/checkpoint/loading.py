@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -53,7 +54,7 @@ def load_tree(
     """
     ranks = Ranks.of(process_group)
     _calls[str(path), ranks.world_size] += 1
-    place = xxhash.xxh3_64_hexdigest(str(path).encode())
+    place = xxhash.xxh3_64_hexdigest(os.fsencode(str(path)))
     name = f"load/{place}/{_calls[str(path), ranks.world_size]}"
     with JointReading(
         path, ranks, name=name, what="the load", timeout=timeout, more=lambda catalog: _saved_tree(path, catalog)

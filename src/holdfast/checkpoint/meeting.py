@@ -104,7 +104,8 @@ class _Part(msgspec.Struct, frozen=True, array_like=True):
 
     @classmethod
     def of_error(cls, error: Exception, rank: int) -> _Part:
-        return cls({}, str(error) or repr(error), type(error).__name__, rank)
+        text = (str(error) or repr(error)).encode("utf-8", "backslashreplace").decode()  # paths need be no text
+        return cls({}, text, type(error).__name__, rank)
 
     def check(self) -> None:
         if self.error:

@@ -95,8 +95,12 @@ def encode(value: Any, *, path: str = "") -> bytes:
     """
     try:
         return msgspec.msgpack.encode(_to_plain(value, path, 0))
+    except StateError:
+        raise
     except RecursionError as error:
         raise StateError(f"{path or 'the value'} is nested too deep to be stored") from error
+    except (UnicodeError, OverflowError) as error:
+        raise StateError(f"something in {path or 'the value'} cannot be stored: {error}") from error
 
 
 def decode(data: bytes | memoryview) -> Any:
@@ -311,9 +315,15 @@ def split_tensors(prefix: str, value: Any) -> tuple[Any, dict[str, Any]]:
     Returns:
         The tree with a `TensorRef` in the place of each tensor, which `encode` takes, and the tensors by name (the same
         objects, not copies). A tensor that stands in several places has one name. Any: tensors and flat ranges.
+
+    Raises:
+        StateError: the value is nested too deep.
     """
     tensors: dict[str, torch.Tensor] = {}
-    return _split(prefix, value, tensors, {}), tensors
+    try:
+        return _split(prefix, value, tensors, {}), tensors
+    except RecursionError as error:
+        raise StateError(f"{prefix or 'the state'} is nested too deep to be stored, or holds itself") from error
 
 
 def _split(name: str, value: Any, tensors: dict[str, Any], seen: dict[int, str]) -> Any:

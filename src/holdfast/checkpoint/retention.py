@@ -7,9 +7,11 @@ import re
 from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
+from holdfast.checkpoint.belongings import foreign_names, missing_part
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.checkpoint.steps import StepInfo, list_steps
@@ -42,7 +44,7 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
     def __post_init__(self) -> None:
         for name in ("last", "every_steps", "every_s"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:  # NaN is not
                 raise UsageError(f"Retention({name}={value}): give a positive number")
         if self.best < 0 or (self.best > 0) != (self.best_by is not None):
             raise UsageError(
@@ -95,7 +97,7 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
         if self.best_by is not None:
             kept = kept + self._best(steps, self.best_by)
         if self.tagged:
-            kept = kept + [info for info in steps if info.tag is not None]
+            kept = kept + [info for info in steps if info.is_tagged]
         return kept
 
     def _best(self, steps: list[StepInfo], metric: str) -> list[StepInfo]:
@@ -117,19 +119,23 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
         """
         checkpoint_dir = place(checkpoint_dir)
         storage = storage or storage_of(checkpoint_dir)
+        found = self.find(checkpoint_dir, storage=storage)
+        found.carry_out(storage, self)
+        return found.steps
+
+    def find(self, checkpoint_dir: str | Path, *, storage: Storage | None = None) -> Deletions:
+        """What `apply` would delete.
+
+        Raises:
+            StorageError: the directory cannot be listed.
+        """
+        checkpoint_dir = place(checkpoint_dir)
+        storage = storage or storage_of(checkpoint_dir)
         steps = list_steps(checkpoint_dir, storage=storage)
         keep, delete = self.choose(steps)
-        for info in delete:
-            storage.remove(info.path)
-            logger.info("%s removed: not kept by %s", info.path, self.encode())
-        for info in _left_over(storage, steps, keep):
-            storage.remove(info.path)
-            logger.info("%s removed: an interrupted save left it", info.path)
-        if self.deletes:
-            for folder in _abandoned(storage, checkpoint_dir, keep):
-                storage.remove(folder)
-                logger.info("%s removed: the run that goes on has passed it", folder)
-        return delete
+        delete = _without_the_only_whole_one(storage, keep, delete)
+        abandoned = _abandoned(storage, checkpoint_dir, keep) if self.deletes else []
+        return Deletions(delete, _left_over(storage, steps, keep), abandoned)
 
     @property
     def deletes(self) -> bool:
@@ -137,33 +143,86 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
         return bool(self.last is not None or self.every_steps is not None or self.every_s is not None or self.best)
 
 
-def _left_over(storage: Storage, steps: Sequence[StepInfo], keep: Sequence[StepInfo]) -> list[StepInfo]:
+class Deletions(NamedTuple):
+    """What a policy deletes in a directory."""
+
+    steps: list[StepInfo]
+    """Complete ones that it does not keep."""
+    left_over: list[Path]
+    """Of interrupted saves."""
+    abandoned: list[Path]
+    """Folders of what was set aside."""
+
+    def carry_out(self, storage: Storage, policy: Retention) -> None:
+        """Delete, checkpoints oldest first.
+
+        Raises:
+            StorageError: one cannot be removed.
+        """
+        for info in self.steps:
+            storage.remove(info.path)
+            logger.info("%s removed: not kept by %s", info.path, policy.encode())
+        for path in self.left_over:
+            storage.remove(path)
+            logger.info("%s removed: an interrupted save left it", path)
+        for path in self.abandoned:
+            storage.remove(path)
+            logger.info("%s removed: the run that goes on has passed it", path)
+
+
+def _without_the_only_whole_one(
+    storage: Storage, keep: Sequence[StepInfo], delete: Sequence[StepInfo]
+) -> list[StepInfo]:
+    """What may go: where files of all that is kept are missing, the newest one with all its files stays too."""
+    if not delete or any(not missing_part(storage, info) for info in reversed(keep)):
+        return list(delete)
+    stays = next((info for info in reversed(delete) if not missing_part(storage, info)), None)
+    logger.warning(
+        "%s: %s; %s",
+        keep[-1].path,
+        missing_part(storage, keep[-1]),
+        "nothing older is deleted" if stays is None else f"{stays.path} is kept too: it is the newest that is whole",
+    )
+    return [] if stays is None else [info for info in delete if info is not stays]
+
+
+def _left_over(storage: Storage, steps: Sequence[StepInfo], keep: Sequence[StepInfo]) -> list[Path]:
     """What interrupted saves left: without a root (a damaged one may still be repaired), of a step before the newest
-    checkpoint, and long untouched when that was made."""
+    checkpoint, long untouched when that was made, and without a file that is not ours."""
     if not keep:
         return []
     return [
-        info
+        info.path
         for info in steps
         if not info.complete
         and info.step < keep[-1].step
         and info.time < keep[-1].time - LEFT_OVER_S
-        and all(entry.name != ROOT_NAME for entry in storage.list(info.path))
+        and not _may_be_wanted(storage, info.path)
     ]
+
+
+def _may_be_wanted(storage: Storage, folder: Path) -> bool:
+    """Whether there is a root, which may be repaired, or what is not ours."""
+    return any(entry.name == ROOT_NAME for entry in storage.list(folder)) or bool(foreign_names(storage, folder))
 
 
 def _abandoned(storage: Storage, checkpoint_dir: Path, keep: Sequence[StepInfo]) -> list[Path]:
     """Folders of checkpoints that were set aside when a run went on from an earlier one, once it has come further than
-    they had and made its newest checkpoint long after them. With a tag in one of them the folder stays."""
+    they had and made its newest checkpoint long after them. With a tag in one of them, or with something that is not
+    ours, the folder stays."""
     found: list[Path] = []
     for entry in storage.list(checkpoint_dir) if keep else ():
         if not entry.is_folder or not _ABANDONED.fullmatch(entry.name):
             continue
-        steps = list_steps(checkpoint_dir / entry.name, storage=storage)
+        folder = checkpoint_dir / entry.name
+        steps = list_steps(folder, storage=storage)
         newest = max((info.time for info in steps), default=0.0)
-        passed = all(info.step < keep[-1].step and info.tag is None for info in steps)
-        if passed and newest < keep[-1].time - LEFT_OVER_S:
-            found.append(checkpoint_dir / entry.name)
+        passed = all(info.step < keep[-1].step and not info.is_tagged for info in steps)
+        ours = len(storage.list(folder)) == len(steps) and not any(
+            foreign_names(storage, info.path) for info in steps if not info.complete
+        )
+        if passed and ours and newest < keep[-1].time - LEFT_OVER_S:
+            found.append(folder)
     return found
 
 

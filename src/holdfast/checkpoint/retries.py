@@ -75,6 +75,6 @@ def retry(
             return result
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An error in one line."""
     return (str(error).strip().splitlines() or [repr(error)])[0][:500]

@@ -13,6 +13,7 @@ systematic: the file starts with the data itself::
 
 from __future__ import annotations
 
+import re
 import struct
 from functools import cache
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ _WORDS = 16
 _PARITY = 48
 _DATA_BYTES = ROOT_BYTES - _WORDS * _PARITY
 _HEAD = struct.Struct("<8sI16s")
+_INDEX_NAME = re.compile(r"index[0-9a-z.-]*\.json\.zst", re.ASCII)
+"""The only names that a root can give: tools write there, too."""
 
 
 class IndexFile(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,6 +123,9 @@ def _parse(data: bytes) -> Root | None:
         raise CorruptError(f"the root record does not parse: {error}") from error
     if root.format != 1:
         raise CorruptError(f"checkpoint format {root.format} is newer than this holdfast reads (1)")
+    for copy in root.index_copies:
+        if not _INDEX_NAME.fullmatch(copy.name):
+            raise CorruptError(f"the root names the index {copy.name!r}, which is not in its directory")
     return root
 
 

@@ -10,6 +10,7 @@ Any rank's error fails the save on every rank. A rank that does not come is name
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import chain
@@ -99,7 +100,7 @@ def save_pieces(
 
 
 def _meeting(ranks: Ranks, directory: Path, version: Version, attempt: int, timeout: timedelta) -> Meeting:
-    place = xxhash.xxh3_64_hexdigest(str(directory).encode())
+    place = xxhash.xxh3_64_hexdigest(os.fsencode(str(directory)))
     return Meeting(ranks, f"save/{place}/{version}/{attempt}", what=f"{directory}: the save", timeout=timeout)
 
 

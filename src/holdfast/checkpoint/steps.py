@@ -16,7 +16,7 @@ from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, decode_root
 from holdfast.checkpoint.storage import Storage, storage_of
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CheckpointError, CorruptError, FenceError, StorageError
+from holdfast.errors import CheckpointError, CorruptError, FenceError, StorageError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class _LateTag(msgspec.Struct, frozen=True, kw_only=True):
     """xxh3_128 of tag and version."""
 
     @classmethod
-    def of(cls, tag: str, version: Version) -> _LateTag:
-        return cls(tag=tag, version=str(version), digest=xxhash.xxh3_128_hexdigest(f"{tag}\0{version}".encode()))
+    def of(cls, tag: str, version: str) -> _LateTag:
+        return cls(tag=tag, version=version, digest=xxhash.xxh3_128_hexdigest(f"{tag}\0{version}".encode()))
 
 
 class StepInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +55,8 @@ class StepInfo(msgspec.Struct, frozen=True, kw_only=True):
     world_size: int = 0
     """Ranks of the job that saved it; 0 where it is not complete."""
     tag: str | None = None
+    tag_problem: str = ""
+    """Why it may have a tag that is not known: nobody deletes it then."""
     metrics: dict[str, float] = {}
     size_bytes: int = 0
     """Of its images."""
@@ -63,6 +65,11 @@ class StepInfo(msgspec.Struct, frozen=True, kw_only=True):
     history: str | None = None
     problem: str = ""
     """Why it is not complete."""
+
+    @property
+    def is_tagged(self) -> bool:
+        """Whether it has a tag, or had one that is damaged."""
+        return self.tag is not None or bool(self.tag_problem)
 
 
 def step_dir_name(step: int) -> str:
@@ -74,6 +81,15 @@ def step_of(path: str | Path) -> int:
     """The step that the name of a step directory says; 0 where it is no such name."""
     match = _STEP.fullmatch(Path(path).name)
     return int(match[1]) if match else 0
+
+
+def check_step_name(path: Path, step: int) -> None:
+    """
+    Raises:
+        UsageError: the name of a step directory says another step: it would count as damaged.
+    """
+    if _STEP.fullmatch(path.name) and step_of(path) != step:
+        raise UsageError(f"{path} is the name of step {step_of(path)}, the state is of step {step}: give another name")
 
 
 def list_steps(checkpoint_dir: str | Path, *, storage: Storage | None = None) -> list[StepInfo]:
@@ -133,13 +149,15 @@ def read_step_info(path: Path, step: int | None = None, *, storage: Storage | No
         logger.warning("%s: the root record had wrong bytes, which were corrected; check the disk", path)
     if step is not None and root.version.step != step:
         raise CorruptError(f"{path} holds the root of step {root.version.step}")
+    tag, tag_problem = (root.tag, "") if root.tag is not None else _late_tag(storage, path, root.version)
     return StepInfo(
         step=root.version.step,
         path=path,
         complete=True,
         version=root.version,
         world_size=root.world_size,
-        tag=root.tag if root.tag is not None else _late_tag(storage, path, root.version),
+        tag=tag,
+        tag_problem=tag_problem,
         metrics=root.metrics,
         size_bytes=root.size_bytes,
         time=root.time,
@@ -159,7 +177,7 @@ def tag_step(path: str | Path, tag: str, *, storage: Storage | None = None) -> S
     info = read_step_info(path, storage=storage)
     if info.tag is None:
         assert info.version is not None
-        record = msgspec.json.encode(_LateTag.of(tag, info.version))
+        record = msgspec.json.encode(_LateTag.of(tag, str(info.version)))
         try:
             storage.write(path / TAG_NAME, [record], exclusive=True)
         except StorageError:
@@ -171,22 +189,27 @@ def tag_step(path: str | Path, tag: str, *, storage: Storage | None = None) -> S
     return info
 
 
-def _late_tag(storage: Storage, path: Path, version: Version) -> str | None:
-    """What `tag_step` wrote; None where it wrote nothing. What is damaged counts as nothing: the state is sound."""
+def _late_tag(storage: Storage, path: Path, version: Version) -> tuple[str | None, str]:
+    """What `tag_step` wrote, None where it wrote nothing, or where that is damaged (the state is sound); what is wrong
+    with it."""
     try:
         data = storage.read(path / TAG_NAME, limit=MAX_SMALL_BYTES)
         found = msgspec.json.decode(data, type=_LateTag)
     except StorageError as error:
-        if not isinstance(error.__cause__, FileNotFoundError):
-            logger.warning("the tag of %s cannot be read: %s", path, error)
-        return None
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None, ""
+        problem = f"the tag of {path} cannot be read: {error}"
     except msgspec.MsgspecError as error:
-        logger.warning("%s does not parse, the step counts as not tagged: %s", path / TAG_NAME, error)
-        return None
-    if found != _LateTag.of(found.tag, version):
-        logger.warning("%s is damaged or of another version, the step counts as not tagged", path / TAG_NAME)
-        return None
-    return found.tag
+        problem = f"{path / TAG_NAME} does not parse, the step counts as not tagged: {error}"
+    else:
+        if found == _LateTag.of(found.tag, str(version)):
+            return found.tag, ""
+        problem = f"{path / TAG_NAME} is damaged, the step counts as not tagged"
+        if found == _LateTag.of(found.tag, found.version):
+            logger.warning("%s is of %s, the step counts as not tagged", path / TAG_NAME, found.version)
+            return None, ""
+    logger.warning("%s", problem)
+    return None, problem
 
 
 def abandon_after(

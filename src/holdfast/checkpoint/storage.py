@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -21,14 +22,14 @@ from holdfast.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 """Names that start so are writes that did not end; nothing reads them."""
+_TEMPORARY = re.compile(r"\.tmp-.+-\d+-[0-9a-f]{8}", re.ASCII | re.DOTALL)
+"""The whole of such a name: what it becomes, the writer's pid, and chance."""
 _BATCH_BYTES = 8 << 20
 _BATCH_BUFFERS = 512
 _WRITEBACK_BYTES = 1 << 20
 """Less than this is left to the fsync."""
 _SYNC_FILE_RANGE_WRITE = 2
 """From linux/fs.h: begin to write dirty pages, wait for nothing."""
-_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
-"""From linux/fcntl.h and linux/fs.h."""
 
 
 class StorageEntry(msgspec.Struct, frozen=True):
@@ -85,14 +86,9 @@ class PosixStorage:
 
     def list(self, folder: str | Path) -> list[StorageEntry]:
         """See `Storage.list`."""
-        entries: list[StorageEntry] = []
         try:
             with os.scandir(folder) as found:
-                for item in found:
-                    # A name may go between the scan and the stat: another process's retention.
-                    with suppress(FileNotFoundError):
-                        stat = item.stat()
-                        entries.append(StorageEntry(item.name, stat.st_size, item.is_dir(), stat.st_mtime))
+                entries = [entry for item in found for entry in _entry(item)]
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -171,7 +167,7 @@ class PosixStorage:
         """See `Storage.remove`."""
         path = Path(path)
         try:
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():  # a link goes; what it leads to is somebody else's
                 with suppress(FileNotFoundError):
                     os.unlink(path / "root")
                     sync_folder(path)
@@ -203,7 +199,7 @@ def remove_leftovers(storage: Storage, folder: str | Path) -> None:
         StorageError: one cannot be removed.
     """
     for entry in storage.list(folder):
-        if entry.name.startswith(TEMPORARY_PREFIX) and not entry.is_folder:
+        if _TEMPORARY.fullmatch(entry.name) and not entry.is_folder:
             storage.remove(Path(folder) / entry.name)
 
 
@@ -223,6 +219,17 @@ def refuse(done: str, path: str | Path, error: OSError) -> NoReturn:
     """Raise `StorageError` for what the system said when `path` was to be `done`."""
     advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
     raise StorageError(f"{path} cannot be {done}: {advice}") from error
+
+
+def _entry(item: os.DirEntry[str]) -> Iterator[StorageEntry]:
+    try:
+        stat = item.stat()
+        yield StorageEntry(item.name, stat.st_size, item.is_dir(), stat.st_mtime)
+    except OSError as error:
+        # A name may go between the scan and the stat (another process's retention, of another host too), and a link
+        # may lead to itself: there is nothing under it.
+        if error.errno not in (errno.ENOENT, errno.ESTALE, errno.ELOOP):
+            raise
 
 
 def make_folders(folder: Path) -> None:
@@ -324,38 +331,11 @@ def _link(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        # No hard links here (exFAT, some FUSE).
-        if _rename_new(temporary, path):
-            return
-        # Nor such renames. The name is still created once; a kill in between leaves a file that does not match its
-        # digest, which counts as absent.
+        # No hard links here (exFAT, some FUSE). The name is still created once; a kill in between leaves a file that
+        # does not match its digest, which counts as absent.
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             _write_all(fd, [memoryview(temporary.read_bytes())])
             os.fsync(fd)
         finally:
             os.close(fd)
-
-
-def _rename_new(temporary: Path, path: Path) -> bool:
-    """Rename unless the name is taken, in one step; False where the file system knows no such rename.
-
-    Raises:
-        FileExistsError: the name is taken.
-    """
-    rename = _renameat2()
-    if rename is None:
-        return False
-    if rename(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE) == 0:
-        return True
-    if ctypes.get_errno() == errno.EEXIST:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    return False
-
-
-@cache
-def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is not None:
-        function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    return function

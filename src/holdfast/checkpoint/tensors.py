@@ -67,6 +67,24 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
+def check_tensor(name: str, local: torch.Tensor) -> None:
+    """Refuse what has no plain bytes.
+
+    Raises:
+        StateError: sparse, nested, quantized, meta and wrapper tensors.
+    """
+    if local.layout is not torch.strided:
+        raise StateError(f"{name} is a {local.layout} tensor; only dense tensors can be stored: `to_dense()`")
+    if local.is_nested:
+        raise StateError(f"{name} is a nested tensor, which cannot be stored: pad it, or store its parts")
+    if local.is_quantized:
+        raise StateError(f"{name} is a quantized tensor ({local.dtype}), which cannot be stored: dequantize it")
+    if local.device.type == "meta":
+        raise StateError(f"{name} is on the meta device and has no values; materialise the model first")
+    if hasattr(local, "__tensor_flatten__"):
+        raise StateError(f"{name} is a {type(local).__name__}, made of other tensors, which cannot be stored")
+
+
 def contiguous_on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """The same storage where `tensor_bytes` takes it, else a copy that it takes."""
     if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
@@ -86,6 +104,13 @@ def empty_for(dtype: str, lengths: Sequence[int]) -> torch.Tensor:
     for n in lengths:
         count *= n
     return torch.empty(count, dtype=torch.uint8).view(torch_dtype(dtype)).view(tuple(lengths))
+
+
+def as_numbers(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The elements, flattened, as float64 or complex128; None of a dtype that torch does not convert (packed ones)."""
+    if tensor.dtype is getattr(torch, "float4_e2m1fn_x2", None):
+        return None
+    return tensor.reshape(-1).to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def plain_shard(name: str, tensor: torch.Tensor, *, holders: tuple[int, ...], rank: int | None = None) -> Shard:

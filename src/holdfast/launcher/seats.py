@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -25,8 +24,6 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import PeerError, UsageError
-
-logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _MAX_SOCKET_PATH = 100
@@ -68,14 +65,11 @@ def private(path: Path) -> Path:
     """Make the directory with mode 0700, or check that it is ours.
 
     Raises:
-        UsageError: it belongs to somebody else, or cannot be made.
+        UsageError: it belongs to somebody else.
     """
-    try:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        found = path.lstat()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be made ({error.strerror}): set XDG_RUNTIME_DIR, or TMPDIR") from error
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise UsageError(f"{path} is not a directory of this user: remove it, or set XDG_RUNTIME_DIR")
     if found.st_mode & 0o077:
@@ -132,13 +126,9 @@ class Seat:
 
         Raises:
             PeerError: another run holds one, or all are taken.
-            UsageError: the directory of the seats cannot be used.
         """
         for number in range(self._num_seats):
-            try:
-                held_by = self._try(number)
-            except OSError as error:
-                raise UsageError(f"{self._base} cannot be used ({error.strerror}): set XDG_RUNTIME_DIR") from error
+            held_by = self._try(number)
             if held_by is None:
                 self.number = number
                 return self
@@ -178,13 +168,10 @@ class Seat:
             return None
 
     def write_record(self, record: RunRecord) -> None:
-        """Remember the run; where that fails (a full disk) what was remembered before stays."""
+        """Remember the run."""
         new = self.directory / "run.json.new"
-        try:
-            new.write_bytes(msgspec.json.encode(record))
-            new.replace(self.directory / "run.json")
-        except OSError as error:
-            logger.warning("%s cannot be written: %s", new, error)
+        new.write_bytes(msgspec.json.encode(record))
+        new.replace(self.directory / "run.json")
 
     def clear(self) -> None:
         """The job has ended: nothing of the seat stays."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
-from holdfast.checkpoint.tensors import dtype_name
+from holdfast.checkpoint.tensors import check_tensor, dtype_name
 from holdfast.errors import StateError
 from holdfast.runtime.entries import TensorEntry, Timing
 from holdfast.runtime.holdings import Holders, Holding
@@ -267,22 +267,6 @@ class EntryBook:
         if key not in self._layouts:
             self._layouts[key] = dtensor_layout(name, live)
         return self._layouts[key]
-
-
-def check_tensor(name: str, local: torch.Tensor) -> None:
-    """Refuse what has no plain bytes.
-
-    Raises:
-        StateError: sparse, quantized, meta and wrapper tensors.
-    """
-    if local.layout is not torch.strided:
-        raise StateError(f"{name} is a {local.layout} tensor; only dense tensors can be captured")
-    if local.is_quantized:
-        raise StateError(f"{name} is a quantized tensor ({local.dtype}), which cannot be captured")
-    if local.device.type == "meta":
-        raise StateError(f"{name} is on the meta device and has no values; materialise the model first")
-    if hasattr(local, "__tensor_flatten__"):
-        raise StateError(f"{name} is a {type(local).__name__}, made of other tensors, which cannot be captured")
 
 
 def _is_in_place(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -16,7 +15,6 @@ from checkpoint_images import ARRAYS, GENERATION, VERSION, meta_of, read_array, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.checkpoint import storage
 from holdfast.checkpoint.boxes import whole
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.commit import (
@@ -269,9 +267,16 @@ def test_names_in_an_index_cannot_leave_its_directory(tmp_path: Path, name: str)
     _forge_index(path, lambda index: index["images"][0].update(name=name))
     with pytest.raises(CorruptError, match="no name of an image"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["../index.json.zst", "/index.json.zst", "root", "", "..", "a/index.json.zst", "tag"])
+@pytest.mark.parametrize("which", [0, 1])
+def test_names_in_a_root_cannot_leave_its_directory(tmp_path: Path, name: str, which: int) -> None:
+    path = save_step(tmp_path / "a")
     root, _ = decode_root((path / "root").read_bytes())
-    copies = (msgspec.structs.replace(root.index_copies[0], name="../index.json.zst"),)
-    (path / "root").write_bytes(encode_root(msgspec.structs.replace(root, index_copies=copies)))
+    copies = list(root.index_copies)
+    copies[which] = msgspec.structs.replace(copies[which], name=name)
+    (path / "root").write_bytes(encode_root(msgspec.structs.replace(root, index_copies=tuple(copies))))
     with pytest.raises(CorruptError, match="not in its directory"):
         open_checkpoint(path)
 
@@ -447,40 +452,3 @@ def test_the_root_is_written_last_and_everything_is_synced_before_it_gets_its_na
             assert log[at - 1][0] == "sync"
             assert log[at - 1][1].startswith(f".tmp-{what}")
             assert log[at + 1] == ("sync", "step")
-
-
-def no_links(source: Any, to: Any) -> None:
-    raise PermissionError(errno.EPERM, "Operation not permitted")
-
-
-@pytest.mark.parametrize("renames", [True, False])
-def test_without_hard_links_a_name_is_still_created_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: bool
-) -> None:
-    monkeypatch.setattr(os, "link", no_links)
-    if not renames:
-        monkeypatch.setattr(storage, "_renameat2", lambda: None)
-    root = tmp_path / "root"
-    PosixStorage().write(root, [b"first"], exclusive=True)
-    with pytest.raises(StorageError, match="exists already"):
-        PosixStorage().write(root, [b"second"], exclusive=True)
-    assert root.read_bytes() == b"first"
-    assert [path.name for path in tmp_path.iterdir()] == ["root"]
-
-
-def test_without_hard_links_a_name_appears_with_its_whole_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Who is killed after any of the steps leaves nothing under the name, or everything."""
-    monkeypatch.setattr(os, "link", no_links)
-    seen: list[bytes] = []
-    plain = os.writev
-
-    def writev(fd: int, buffers: Any) -> int:
-        seen.extend(path.read_bytes() for path in tmp_path.glob("root"))
-        return plain(fd, buffers)
-
-    monkeypatch.setattr(os, "writev", writev)
-    PosixStorage().write(tmp_path / "root", [b"whole"], exclusive=True)
-    assert seen == []
-    assert (tmp_path / "root").read_bytes() == b"whole"

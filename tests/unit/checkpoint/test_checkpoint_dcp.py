@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 import holdfast.checkpoint
 from holdfast.checkpoint import HoldfastReader, HoldfastWriter
+from holdfast.checkpoint.dcp import _attempt
 from holdfast.checkpoint.dtypes import DTYPES
 from holdfast.checkpoint.tensors import empty_for, tensor_bytes
 from holdfast.errors import CorruptError, MismatchError, StateError, StorageError, UsageError
@@ -181,6 +183,20 @@ def test_the_reader_reads_what_holdfast_save_wrote(tmp_path: Path) -> None:
     into = {"model": {"w": torch.zeros(3)}}
     _load(into, tmp_path / "c")
     assert into["model"]["w"].tolist() == [0, 1, 2]
+
+
+def test_images_of_another_start_of_the_job_have_other_names(tmp_path: Path) -> None:
+    names = []
+    for start in range(2):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            assert _attempt() == _attempt(), "the same on all ranks"
+            dcp.save({"w": torch.ones(2)}, storage_writer=HoldfastWriter(tmp_path / str(start)))
+        finally:
+            dist.destroy_process_group()
+        names += [path.name.split("-")[1] for path in (tmp_path / str(start)).glob("*.safetensors")]
+    assert names[0] != names[1]
+    assert _attempt() == _attempt()
 
 
 def test_a_save_without_collectives_is_refused(tmp_path: Path) -> None:

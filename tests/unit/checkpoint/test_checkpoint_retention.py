@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.checkpoint import save
-from holdfast.checkpoint.commit import abandon_after, list_steps, step_dir_name
+from holdfast.checkpoint.commit import abandon_after, image_file_name, list_steps, step_dir_name
 from holdfast.checkpoint.retention import Retention
-from holdfast.checkpoint.steps import StepInfo
+from holdfast.checkpoint.steps import StepInfo, tag_step
+from holdfast.checkpoint.storage import PosixStorage
 from holdfast.errors import UsageError
 
 
@@ -81,7 +82,8 @@ def test_text_that_is_no_policy_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"last": 0}, {"every_steps": -1}, {"best": 2}, {"best_by": "loss"}, {"best": -1}]
+    "arguments",
+    [{"last": 0}, {"every_steps": -1}, {"best": 2}, {"best_by": "loss"}, {"best": -1}, {"every_s": float("nan")}],
 )
 def test_a_policy_that_makes_no_sense_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
@@ -106,7 +108,7 @@ def test_apply_removes_the_folders_root_first(tmp_path: Path) -> None:
 def test_what_interrupted_saves_left_is_removed_but_never_what_may_still_be_written_or_repaired(tmp_path: Path) -> None:
     for step in (5, 6, 7, 9):
         (tmp_path / step_dir_name(step)).mkdir()
-        (tmp_path / step_dir_name(step) / "part").write_text("x")
+        (tmp_path / step_dir_name(step) / image_file_name(GENERATION, 0, 1)).write_text("half an image")
     (tmp_path / step_dir_name(6) / "root").write_text("damaged")
     for step in (5, 6, 9):
         os.utime(tmp_path / step_dir_name(step), (1e9, 1e9))
@@ -142,3 +144,73 @@ def test_what_was_set_aside_goes_once_the_run_has_passed_it(tmp_path: Path, monk
     save({"w": torch.ones(2)}, tmp_path / "step-00000009")
     policy.apply(tmp_path)
     assert folder.exists(), "it was set aside just now"
+
+
+def _old(path: Path) -> None:
+    os.utime(path, (1e9, 1e9))
+
+
+def test_what_other_programs_left_under_such_names_is_never_removed(tmp_path: Path) -> None:
+    theirs = tmp_path / step_dir_name(5)
+    theirs.mkdir()
+    (theirs / "__0_0.distcp").write_bytes(b"a checkpoint of DCP")
+    aside = tmp_path / "abandoned-20200101T000000Z-0123"
+    for folder in (aside / step_dir_name(6), aside / "notes"):
+        folder.mkdir(parents=True)
+    (aside / "notes" / "text").write_text("x")
+    other = tmp_path / "abandoned-20200101T000000Z-4567" / step_dir_name(6)
+    other.mkdir(parents=True)
+    (other / "weights.pt").write_bytes(b"somebody's")
+    for path in (theirs, aside / step_dir_name(6), aside, other, other.parent):
+        _old(path)
+    save_step(tmp_path / step_dir_name(8), GENERATION.at(8))
+    found = Retention(last=1).find(tmp_path)
+    assert (found.steps, found.left_over, found.abandoned) == ([], [], [])
+    Retention(last=1).apply(tmp_path)
+    assert (theirs / "__0_0.distcp").exists()
+    assert (aside / "notes" / "text").exists()
+    assert (other / "weights.pt").exists()
+
+
+def test_the_newest_one_that_has_all_its_files_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (1, 2, 3, 4):
+        save_step(tmp_path / step_dir_name(step), GENERATION.at(step))
+    image = tmp_path / step_dir_name(4) / image_file_name(GENERATION, 1, 2)
+    image.write_bytes(image.read_bytes()[:-1])
+    for copy in (tmp_path / step_dir_name(3)).glob("index*"):
+        copy.unlink()
+    deleted = Retention(last=2).apply(tmp_path)
+    assert [info.step for info in deleted] == [1]
+    assert [info.step for info in list_steps(tmp_path)] == [2, 3, 4]
+    assert "bytes" in caplog.text
+    assert str(tmp_path / step_dir_name(2)) in caplog.text
+    (tmp_path / step_dir_name(2) / image_file_name(GENERATION, 0, 2)).unlink()
+    assert Retention(last=1).apply(tmp_path) == []
+    assert [info.step for info in list_steps(tmp_path)] == [2, 3, 4]
+
+
+def test_a_step_whose_tag_is_damaged_stays_as_if_tagged(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_step(tmp_path / step_dir_name(step), GENERATION.at(step))
+    tag_step(tmp_path / step_dir_name(1), "paper")
+    (tmp_path / step_dir_name(1) / "tag").write_bytes(b"{")
+    assert [info.step for info in Retention(last=1).apply(tmp_path)] == [2]
+    assert [info.step for info in Retention(last=1, tagged=False).apply(tmp_path)] == [1]
+
+
+def test_of_a_linked_step_the_link_goes_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    archived = save_step(tmp_path / "archive" / step_dir_name(1), GENERATION.at(1))
+    runs = tmp_path / "runs"
+    for step in (2, 3):
+        save_step(runs / step_dir_name(step), GENERATION.at(step))
+    (runs / step_dir_name(1)).symlink_to(archived)
+    assert [info.step for info in Retention(last=2).apply(runs)] == [1]
+    assert [info.step for info in list_steps(runs)] == [2, 3]
+    assert [info.complete for info in list_steps(tmp_path / "archive")] == [True]
+
+
+def test_a_link_that_leads_to_itself_is_passed_over(tmp_path: Path) -> None:
+    save_step(tmp_path / step_dir_name(1), GENERATION.at(1))
+    (tmp_path / step_dir_name(2)).symlink_to(tmp_path / step_dir_name(2))
+    assert [info.step for info in list_steps(tmp_path)] == [1]
+    assert [entry.name for entry in PosixStorage().list(tmp_path)] == [step_dir_name(1)]

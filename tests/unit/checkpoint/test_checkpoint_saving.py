@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -224,6 +225,58 @@ def test_a_transposed_and_a_conjugated_tensor_are_saved_by_value(tmp_path: Path)
     holdfast.checkpoint.load(into, tmp_path / "c")
     assert torch.equal(into["a"], a)
     assert torch.equal(into["b"], b.resolve_conj())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.empty(3, device="meta"),
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        torch.nn.UninitializedParameter,
+        lambda: torch.empty(4, dtype=torch.uint8).view(torch.bits8),
+        lambda: "\udc80",
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_what_has_no_plain_bytes_is_refused_by_its_name(tmp_path: Path, make: Callable[[], Any]) -> None:
+    with pytest.raises(StateError, match=r"x\.odd|dtype bits8|surrogates"):
+        holdfast.checkpoint.save({"x": {"odd": make()}}, tmp_path / "c")
+    assert not list_steps(tmp_path)
+
+
+def test_a_state_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    state: dict[str, Any] = {}
+    state["again"] = [state]
+    with pytest.raises(StateError, match="nested too deep"):
+        holdfast.checkpoint.save(state, tmp_path / "c")
+
+
+class _Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(5, 3)
+        self.head = torch.nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("a", torch.ones(2))
+        self.register_buffer("b", self.a)
+
+
+def test_tied_parameters_and_buffers_of_a_module_are_saved_once(tmp_path: Path) -> None:
+    model = _Tied()
+    holdfast.checkpoint.save({"model": model}, tmp_path / "c")
+    with open_checkpoint(tmp_path / "c") as catalog:
+        assert sorted(catalog.tensors) == ["model.a", "model.embedding.weight"]
+    other = _Tied()
+    holdfast.checkpoint.load({"model": other}, tmp_path / "c")
+    assert other.head.weight is other.embedding.weight
+    assert torch.equal(other.head.weight, model.head.weight)
+    apart = {"model": {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}}
+    holdfast.checkpoint.load(apart, tmp_path / "c")
+    assert torch.equal(apart["model"]["head.weight"], model.head.weight)
 
 
 def test_a_flipped_byte_of_a_saved_state_is_an_error(tmp_path: Path) -> None:

@@ -105,13 +105,14 @@ def test_a_step_is_tagged_after_its_commit_and_keeps_that_tag(tmp_path: Path, ca
     for damage in (sound.replace(b"late", b"lame"), sound[:-3], b""):
         caplog.clear()
         (step / "tag").write_bytes(damage)
-        assert [(info.complete, info.tag) for info in list_steps(tmp_path)] == [(True, None)]
+        assert [(info.complete, info.tag, info.is_tagged) for info in list_steps(tmp_path)] == [(True, None, True)]
         assert str(step) in caplog.text
     (tagged / "tag").write_bytes(sound)
     assert read_step_info(tagged).tag == "at once"
     newer = save_step(tmp_path / "newer", VERSION.generation.at(VERSION.step + 1))
     (newer / "tag").write_bytes(sound)
     assert read_step_info(newer).tag is None
+    assert not read_step_info(newer).is_tagged
 
 
 def test_of_two_tags_given_at_once_the_first_stays(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from holdfast.checkpoint.tools.inspecting import ranges
 from holdfast.checkpoint.tools.layouts import Layout
 from holdfast.checkpoint.tools.parallel import in_parallel, workers_within
 from holdfast.checkpoint.tools.states import SavedTensor
-from holdfast.errors import UsageError
+from holdfast.checkpoint.tools.units import Progress
+from holdfast.errors import StorageError, UsageError
 
 
 def _state() -> dict[str, Any]:
@@ -117,6 +118,27 @@ def test_workers_stay_within_the_bound_and_the_first_error_ends_the_rest() -> No
     with pytest.raises(KeyError):
         in_parallel(work, range(100), ["a", "b"], "test")
     assert len(done) < 98
+
+
+def test_what_is_under_way_is_stopped_by_an_error_of_another() -> None:
+    began, stopped = threading.Event(), []
+    progress = Progress("testing", 100)
+
+    def work(item: int, tool: str) -> None:
+        if item == 1:
+            assert began.wait(30)
+            raise KeyboardInterrupt
+        for _ in range(10_000_000):
+            try:
+                progress.add(1)
+            except StorageError:
+                stopped.append(item)
+                raise
+            began.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        in_parallel(work, range(2), ["a", "b"], "test", progress)
+    assert stopped == [0]
 
 
 def test_numbers_are_shown_as_ranges() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import PeerError, UsageError
-from holdfast.launcher.seats import RunRecord, Seat, Tenant, private, runtime_directory
+from holdfast.launcher.seats import RunRecord, Seat, Tenant, runtime_directory
 
 
 @pytest.fixture(autouse=True)
@@ -56,20 +56,3 @@ def test_a_directory_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("holdfast.launcher.seats._MAX_SOCKET_PATH", 1000)
     with pytest.raises(UsageError, match="not a directory of this user"):
         runtime_directory()
-
-
-def test_what_cannot_be_remembered_costs_nothing_else(base: Path) -> None:
-    with seat() as held:
-        held.write_record(RunRecord(run_id="r", run_dir="/d"))
-        (held.directory / "run.json.new").mkdir()
-        held.write_record(RunRecord(run_id="other", run_dir="/d"))
-        assert held.record() == RunRecord(run_id="r", run_dir="/d")
-
-
-def test_a_place_that_takes_no_seats_is_named(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (base / "file").touch()
-    with pytest.raises(UsageError, match="XDG_RUNTIME_DIR"):
-        private(base / "file" / "seats")
-    monkeypatch.setattr("holdfast.launcher.seats.runtime_directory", lambda: base / "file")
-    with pytest.raises(UsageError, match="cannot be used"):
-        seat().__enter__()

@@ -28,7 +28,7 @@ from holdfast.checkpoint.index import ImageRecord, image_file_name
 from holdfast.checkpoint.objects import ObjectRecord, encode_objects
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.places import UrlPath
-from holdfast.checkpoint.steps import StepInfo
+from holdfast.checkpoint.steps import StepInfo, check_step_name
 from holdfast.checkpoint.storage import TEMPORARY_PREFIX, make_folders, refuse, storage_of, sync_folder
 from holdfast.checkpoint.tools.parallel import LEAST_MEMORY_BYTES, in_parallel, share_of
 from holdfast.checkpoint.tools.units import Progress, human
@@ -86,9 +86,10 @@ def build_checkpoint(build: Build) -> StepInfo:
 
     Raises:
         StorageError: the directory holds a checkpoint, or cannot be written.
-        UsageError: too little memory.
+        UsageError: too little memory, or the directory has the name of another step.
         CheckpointError: from a reader.
     """
+    check_step_name(build.directory, build.step)
     refuse_committed(storage_of(build.directory), build.directory)
     nonce = f"{xxhash.xxh3_64_intdigest(build.identity.encode()) & 0xFFFFFFFF:08x}"
     version = GenerationId(incarnation=1, nonce=nonce, generation=1).at(build.step)
@@ -99,7 +100,7 @@ def build_checkpoint(build: Build) -> StepInfo:
         def make(rank: int, read: Read) -> None:
             records[rank] = _Image(build, version, rank, read, progress).record()
 
-        in_parallel(make, range(len(build.images)), build.readers, "build")
+        in_parallel(make, range(len(build.images)), build.readers, "build", progress)
     return commit_step(
         build.directory,
         [records[rank] for rank in sorted(records)],

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn, Protocol
 
+from holdfast.checkpoint.tools.units import drop_output, plain, prepare_output
 from holdfast.errors import HoldfastError, UsageError
 
 _COMMANDS = {
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         0: done, and all is well. 1: it could not be done, or what was checked is broken, or differs. 2: a wrong usage.
     """
     arguments = list(argv)
+    prepare_output()
     if not arguments or arguments[0] in ("-h", "--help"):
         (sys.stdout if arguments else sys.stderr).write(_help())
         return 0 if arguments else 2
@@ -65,18 +67,33 @@ def main(argv: Sequence[str]) -> int:
 def _run(name: str, command: Command, arguments: list[str]) -> int:
     try:
         parser = _parser(name, command)
-        return command.run(parser.parse_args(arguments))
+        code = command.run(parser.parse_args(arguments))
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:  # argparse has said what is wrong, or printed its help
         return stop.code if isinstance(stop.code, int) else 2
     except UsageError as error:
-        sys.stderr.write(f"holdfast ckpt {name}: error: {error}\n")
-        return 2
+        return _failed(name, str(error), 2)
+    except BrokenPipeError:  # whoever read it (`head`, a pager) has seen enough
+        drop_output()
+        return 1
     except (HoldfastError, OSError) as error:
-        sys.stderr.write(f"holdfast ckpt {name}: error: {error}\n")
-        return 1
+        return _failed(name, str(error), 1)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nholdfast ckpt {name}: interrupted; repeat the command to go on\n")
-        return 1
+        sys.stderr.write("\n")
+        return _failed(name, "interrupted; repeat the command to go on", 1)
+    except MemoryError:
+        return _failed(name, "there is not enough memory: give --max-memory less, where the command has it", 1)
+    except Exception as error:  # the process's border: the user learns of it, whole under python -X dev
+        if sys.flags.dev_mode:
+            raise
+        said = f"{type(error).__name__}: {error}"
+        return _failed(name, f"{said} (not foreseen, please report it; PYTHONDEVMODE=1 shows where it happened)", 1)
+
+
+def _failed(name: str, text: str, code: int) -> int:
+    sys.stderr.write(f"holdfast ckpt {name}: error: {plain(text)}\n")
+    return code
 
 
 class _Parser(argparse.ArgumentParser):

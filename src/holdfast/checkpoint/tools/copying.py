@@ -12,7 +12,7 @@ import xxhash
 from holdfast.checkpoint.commit import open_checkpoint, read_step_info, refuse_committed
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, Root, decode_root, encode_root
-from holdfast.checkpoint.steps import MAX_SMALL_BYTES, tag_step
+from holdfast.checkpoint.steps import MAX_SMALL_BYTES, TAG_NAME, check_step_name
 from holdfast.checkpoint.storage import Storage, remove_leftovers, storage_of
 from holdfast.checkpoint.tools.native import open_native
 from holdfast.checkpoint.tools.parallel import in_parallel, workers_within
@@ -50,10 +50,12 @@ def copy_checkpoint(source: Path, destination: Path, *, workers: int = 1) -> Non
     Raises:
         CorruptError: the source is damaged; the destination has no root then.
         StorageError: the destination holds a checkpoint, or cannot be written.
+        UsageError: it has the name of another step.
     """
     storage, target = storage_of(source), storage_of(destination)
-    refuse_committed(target, destination)
     root, _ = decode_root(storage.read(source / ROOT_NAME, limit=MAX_SMALL_BYTES))
+    check_step_name(destination, root.version.step)
+    refuse_committed(target, destination)
     there = {entry.name: entry.size_bytes for entry in target.list(destination)}
     with open_checkpoint(source) as catalog, Progress("copying", root.size_bytes) as progress:
 
@@ -64,15 +66,14 @@ def copy_checkpoint(source: Path, destination: Path, *, workers: int = 1) -> Non
             else:
                 target.write(path, _Bytes(image, progress))
 
-        in_parallel(copy, catalog.images, range(workers), "copy")
+        in_parallel(copy, catalog.images, range(workers), "copy", progress)
     data = _sound_index(storage, source, root)
     for copy_of in root.index_copies:
         target.write(destination / copy_of.name, [data])
+    if root.tag is None and read_step_info(source).tag is not None:
+        target.write(destination / TAG_NAME, [storage.read(source / TAG_NAME, limit=MAX_SMALL_BYTES)])
     remove_leftovers(target, destination)
     target.write(destination / ROOT_NAME, [encode_root(root)], exclusive=True)
-    tag = read_step_info(source).tag
-    if tag is not None:
-        tag_step(destination, tag)  # nothing, where the root has it
 
 
 def _sound_index(storage: Storage, source: Path, root: Root) -> bytes:

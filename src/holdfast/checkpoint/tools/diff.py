@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -13,8 +14,11 @@ from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.native import NativeState
 from holdfast.checkpoint.tools.safetensors_format import SafetensorsState
 from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_state, parts, shown
-from holdfast.checkpoint.tools.units import Progress, argument, parse_size, put_json
+from holdfast.checkpoint.tools.units import Progress, argument, parse_size, plain, put_json
 from holdfast.errors import StateError
+
+if TYPE_CHECKING:
+    import torch
 
 EXAMPLE = "holdfast ckpt diff checkpoints/step-00000100 exported/"
 
@@ -65,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         put_json({"equal": same, "equal_values": same_others, "differences": listed})
     else:
         for difference in found + others:
-            sys.stdout.write(_line(difference))
+            sys.stdout.write(f"{plain(_line(difference))}\n")
         sys.stdout.write(f"{same} tensors are equal, {len(found)} are not; ")
         sys.stdout.write(f"of other values {same_others} are equal, {len(others)} are not\n")
     return int(bool(found or others))
@@ -134,21 +138,20 @@ def _difference(
     if in_a.dtype != in_b.dtype:
         return Difference(label, "dtype", in_a.dtype, in_b.dtype)
     first: tuple[int, ...] | None = None
-    largest = 0.0
+    largest: float | None = None
     for box in parts(in_a, max_bytes):
         compared = _compare(a, in_a, b, in_b, box)
         if compared is not None:
-            largest = max(largest, compared[0])
+            largest = compared[0] if largest is None else max(largest, compared[0] or 0.0)
             first = compared[1] if first is None else first
     return None if first is None else Difference(label, "values", largest=largest, first=first)
 
 
 def _compare(
     a: SavedState, in_a: SavedTensor, b: SavedState, in_b: SavedTensor, box: Box
-) -> tuple[float, tuple[int, ...]] | None:
-    """(largest difference, index of the first), None where all bytes are equal."""
+) -> tuple[float | None, tuple[int, ...]] | None:
+    """(largest difference, None where they are no numbers; index of the first); None where all bytes are equal."""
     import numpy
-    import torch
 
     from holdfast.checkpoint.tensors import empty_for, tensor_bytes
 
@@ -159,21 +162,33 @@ def _compare(
     differing = (raw[0] != raw[1]).any(axis=1)
     if not differing.any():
         return None
-    wide = torch.complex128 if left.is_complex() else torch.float64
-    gaps = (left.reshape(-1).to(wide) - right.reshape(-1).to(wide)).abs()
-    gaps = gaps[gaps.isfinite()]
     inner = numpy.unravel_index(int(differing.argmax()), box.lengths) if box.lengths else ()
     place = tuple(int(i) + o for i, o in zip(inner, box.offsets, strict=True))
-    return (float(gaps.max()) if gaps.numel() else 0.0), place
+    return _largest_gap(left, right), place
+
+
+def _largest_gap(left: torch.Tensor, right: torch.Tensor) -> float | None:
+    import numpy
+    import torch
+
+    from holdfast.checkpoint.tensors import as_numbers
+
+    if left.dtype in (torch.int64, torch.uint64):  # float64 cannot tell neighbours apart
+        a, b = left.numpy(), right.numpy()
+        return float((numpy.maximum(a, b).view("u8") - numpy.minimum(a, b).view("u8")).max())
+    a_numbers, b_numbers = as_numbers(left), as_numbers(right)
+    if a_numbers is None or b_numbers is None:
+        return None
+    gaps = (a_numbers - b_numbers).abs()
+    gaps = gaps[gaps.isfinite()]
+    return float(gaps.max()) if gaps.numel() else 0.0
 
 
 def _line(difference: Difference) -> str:
     if difference.what == "values":
-        return (
-            f"{difference.name}: values, largest difference {difference.largest:.6g}, "
-            f"first at {list(difference.first or ())}\n"
-        )
+        largest = "" if difference.largest is None else f" largest difference {difference.largest:.6g},"
+        return f"{difference.name}: values,{largest} first at {list(difference.first or ())}"
     if difference.what.startswith("only"):
         value = difference.a or difference.b
-        return f"{difference.name}: {difference.what}{': ' if value else ''}{value}\n"
-    return f"{difference.name}: {difference.what} {difference.a} in A, {difference.b} in B\n"
+        return f"{difference.name}: {difference.what}{': ' if value else ''}{value}"
+    return f"{difference.name}: {difference.what} {difference.a} in A, {difference.b} in B"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint.state_dict_saver as saver
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
@@ -18,10 +19,11 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from holdfast.checkpoint.boxes import Box, cut_rows, whole
 from holdfast.checkpoint.dtypes import itemsize
 from holdfast.checkpoint.objects import join_tensors
+from holdfast.checkpoint.retries import first_line
 from holdfast.checkpoint.storage import TEMPORARY_PREFIX, PosixStorage, make_folders
 from holdfast.checkpoint.tensors import torch_dtype
 from holdfast.checkpoint.tools.exported import Export, Item
-from holdfast.errors import StorageError
+from holdfast.errors import HoldfastError, StorageError
 
 
 def export_dcp(export: Export, directory: Path) -> None:
@@ -41,6 +43,11 @@ def export_dcp(export: Export, directory: Path) -> None:
             writer = FileSystemWriter(temporary, single_file_per_rank=True, thread_count=1)
             saver.save({}, storage_writer=writer, planner=_Planner(export), no_dist=True)
         PosixStorage().move(temporary, directory)
+    except CheckpointException as error:  # no Exception: it would pass through everything
+        failed = next(iter(error.failures.values()))[0]
+        if isinstance(failed, HoldfastError) or not isinstance(failed, Exception):
+            raise failed from error
+        raise StorageError(f"{directory} cannot be written: {first_line(failed)}") from error
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error.strerror}") from error
     finally:

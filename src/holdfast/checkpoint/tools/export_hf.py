@@ -14,8 +14,17 @@ from holdfast.checkpoint.dtypes import dtype_info
 from holdfast.checkpoint.storage import PosixStorage, remove_leftovers
 from holdfast.checkpoint.tools.exported import Export, Item
 from holdfast.checkpoint.tools.parallel import in_parallel
-from holdfast.checkpoint.tools.safetensors_format import INDEX_NAME
+from holdfast.checkpoint.tools.safetensors_format import INDEX_NAME, MAX_HEADER_BYTES
 from holdfast.errors import StateError, StorageError
+
+_SOURCE = "holdfast.source"
+"""In the metadata of a file: of which source and options it is."""
+
+
+class _Header(msgspec.Struct):
+    """What is read of the header of a file that is there."""
+
+    metadata: dict[str, str] = msgspec.field(name="__metadata__", default_factory=dict)
 
 
 def export_hf(exports: Sequence[Export], directory: Path, shard_bytes: int) -> None:
@@ -37,6 +46,7 @@ def export_hf(exports: Sequence[Export], directory: Path, shard_bytes: int) -> N
     for item in export.items:
         if dtype_info(item.dtype).code == "U8" and item.dtype != "uint8":
             raise StateError(f"{item.name} is {item.dtype}, which safetensors cannot hold: --cast it, or export torch")
+    _refuse_foreign(directory)
     shards = _shards(export.items, shard_bytes)
     weight_map: dict[str, str] = {}
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -46,12 +56,35 @@ def export_hf(exports: Sequence[Export], directory: Path, shard_bytes: int) -> N
         if not _is_there(directory / names[number], header, shards[number]):
             storage.write(directory / names[number], _file(export, header, shards[number]))
 
-    in_parallel(write, range(len(shards)), exports, "export")
+    in_parallel(write, range(len(shards)), exports, "export", export.progress)
     for name, shard in zip(names, shards, strict=True):
         weight_map.update((item.name, name) for item in shard)
     remove_leftovers(storage, directory)
     index = {"metadata": {"total_size": export.size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     storage.write(directory / INDEX_NAME, [json.dumps(index, indent=2).encode() + b"\n"], exclusive=True)
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Another program's files are not overwritten, nor put beside ours: readers would take them for a part.
+
+    Raises:
+        StorageError: there is one.
+    """
+    for path in sorted(directory.glob("*.safetensors")):
+        if not _is_exported(path):
+            raise StorageError(f"{path} was not written by an export: give another directory")
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether the header says that an export wrote it."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if not 2 <= length <= MAX_HEADER_BYTES:
+                return False
+            return _SOURCE in msgspec.json.decode(file.read(length), type=_Header).metadata
+    except (OSError, struct.error, msgspec.MsgspecError):
+        return False
 
 
 def _shards(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
@@ -69,7 +102,7 @@ def _shards(items: Sequence[Item], shard_bytes: int) -> list[list[Item]]:
 
 def _header(export: Export, shard: Sequence[Item]) -> bytes:
     source = xxhash.xxh3_64_hexdigest(export.identity().encode())
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", "holdfast.source": source}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", _SOURCE: source}}
     start = 0
     for item in shard:
         end = start + item.size_bytes

@@ -124,5 +124,7 @@ def _cast(data: memoryview, dtype: str, to: str) -> memoryview:
 
     from holdfast.checkpoint.tensors import tensor_bytes, torch_dtype
 
+    if not len(data):
+        return data
     tensor = torch.frombuffer(data, dtype=torch.uint8).view(torch_dtype(dtype))
     return tensor_bytes(tensor.to(torch_dtype(to)))

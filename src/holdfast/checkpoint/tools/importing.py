@@ -13,6 +13,7 @@ from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.steps import step_of
 from holdfast.checkpoint.tools.building import Build, Read, build_checkpoint
+from holdfast.checkpoint.tools.layouts import check_world
 from holdfast.checkpoint.tools.native import TREE, NativeState
 from holdfast.checkpoint.tools.parallel import workers_within
 from holdfast.checkpoint.tools.reshard import shares
@@ -41,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0."""
-    if arguments.world < 1:
-        raise UsageError(f"--world {arguments.world}: give at least 1")
+    check_world(arguments.world)
     workers = workers_within(arguments.workers, arguments.max_memory, arguments.destination)
     states = [open_state(arguments.source) for _ in range(min(workers, arguments.world))]
     state = states[0]

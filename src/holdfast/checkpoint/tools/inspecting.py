@@ -10,7 +10,7 @@ from collections import Counter
 from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.native import NativeState
 from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_state, parts, shown
-from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size, put_json, table
+from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size, plain, put_json, table
 from holdfast.errors import StateError
 
 EXAMPLE = "holdfast ckpt inspect checkpoints/step-00000100 --stats --only model"
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(head, rows, arguments.stats)
         if values:
-            sys.stdout.write("\n" + "".join(f"{name} = {value}\n" for name, value in values.items()))
+            sys.stdout.write("\n" + "".join(f"{plain(name)} = {plain(value)}\n" for name, value in values.items()))
     return int(any(row.get("nan") or row.get("inf") for row in rows))
 
 
@@ -103,17 +103,17 @@ def _add_stats(state: SavedState, tensors: list[SavedTensor], rows: list[dict[st
 
 
 def _stats(state: SavedState, tensor: SavedTensor, max_bytes: int, progress: Progress) -> dict[str, object]:
-    import torch
-
-    from holdfast.checkpoint.tensors import empty_for, tensor_bytes
+    from holdfast.checkpoint.tensors import as_numbers, empty_for, tensor_bytes
 
     least, largest, total, squares = math.inf, -math.inf, 0.0, 0.0
     nan = inf = count = 0
     for box in parts(tensor, max_bytes):
         part = empty_for(tensor.dtype, box.lengths)
         state.read(tensor, box, tensor_bytes(part))
-        values = part.reshape(-1)
-        values = (values.to(torch.complex128).abs() if values.is_complex() else values.to(torch.float64)).reshape(-1)
+        values = as_numbers(part)
+        if values is None:
+            return {}
+        values = values.abs() if values.is_complex() else values
         nan += int(values.isnan().sum())
         inf += int(values.isinf().sum())
         values = values[values.isfinite()]
@@ -135,11 +135,11 @@ def _print(head: dict[str, object], rows: list[dict[str, object]], stats: bool) 
         if name == "dtypes" and isinstance(value, dict):
             sys.stdout.write(f"dtypes: {', '.join(f'{dtype} {human(size)}' for dtype, size in value.items())}\n")
         elif name == "images" and isinstance(value, list):
-            sys.stdout.write("".join(f"image: {image}\n" for image in value))
+            sys.stdout.write("".join(f"image: {plain(image)}\n" for image in value))
         elif name == "size_bytes" and isinstance(value, int):
             sys.stdout.write(f"size: {human(value)}\n")
         elif value not in (None, [], {}):
-            sys.stdout.write(f"{name}: {value}\n")
+            sys.stdout.write(f"{name}: {plain(str(value))}\n")
     columns = [
         "name",
         "dtype",

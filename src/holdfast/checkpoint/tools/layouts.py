@@ -34,6 +34,19 @@ from holdfast.checkpoint.tools.states import SavedTensor
 from holdfast.errors import UsageError
 
 _MAX_FILE_BYTES = 64 << 20
+_MAX_WORLD = 1 << 20
+"""Each rank is an image."""
+
+
+def check_world(world: int) -> int:
+    """A number of ranks.
+
+    Raises:
+        UsageError: it is none, or none that anybody has.
+    """
+    if not 1 <= world <= _MAX_WORLD:
+        raise UsageError(f"{world} ranks: give 1 to {_MAX_WORLD}")
+    return world
 
 
 class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -91,7 +91,10 @@ def reasons(policy: Retention, info: StepInfo, steps: list[StepInfo]) -> list[st
 def _row(info: StepInfo, kept: list[str]) -> tuple[str, ...]:
     state = "complete" if info.complete else f"incomplete: {info.problem}"
     metrics = " ".join(f"{name}={value:g}" for name, value in sorted(info.metrics.items()))
-    written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info.time))
+    try:
+        written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(info.time))
+    except (OverflowError, ValueError, OSError):
+        written = "?"  # whoever wrote the root had no clock
     return (
         str(info.step),
         human(info.size_bytes) if info.complete else "",

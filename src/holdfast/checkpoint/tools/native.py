@@ -42,7 +42,9 @@ class NativeState:
         self.step = self.info.step
         self.catalog: Catalog = open_checkpoint(path)
         self.fingerprint = xxhash.xxh3_128_hexdigest(storage_of(path).read(path / ROOT_NAME, limit=MAX_SMALL_BYTES))
-        self.tensors = tuple(SavedTensor(s.name, s.rank, s.dtype, s.shape) for s in self.catalog.saved)
+        saved = self.catalog.saved
+        self.tensors = tuple(SavedTensor(entry.name, entry.rank, entry.dtype, entry.shape) for entry in saved)
+        self._placements = {(entry.name, entry.rank): entry.placement for entry in saved}
 
     def read(self, tensor: SavedTensor, box: Box, out: memoryview) -> None:
         """See `SavedState.read`."""
@@ -66,7 +68,7 @@ class NativeState:
 
     def writers(self, tensor: SavedTensor) -> list[int]:
         """The ranks whose images hold something of a tensor."""
-        placement = next(e.placement for e in self.catalog.saved if (e.name, e.rank) == (tensor.name, tensor.rank))
+        placement = self._placements[tensor.name, tensor.rank]
         return sorted({self.catalog.ranks[number] for _, number in placement.overlapping(whole(tensor.shape))})
 
     def nested(self) -> Any:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from holdfast.checkpoint.object_storage import PART_BYTES, PARTS_AT_ONCE
 from holdfast.checkpoint.places import UrlPath
+from holdfast.checkpoint.tools.units import Progress
 from holdfast.errors import UsageError
 
 T = TypeVar("T")
@@ -50,10 +51,17 @@ def share_of(max_memory_bytes: int, workers: int, destination: Path | None = Non
     return max_memory_bytes // workers - (_UPLOAD_BYTES if isinstance(destination, UrlPath) else 0)
 
 
-def in_parallel(work: Callable[[T, R], object], items: Iterable[T], tools: Iterable[R], name: str) -> None:
+def in_parallel(
+    work: Callable[[T, R], object],
+    items: Iterable[T],
+    tools: Iterable[R],
+    name: str,
+    progress: Progress | None = None,
+) -> None:
     """Do ``work(item, tool)`` for every item, with as many threads as there are tools: no two use one at a time.
 
-    The first error ends it: what has not begun is not begun, what is under way is waited for.
+    The first error ends it, an interruption too: what has not begun is not begun, what is under way is waited for; with
+    a `progress` that all of it adds to, that is until it next does.
 
     Raises:
         Exception: the first one of `work`.
@@ -81,5 +89,10 @@ def in_parallel(work: Callable[[T, R], object], items: Iterable[T], tools: Itera
             for future in futures:
                 if future.done():
                     future.result()
+        except BaseException:
+            failed.set()
+            if progress is not None:
+                progress.stop()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

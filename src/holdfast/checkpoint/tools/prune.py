@@ -7,7 +7,8 @@ import sys
 
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
-from holdfast.checkpoint.steps import list_steps
+from holdfast.checkpoint.steps import StepInfo, list_steps
+from holdfast.checkpoint.storage import storage_of
 from holdfast.checkpoint.tools.units import argument, human, put_json
 from holdfast.errors import UsageError
 
@@ -43,14 +44,26 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not (arguments.last or arguments.every_steps or arguments.every_seconds or arguments.best):
         raise UsageError("what to keep: give --last, --every-steps, --every-seconds or --best")
-    if arguments.dry_run:
-        deleted = policy.choose(list_steps(arguments.directory))[1]
-    else:
-        deleted = policy.apply(arguments.directory)
+    if policy.best_by is not None:
+        _check_metric(policy.best_by, list_steps(arguments.directory))
+    found = policy.find(arguments.directory)
+    if not arguments.dry_run:
+        found.carry_out(storage_of(arguments.directory), policy)
     if arguments.json:
-        put_json({"deleted": [str(info.path) for info in deleted], "dry_run": arguments.dry_run})
+        paths = {name: [str(path) for path in getattr(found, name)] for name in ("left_over", "abandoned")}
+        put_json({"deleted": [str(info.path) for info in found.steps], **paths, "dry_run": arguments.dry_run})
         return 0
     done = "would be deleted" if arguments.dry_run else "deleted"
-    sys.stdout.write("".join(f"{info.path} {done} ({human(info.size_bytes)})\n" for info in deleted))
-    sys.stdout.write(f"{len(deleted)} {done}, {human(sum(info.size_bytes for info in deleted))}\n")
+    sys.stdout.write("".join(f"{info.path} {done} ({human(info.size_bytes)})\n" for info in found.steps))
+    sys.stdout.write("".join(f"{path} {done} (an interrupted save left it)\n" for path in found.left_over))
+    sys.stdout.write("".join(f"{path} {done} (set aside, and passed since)\n" for path in found.abandoned))
+    sys.stdout.write(f"{len(found.steps)} {done}, {human(sum(info.size_bytes for info in found.steps))}\n")
     return 0
+
+
+def _check_metric(name: str, steps: list[StepInfo]) -> None:
+    """A name that no checkpoint knows would keep none: that is a slip of the pen, not a wish."""
+    complete = [info for info in steps if info.complete]
+    known = sorted({metric for info in complete for metric in info.metrics})
+    if complete and name not in known:
+        raise UsageError(f"--by {name}: no checkpoint has this metric (known: {', '.join(known) or 'none'})")

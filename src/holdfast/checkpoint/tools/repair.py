@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from holdfast.checkpoint.belongings import foreign_names
 from holdfast.checkpoint.commit import INDEX_NAME, commit_step, image_record, read_index
 from holdfast.checkpoint.image import read_header
 from holdfast.checkpoint.index import IMAGE_NAME, ImageRecord, build_index, encode_index
@@ -28,11 +29,11 @@ from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, IndexFile, Root, decode_root, encode_root
 from holdfast.checkpoint.steps import MAX_SMALL_BYTES
 from holdfast.checkpoint.storage import storage_of
-from holdfast.checkpoint.tools.units import argument
+from holdfast.checkpoint.tools.units import argument, plain
 from holdfast.checkpoint.tools.verify import problems_of, step_paths
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CheckpointError, CorruptError, MismatchError
+from holdfast.errors import CheckpointError, CorruptError, MismatchError, UsageError
 
 EXAMPLE = "holdfast ckpt repair checkpoints --dry-run"
 
@@ -55,16 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0 where all is sound now, 1 where something stays broken."""
+    if not arguments.min_age >= 0:  # NaN is not
+        raise UsageError(f"--min-age {arguments.min_age}: give seconds, 0 or more")
     broken = False
     for path in step_paths(arguments.path):
         lines = repair(path, rebuild=arguments.rebuild, min_age_s=arguments.min_age, dry_run=arguments.dry_run)
         is_sound = True
         for line in lines:
-            sys.stdout.write(f"{path}: {line}\n")
+            sys.stdout.write(f"{path}: {plain(line)}\n")
             is_sound = False
         problems = problems_of(path) if path.exists() else []
         broken = broken or bool(problems)
-        sys.stdout.write("".join(f"{path}: still broken: {problem}\n" for problem in problems))
+        sys.stdout.write("".join(f"{path}: still broken: {plain(problem)}\n" for problem in problems))
         if is_sound and not problems:
             sys.stdout.write(f"{path}: sound, nothing to do\n")
     return int(broken)
@@ -183,6 +186,10 @@ def _unfinished(path: Path, *, rebuild: bool, min_age_s: float, dry_run: bool) -
         finished = yield from _finish(path, dry_run=dry_run)
         if finished:
             return
+    foreign = foreign_names(storage_of(path), path)
+    if foreign:
+        yield f"no root, so it was never finished; {foreign[0]} is no file of holdfast: left alone"
+        return
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     aside = path.parent / f"incomplete-{stamp}" / path.name
     yield f"no root, so it was never finished: set aside as {aside}"

@@ -17,12 +17,11 @@ from holdfast.checkpoint.objects import ObjectRecord, decode, encode
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.tools.building import Build, Read, build_checkpoint
-from holdfast.checkpoint.tools.layouts import Layout
+from holdfast.checkpoint.tools.layouts import Layout, check_world
 from holdfast.checkpoint.tools.native import DCP_MAPPINGS, DCP_OBJECTS, NativeState, open_several
 from holdfast.checkpoint.tools.parallel import workers_within
 from holdfast.checkpoint.tools.states import SavedTensor
 from holdfast.checkpoint.tools.units import argument, human, parse_size
-from holdfast.errors import UsageError
 
 EXAMPLE = "holdfast ckpt reshard checkpoints/step-00000100 resharded/step-00000100 --world 8"
 
@@ -44,10 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0."""
-    if arguments.world is not None and arguments.world < 1:
-        raise UsageError(f"--world {arguments.world}: give at least 1")
     layout = None if arguments.layout is None else Layout.read(arguments.layout)
-    world = arguments.world if layout is None else layout.world_size
+    world = check_world(arguments.world if layout is None else layout.world_size)
     workers = workers_within(min(arguments.workers, world), arguments.max_memory, arguments.destination)
     states = open_several(arguments.source, workers)
     try:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
 
-from holdfast.errors import UsageError
+from holdfast.errors import StorageError, UsageError
 
 T = TypeVar("T")
 
@@ -58,8 +62,40 @@ def human(size_bytes: float) -> str:
     return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
 
 
+def plain(text: str) -> str:
+    """A name or a message in one line without control characters: names come from files that anybody wrote."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def prepare_output() -> None:
+    """Let everything be written, whatever the terminal's encoding: paths byte for byte as the system has them, other
+    characters that it lacks as escapes."""
+    codecs.register_error("holdfast", _unencodable)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="holdfast")
+
+
+def _unencodable(error: UnicodeError) -> tuple[bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    parts = (
+        bytes([ord(c) - 0xDC00]) if "\udc80" <= c <= "\udcff" else c.encode("ascii", "backslashreplace")
+        for c in error.object[error.start : error.end]
+    )
+    return b"".join(parts), error.end
+
+
+def drop_output() -> None:
+    """What could not be written any more is not tried again when the process ends."""
+    with suppress(OSError, ValueError):  # not a file in tests
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows with their columns aligned, first one as the heading."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n" for row in rows
@@ -89,17 +125,29 @@ class Progress:
         self._total = max(total_bytes, 1)
         self._lock = threading.Lock()
         self._done = 0
+        self._stopped = False
         self._shown = sys.stderr.isatty()
         self._start = self._last = time.monotonic()
 
     def add(self, size_bytes: int) -> None:
-        """So many more are done; fewer where something begins again."""
+        """So many more are done; fewer where something begins again.
+
+        Raises:
+            StorageError: it was stopped: whoever did so knows why.
+        """
         with self._lock:
+            if self._stopped:
+                raise StorageError(f"{self._what} was stopped")
             self._done += size_bytes
             now = time.monotonic()
             if self._shown and now - self._last > self._INTERVAL_S:
                 self._last = now
                 self._show(now - self._start)
+
+    def stop(self) -> None:
+        """Let whoever adds next give up."""
+        with self._lock:
+            self._stopped = True
 
     def _show(self, seconds: float) -> None:
         rate = self._done / max(seconds, 1e-9)

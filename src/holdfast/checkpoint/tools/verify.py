@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +14,13 @@ import xxhash
 from holdfast.checkpoint.boxes import whole
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.commit import open_checkpoint
+from holdfast.checkpoint.index import IMAGE_NAME
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, Root, decode_root
 from holdfast.checkpoint.steps import MAX_SMALL_BYTES, list_steps
 from holdfast.checkpoint.storage import storage_of
 from holdfast.checkpoint.tools.parallel import workers_within
-from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size, put_json
+from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size, plain, put_json
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.errors import CheckpointError, CorruptError, UsageError
 
@@ -59,8 +61,8 @@ def step_paths(path: Path) -> list[Path]:
     if not path.is_dir():
         raise UsageError(f"{path} is no directory")
     names = [entry.name for entry in storage_of(path).list(path)]
-    if ROOT_NAME in names or any(name.endswith(".safetensors") for name in names):
-        return [path]
+    if ROOT_NAME in names or any(map(IMAGE_NAME.fullmatch, names)):
+        return [path if path.name not in ("", "..") else Path(os.path.abspath(path))]  # `.` has no name and no parent
     found = [info.path for info in list_steps(path)]
     if not found:
         raise UsageError(f"{path} is no step directory and holds none")
@@ -69,7 +71,7 @@ def step_paths(path: Path) -> list[Path]:
 
 def _print(path: Path, problems: list[str]) -> None:
     for problem in problems:
-        sys.stdout.write(f"{path}: {problem}\n")
+        sys.stdout.write(f"{path}: {plain(problem)}\n")
     if not problems:
         size = sum(entry.size_bytes for entry in storage_of(path).list(path))
         sys.stdout.write(f"{path}: sound, {human(size)} read\n")
