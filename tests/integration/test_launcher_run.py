@@ -236,6 +236,26 @@ def test_a_quiet_run_without_a_run_directory_leaves_no_file(job: Job) -> None:
     assert leftovers(job) == []
 
 
+def test_what_cannot_be_written_or_read_ends_no_agent(job: Job) -> None:
+    """A full disk under the event log, an error file that was cut short, then no place for the logs of workers."""
+    job.run_dir.mkdir()
+    (job.run_dir / "events.jsonl").symlink_to("/dev/full")
+    text = f"""
+touch ran-$RANK-$TORCHELASTIC_RESTART_COUNT
+while [ ! -e ran-0-$TORCHELASTIC_RESTART_COUNT ] || [ ! -e ran-1-$TORCHELASTIC_RESTART_COUNT ]; do sleep 0.02; done
+if [ "$TORCHELASTIC_RESTART_COUNT" = 0 ]; then printf '{{"message": {{"mess' > "$TORCHELASTIC_ERROR_FILE"; exit 3; fi
+if [ "$RANK" = 1 ]; then sleep 600; fi
+rm -rf {job.run_dir}/logs; touch {job.run_dir}/logs; exit 3
+"""
+    assert job.run(bash(job, text, "--max-restarts", "2")) == 1, job.output()
+    assert (job.root / "ran-0-1").exists()
+    assert job.output().count("events.jsonl cannot be written: No space left on device") == 1
+    assert "cannot be run: Not a directory" in job.output()
+    assert "all 2 restarts of --max-restarts are used" in job.output()
+    assert "Traceback" not in job.output()
+    assert leftovers(job) == []
+
+
 def test_a_killed_daemon_is_replaced_while_workers_go_on(job: Job) -> None:
     script = job.root / "wait.py"
     script.write_text("import os, time\nopen('up', 'w')\nwhile not os.path.exists('go'): time.sleep(0.02)\n")

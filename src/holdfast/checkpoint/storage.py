@@ -30,6 +30,8 @@ _WRITEBACK_BYTES = 1 << 20
 """Less than this is left to the fsync."""
 _SYNC_FILE_RANGE_WRITE = 2
 """From linux/fs.h: begin to write dirty pages, wait for nothing."""
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+"""From linux/fcntl.h and linux/fs.h."""
 
 
 class StorageEntry(msgspec.Struct, frozen=True):
@@ -331,11 +333,38 @@ def _link(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        # No hard links here (exFAT, some FUSE). The name is still created once; a kill in between leaves a file that
-        # does not match its digest, which counts as absent.
+        # No hard links here (exFAT, some FUSE).
+        if _rename_new(temporary, path):
+            return
+        # Nor such renames. The name is still created once; a kill in between leaves a file that does not match its
+        # digest, which counts as absent.
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             _write_all(fd, [memoryview(temporary.read_bytes())])
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _rename_new(temporary: Path, path: Path) -> bool:
+    """Rename unless the name is taken, in one step; False where the file system knows no such rename.
+
+    Raises:
+        FileExistsError: the name is taken.
+    """
+    rename = _renameat2()
+    if rename is None:
+        return False
+    if rename(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(path), _RENAME_NOREPLACE) == 0:
+        return True
+    if ctypes.get_errno() == errno.EEXIST:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    return False
+
+
+@cache
+def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return function

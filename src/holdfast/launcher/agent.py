@@ -49,7 +49,7 @@ from holdfast.launcher.wire import (
     StopRequest,
     Verdict,
 )
-from holdfast.launcher.workers import WorkerExit, WorkerGroup, message_of
+from holdfast.launcher.workers import WorkerExit, WorkerGroup, cannot_run, message_of
 from holdfast.snapshot.messages import (
     Bye,
     EndGeneration,
@@ -167,6 +167,7 @@ class Agent:
         if self._steps is not None:
             self._steps.close()
         self._reserve.close()
+        self._health.close()
         if self._link is not None:
             self._link.finish(5.0)
         self._council.close()
@@ -335,6 +336,8 @@ class Agent:
         if plan is not None and plan.generation == self._generation:
             self._watch.dump(plan.dump, pids, now)
         self._council.membership.member.pulses(self._watch.look(pids, now))
+        if self._health.look(now):
+            self._noticed("health check")
         for order in self._vigil.ticked(now) if self._council.leads else ():
             self._order(order)
 
@@ -354,7 +357,7 @@ class Agent:
         if self._link is not None:
             self._link.request(EndGeneration(generation=generation))
         if group.failures() or group.stopping:
-            self._health.after_a_failure()
+            self._health.after_a_failure(time.monotonic())
             self._tell(lambda machine: machine.gone(generation, time.monotonic()))
         else:
             self._tell(lambda machine: machine.done(generation, time.monotonic()))
@@ -373,9 +376,8 @@ class Agent:
         self._tell(lambda machine: machine.stuck(generation, text, time.monotonic()))
 
     def _reap_orphans(self) -> None:
-        own = {self._guard.pid} | self._reserve.pids
-        own |= {self._link.pid} if self._link is not None else set()
-        reap_orphans(frozenset(own))
+        daemon = {self._link.pid} if self._link is not None else set()
+        reap_orphans(frozenset({self._guard.pid} | self._reserve.pids | daemon))
 
     def _hear_daemon(self, link: DaemonLink) -> None:
         for message in link.receive():
@@ -510,6 +512,7 @@ class Agent:
             message = start_message(plan, place)
             self._link.start_generation(message)
         self._starting = (plan, place, message)
+        self._health.generation_begins(plan, place, time.monotonic())
         self._try_start()
 
     def _try_start(self) -> None:
@@ -520,7 +523,29 @@ class Agent:
             return
         self._starting = None
         assert plan.generation is not None, "workers belong to a generation"
-        group = WorkerGroup(
+        try:
+            group = self._make_group(plan, place)
+            group.start()
+        except (OSError, ValueError) as error:  # ValueError: what the command line says of devices
+            self._cannot_spawn(plan.generation, place, error)
+            return
+        started_s = time.time()
+        self._group = group
+        self._write(
+            events.GenerationStarted(
+                members=tuple(other.host for other in plan.places),
+                world_size=sum(other.num_ranks for other in plan.places),
+                restart_count=plan.restart_count,
+                store=plan.store,
+                pids=tuple(group.pids().values()),
+                forked=group.num_forked,
+            )
+        )
+        generation = plan.generation
+        self._tell(lambda machine: machine.started(generation, started_s, time.monotonic()))
+
+    def _make_group(self, plan: Plan, place: Place) -> WorkerGroup:
+        return WorkerGroup(
             self._spec,
             plan,
             place,
@@ -540,28 +565,9 @@ class Agent:
             inherited=self._inherited,
             standby=self._reserve.standby,
         )
-        try:
-            group.start()
-        except OSError as error:
-            self._cannot_spawn(plan.generation, place, error)
-            return
-        started_s = time.time()
-        self._group = group
-        self._write(
-            events.GenerationStarted(
-                members=tuple(other.host for other in plan.places),
-                world_size=sum(other.num_ranks for other in plan.places),
-                restart_count=plan.restart_count,
-                store=plan.store,
-                pids=tuple(group.pids().values()),
-                forked=group.num_forked,
-            )
-        )
-        generation = plan.generation
-        self._tell(lambda machine: machine.started(generation, started_s, time.monotonic()))
 
-    def _cannot_spawn(self, generation: GenerationId, place: Place, error: OSError) -> None:
-        text = f"{self._spec.command} cannot be run: {error.strerror or error}"
+    def _cannot_spawn(self, generation: GenerationId, place: Place, error: OSError | ValueError) -> None:
+        text = cannot_run(self._spec.command, error)
         say(text)
         failure = Failure(
             host=self._council.node.host,

@@ -22,6 +22,7 @@ from holdfast.erasure.redundancy import Redundancy
 from holdfast.errors import UsageError
 from holdfast.faults import parse_schedule
 from holdfast.launcher.limits import Limits
+from holdfast.snapshot.control import MAX_LOCAL_RANKS
 
 DEFAULT_PORT = 29400
 """torch's default port of a c10d endpoint."""
@@ -86,6 +87,12 @@ def _parse_encrypt(text: str) -> str:
 def _parse_count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of nodes: expected 1 or more")
+    return int(text)
+
+
+def _parse_restarts(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of restarts: expected 1 or more")
     return int(text)
 
 
@@ -180,7 +187,7 @@ _FLAGS = (
         "health",
         _parse_health,
         "off|warn|strict",
-        "checks of this host before the start and after a failure; strict: a failed one keeps it out (default warn)",
+        "checks of this host before the start and after a failure; strict: it does not start, or leaves (default warn)",
     ),
     _Flag(
         "redundancy",
@@ -209,7 +216,12 @@ _FLAGS = (
         "whether a process that has imported what the script imports stands by for restarts, "
         "which costs 0.2 GB of memory and more (default 1)",
     ),
-    _Flag("no_progress", int, "N", "restarts without progress that end the job without --max-restarts (default 3)"),
+    _Flag(
+        "no_progress",
+        _parse_restarts,
+        "N",
+        "restarts without progress that end the job without --max-restarts (default 3)",
+    ),
 )
 
 
@@ -344,8 +356,14 @@ def launch_from(args: argparse.Namespace, meeting: Meeting, *, log_dir: Path) ->
     if args.log_dir is None:
         args.log_dir = str(log_dir)
     config, command, arguments = _torch_config(args)
+    hold = hold_options(args)
+    if config.nproc_per_node > MAX_LOCAL_RANKS and hold.snapshot_memory != 0:
+        raise UsageError(
+            f"--nproc-per-node {config.nproc_per_node}: snapshots in memory take at most {MAX_LOCAL_RANKS} workers on "
+            "one node; give --hold-snapshot-memory 0, or start several agents on it"
+        )
     return Launch(
-        hold=hold_options(args),
+        hold=hold,
         meeting=meeting,
         config=config,
         command=command,

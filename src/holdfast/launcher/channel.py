@@ -157,6 +157,8 @@ class Channel:
                 self._peer(address, now).send(data, zmq.NOBLOCK)
             except zmq.Again:
                 logger.debug("%s takes no message of %d bytes now", address, len(data))
+            except zmq.ZMQError as error:  # what an agent calls its address may be none
+                logger.warning("%r cannot be dialled: %s", address, error)
         self._close_unused(now)
 
     def receive(self) -> list[AgentMessage]:
@@ -194,7 +196,12 @@ class Channel:
         socket.setsockopt(zmq.IPV6, 1 if address.startswith("[") else 0)
         if address in self._endpoints:
             self._handshakes.watch(address, socket)
-        socket.connect(f"tcp://{address}")
+        try:
+            socket.connect(f"tcp://{address}")
+        except zmq.ZMQError:
+            self._handshakes.forget(address)
+            socket.close(linger=0)
+            raise
         return socket
 
     def _close_unused(self, now: float) -> None:

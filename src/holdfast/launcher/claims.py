@@ -26,7 +26,7 @@ import msgspec
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.storage import Storage, storage_of
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import HoldfastError
+from holdfast.errors import CorruptError, HoldfastError
 from holdfast.launcher.wire import Standing
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,11 @@ class ClaimStore:
         return True
 
     def _read(self, path: Path) -> Standing:
-        return msgspec.json.decode(self._storage.read(path, limit=_LIMIT_BYTES), type=Standing)
+        data = self._storage.read(path, limit=_LIMIT_BYTES)
+        try:
+            return msgspec.json.decode(data, type=Standing)
+        except msgspec.MsgspecError as error:  # a file system without links and exclusive renames, and a sudden death
+            raise CorruptError(f"{path} is no claim ({error}): remove it while no launcher of this job runs") from error
 
 
 def _successor_of(generation: GenerationId | None) -> str:

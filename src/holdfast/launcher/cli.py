@@ -22,8 +22,15 @@ example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the console script; the exit code is returned."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    """Entry point of the console script; the exit code is returned, that of shells for Ctrl-C where nobody heeds it."""
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        sys.stderr.write("holdfast: interrupted\n")
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
     match arguments[:1]:
         case ["run"]:
             from holdfast.launcher.run import main as run

@@ -8,6 +8,6 @@ import sys
 
 def say(text: str) -> None:
     """Print the line; a standard error that is gone is no reason to fail."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed since, or before we began
         sys.stderr.write(f"holdfast: {text}\n")
         sys.stderr.flush()

@@ -183,6 +183,8 @@ class Council:
                     self._ask_store(instruction)
                 case leader_orders.Note():
                     self._note(instruction)
+                case member.SeeksOn():
+                    self._say_who_is_sought()
                 case Led():
                     self._led(instruction)
                 case leader_orders.TurnAway() | leader_orders.Finished() | leader_orders.Resign():
@@ -228,6 +230,13 @@ class Council:
         elif plan is not None and plan.proof == nonce:
             say(f"what the leader wrote is not in --hold-claim-store {self._launch.hold.claim_store}: is it shared?")
             self._ask_store(member.ReadProof(nonce))
+
+    def _say_who_is_sought(self) -> None:
+        endpoints = ", ".join(_join(host, port) for host, port in self._launch.meeting.endpoints)
+        say(
+            f"no leader has answered at {endpoints} yet: this node asks on, for "
+            f"{self._launch.limits.join_timeout_s:g} s in all"
+        )
 
     # --- leading
 

@@ -19,20 +19,20 @@ Kinds, and the fields that each one adds (fields that have their default are lef
                         forked (how many of them the standby gave)
     worker_failed       global_rank, local_rank, pid, exit_code (negative: signal), signal (name), message, step
     membership          text, change (node_joined, node_lost, node_left, forming, running, stopping, stopped,
-                        asked_to_stop, asked_to_grow, asked_to_drain, leader_lost)
+                        asked_to_stop, asked_to_grow, asked_to_drain, waiting, claim_lost, leader_lost, leads, yielded)
     recovery            cause, tier (memory, peers, storage, none, ""), step, steps_lost, restart_count, and `phases`:
                         seconds since the failure was detected at which the job had: stopped (no old worker left
                         anywhere), agreed (new generation named), started (all workers spawned), opened (all Sessions
                         opened), restored, first_step (all ranks finished one). Phases that were not reached are absent;
                         without a Session only the first three are there. Written by the leader's agent only.
-    daemon              change (started, adopted, died, off, failed), pid, text
+    daemon              change (started, adopted, died, failed), pid, text
     standby             change (ready, failed), pid, modules (that it has imported), text
     notice              severity (info, warning, error), text; about and count where it is counted: divergence,
                         damage
     health              check (as in `holdfast doctor`), status (ok: well again, warn, fail), text
     hang                change (dump, suspected, resumed, hung), global_rank (that stopped first), step, text
     straggler           global_rank, slow (false: it has caught up), text
-    stop_requested      signal (name, or "notice file"), urgent, node_only (only this node leaves)
+    stop_requested      signal (name, "notice file" or "health check"), urgent, node_only (only this node leaves)
     fault               fault (the entry of the schedule that this agent is about to carry out), step
     run_ended           outcome (done, failed, stopped, drained: this node only), exit_code, reason, persisted (version
                         in storage), path
@@ -42,11 +42,14 @@ Agents of several nodes that share the run directory append to the same file.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import TracebackType
 
 import msgspec
+
+from holdfast.launcher.console import say
 
 SCHEMA = 1
 FILE_NAME = "events.jsonl"
@@ -213,12 +216,19 @@ AnyEvent = (
 
 
 class EventLog:
-    """Appends to the event log; one write per line, so that agents that share it do not tear each other's lines."""
+    """Appends to the event log; one write per line, so that agents that share it do not tear each other's lines.
+
+    A log that cannot be written (a full disk, a file server that is away) is no reason to end a job: the line is lost,
+    which is said once, and counted in a line of its own as soon as there is room again.
+    """
 
     def __init__(self, run_dir: Path, host: str) -> None:
         self._path = run_dir / FILE_NAME
         self._host = host
         self._descriptor: int | None = None
+        self._lost = 0
+        self._torn = False
+        """The newest line was cut short."""
         self._node = -1
         self._generation = ""
 
@@ -239,7 +249,12 @@ class EventLog:
 
     def write(self, event: AnyEvent, time_s: float) -> None:
         """Append `event` as having happened at `time_s` (time.time())."""
-        assert self._descriptor is not None, "the event log is not open"
+        if self._lost and self._append(self._line(_lost_lines(self._lost), time_s)):
+            self._lost = 0
+        if self._lost or not self._append(self._line(event, time_s)):
+            self._lost += 1
+
+    def _line(self, event: AnyEvent, time_s: float) -> bytes:
         full = msgspec.structs.replace(
             event,
             time=round(time_s, 4),
@@ -249,7 +264,32 @@ class EventLog:
             generation=event.generation or self._generation,
         )
         fields = {"schema": SCHEMA, **msgspec.to_builtins(full)}
-        os.write(self._descriptor, msgspec.json.encode(fields) + b"\n")
+        try:
+            return msgspec.json.encode(fields) + b"\n"
+        except UnicodeEncodeError:  # an argument or a path that is not UTF-8
+            return json.dumps(fields, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+    def _append(self, line: bytes) -> bool:
+        """Whether the whole line is there."""
+        assert self._descriptor is not None, "the event log is not open"
+        data = b"\n" + line if self._torn else line
+        try:
+            written = os.write(self._descriptor, data)
+        except OSError as error:
+            self._complain(error.strerror or str(error))
+            return False
+        self._torn = written < len(data) and (self._torn or written > 0)
+        if written < len(data):
+            self._complain("there is room for a part of a line only")
+        return written == len(data)
+
+    def _complain(self, reason: str) -> None:
+        if not self._lost:
+            say(f"{self._path} cannot be written: {reason}; the job goes on without it")
+
+
+def _lost_lines(count: int) -> Noticed:
+    return Noticed(severity="warning", text=f"{count} events could not be written, and are lost")
 
 
 def read_events(run_dir: Path) -> list[dict[str, object]]:

@@ -14,7 +14,8 @@ Rules
       (more than `idle_share` of the time, what it has started included), did I/O (more than `idle_bytes`) or woke its
       main thread (more than `idle_switches_per_s`): not even a slow disk, a stream or a child is at work.
 4. A rank that has been in state T (stopped), or D without a moment of running, for `stuck_after_s` needs no silence of
-   the others and no limit.
+   the others and no limit. Stacks take seconds to write and to read, so they are asked for `dump_ahead_s` before: then
+   the restart waits for nothing. Should the rank go on meanwhile nobody is told, for nothing was wrong yet.
 5. A new sign of life ends the suspicion.
 
 States of a generation: QUIET -> DUMPING (a dump is ordered) -> SUSPECTED (it is there) -> DUMPING ... and OVER once a
@@ -44,6 +45,7 @@ class HangLimits:
     first_limit_s: float = 600.0
     median_steps: float = 10.0
     stuck_after_s: float = 10.0
+    dump_ahead_s: float = 3.0
     between_dumps_s: float = 30.0
     answer_s: float = 5.0
     """How long a dump may take; a rank that has not answered by then is taken as it is."""
@@ -158,7 +160,7 @@ class HangWatch:
         """Time has passed: about every heartbeat."""
         if self._state is _State.OVER or len(self._pulses) < self._num_ranks:
             return []
-        stuck = self._find_stuck()
+        stuck = self._find_stuck(ahead_s=self._limits.dump_ahead_s)
         if stuck is None and self.silent_s < self.limit_s:
             return self._calm()
         if self._state is _State.QUIET:
@@ -198,10 +200,10 @@ class HangWatch:
         """Every rank is in a Session that has its state."""
         return all(Phase.RESTORED <= pulse.phase < Phase.CLOSED for pulse in self._pulses.values())
 
-    def _find_stuck(self) -> Pulse | None:
-        """The rank that has stood still longest, where one has long enough."""
+    def _find_stuck(self, *, ahead_s: float = 0.0) -> Pulse | None:
+        """The rank that has stood still longest, where one has long enough, or will have in `ahead_s`."""
         longest = max(self._pulses.values(), key=lambda pulse: pulse.stuck_s)
-        return longest if longest.stuck_s >= self._limits.stuck_after_s else None
+        return longest if longest.stuck_s >= self._limits.stuck_after_s - ahead_s else None
 
     def _first(self) -> Pulse:
         """The rank that stopped first."""
@@ -240,15 +242,11 @@ class HangWatch:
         dump.after, dump.answered = dict(self._pulses), now
         self._state, self._next_dump = _State.SUSPECTED, now + self._wait
         self._wait *= 2
-        out: list[Instruction] = []
-        if not self._told:
-            self._told = True
-            out.append(self._suspicion())
-        return out + self._judge(now)
+        return self._suspicion() + self._judge(now)
 
     def _suspected(self, now: float) -> list[Instruction]:
-        decided = self._judge(now)
-        return decided or (self._order(now) if now >= self._next_dump else [])
+        out = self._suspicion() + self._judge(now)
+        return out or (self._order(now) if now >= self._next_dump else [])
 
     def _judge(self, now: float) -> list[Instruction]:
         """Whether a restart is due."""
@@ -295,7 +293,11 @@ class HangWatch:
             and end.switches - begin.switches <= self._limits.idle_switches_per_s * seconds
         )
 
-    def _suspicion(self) -> Suspected:
+    def _suspicion(self) -> list[Instruction]:
+        """What people are told, once there is something: stacks may have been asked for ahead of it."""
+        if self._told or (self._find_stuck() is None and self.silent_s < self.limit_s):
+            return []
+        self._told = True
         first = self._first()
         where = f"rank {first.global_rank} ({self._hosts[first.global_rank]}, pid {first.pid})"
         if first.stuck_s >= self._limits.stuck_after_s:
@@ -305,4 +307,4 @@ class HangWatch:
                 f"no sign of life from any rank for {self.silent_s:.0f} s; {where} stopped first, "
                 f"at step {first.step}: {first.frame}"
             )
-        return Suspected(first, self._hosts[first.global_rank], text)
+        return [Suspected(first, self._hosts[first.global_rank], text)]

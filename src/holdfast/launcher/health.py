@@ -2,7 +2,7 @@
 
 Each check looks at one thing and gives a `Finding`; none changes anything. A check whose own look fails says so as a
 warning: what cannot be seen is not taken for healthy. ``holdfast doctor`` prints all of them; an agent runs
-`quick_checks` before the first generation and after a failure.
+`quick_checks` before the first generation and after a failure, and asks for the memory errors of GPUs then too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ _MEMORY_WARN = _GIB
 _SHM_WARN = 64 << 20
 _FILES_WARN = 1024
 _REACH_S = 3.0
-_SMI_S = 20.0
+SMI_S = 20.0
+"""How long nvidia-smi may take."""
+GPU_ERRORS = (
+    "nvidia-smi",
+    "--query-gpu=index,name,ecc.errors.uncorrected.volatile.total,remapped_rows.pending,remapped_rows.failure",
+    "--format=csv,noheader,nounits",
+)
 _STA_UNSYNC = 0x40
 _SHM_HINT = (
     "Kubernetes: volumes: [{name: shm, emptyDir: {medium: Memory}}] and volumeMounts: "
@@ -166,20 +172,12 @@ def has_gpus() -> bool:
 
 def gpu_errors() -> Iterator[Finding]:
     """Memory errors that the driver has counted, and rows that wait for a reset, of each GPU."""
-    fields = "index,name,ecc.errors.uncorrected.volatile.total,remapped_rows.pending,remapped_rows.failure"
     try:
-        answer = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=_SMI_S,
-            check=True,
-        )
+        answer = subprocess.run(GPU_ERRORS, capture_output=True, text=True, timeout=SMI_S, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         yield Finding(check="gpu", status="warn", text=f"nvidia-smi tells nothing: {error}")
         return
-    for line in answer.stdout.splitlines():
-        yield parse_gpu_line(line)
+    yield from map(parse_gpu_line, answer.stdout.splitlines())
 
 
 def parse_gpu_line(line: str) -> Finding:

@@ -32,6 +32,8 @@ class FormingLeader(LeaderState):
         size = self._limits.legal(len(candidates))
         if size == 0:
             self._enough_since = None
+            if now - self._gather_since >= self._limits.last_call_s:
+                self._note_few(len(candidates))
         elif not self._still_waiting(ready, now):
             self._enough_since = now if self._enough_since is None else self._enough_since
             self._choose(ready, candidates, size, now)
@@ -115,6 +117,13 @@ class FormingLeader(LeaderState):
             self._waiting_noted = text
             self._note("waiting", text)
 
+    def _note_few(self, num_nodes: int) -> None:
+        least, within_s = self._limits.min_nodes, self._limits.join_timeout_s
+        text = f"{num_nodes} of at least {least} nodes are here: the job waits for others, up to {within_s:g} s in all"
+        if text != self._few_noted:
+            self._few_noted = text
+            self._note("waiting", text)
+
     def _too_few(self, ready: list[Node]) -> Verdict:
         within = f"within {self._limits.join_timeout_s:g} s"
         if self._limits.legal(len(ready)) == 0:
@@ -164,8 +173,8 @@ class FormingLeader(LeaderState):
         """One more than the largest number that any node has seen, in memory or under another leader."""
         known = self._standing.generation.incarnation if self._standing is not None else 0
         self._incarnation = max(known, newest_incarnation(self._roster.nodes.values())) + 1
-        self._nonce = f"{(int(self._own_nonce, 16) + 0x9E3779B1 * self._founded) & 0xFFFFFFFF:08x}"
-        self._founded += 1
+        self._nonce = f"{(int(self._own_nonce, 16) + 0x9E3779B1 * len(self._founded)) & 0xFFFFFFFF:08x}"
+        self._founded.append(self._nonce)
         self._run_id = remembered_run(chosen) or self._run_id
         return 1 if self._claims else self._ballot
 

@@ -76,7 +76,8 @@ class LeaderState:
         self._node = node
         self._leader_id = node.node_id
         self._nonce = self._own_nonce = nonce
-        self._founded = 0
+        self._founded: list[str] = []
+        """Nonces of the incarnations that this leader has begun to found."""
         self._run_id = run_id
         self._limits = limits
         self._budget = budget
@@ -112,7 +113,7 @@ class LeaderState:
         self._growths = 0
         self._grown: float | None = None
         """When the world last grew, or was about to."""
-        self._waiting_noted = ""
+        self._waiting_noted = self._few_noted = ""
         self._begun = now
         self._gather_since = now
         self._enough_since: float | None = None
@@ -179,8 +180,14 @@ class LeaderState:
         return max(g.generation for g in (self._standing.generation, *seats) if g is not None and g.nonce == nonce)
 
     def _ours(self) -> bool:
-        """Whether a successor of the newest known generation would belong to its incarnation."""
-        return self._run is None or self._standing is None or self._standing.generation.nonce == self._nonce
+        """Whether a successor of the newest known generation would belong to its incarnation.
+
+        A claim that this leader made does, though it gave up what it claimed: the store may have had it already.
+        """
+        if self._run is None or self._standing is None:
+            return True
+        nonce = self._standing.generation.nonce
+        return nonce == self._nonce or (self._claims and nonce in self._founded)
 
     def _is_newer(self, standing: Standing) -> bool:
         """Whether it is newer than what is known; a leader with generations of its own heeds no other incarnation."""

@@ -105,13 +105,18 @@ class LostLeader:
 
 
 @dataclass(frozen=True)
+class SeeksOn:
+    """No leader has answered for the last-call time; for people, once."""
+
+
+@dataclass(frozen=True)
 class Leave:
     """The job is over on this node: persist and shut down as the verdict says, then exit."""
 
     verdict: Verdict
 
 
-Instruction = StartWorkers | StopWorkers | AskStop | AskRegroup | ReadProof | SendReport | LostLeader | Leave
+Instruction = StartWorkers | StopWorkers | AskStop | AskRegroup | ReadProof | SendReport | LostLeader | SeeksOn | Leave
 
 
 def authority(plan: Plan) -> tuple[bool, int, int, int, str]:
@@ -143,6 +148,8 @@ class Member:
         self._grown: float | None = None
         """When this node heard that the world grows, None where it grew last before that."""
         self._lost_leader = ""
+        self._seeks_on = False
+        """It was told that this node goes on to seek a leader."""
         self._left = False
         self._lonely_verdict: Verdict | None = None
         """How the node leaves once its workers have ended, where no leader says so."""
@@ -322,11 +329,15 @@ class Member:
             reason = f"no leader answered at the rendezvous endpoint for {self._limits.join_timeout_s:g} s"
             kind = "failed" if self._report.generation is None else "stopped"
             self._leave(Verdict(kind=kind, reason=reason))  # type: ignore[arg-type]  # both are literals
+        elif self._plan is None and not self._seeks_on and now - self._seeking_since >= self._limits.last_call_s:
+            self._seeks_on = True
+            self._out.append(SeeksOn())
         return self._advance(now)
 
     def _seek(self, now: float) -> None:
         self._plan = None
         self._seeking_since = now
+        self._seeks_on = False
         self._update(leader_id="", seen=0)
 
     def next_wake(self, now: float) -> float:

@@ -248,7 +248,7 @@ def _children(pid: int) -> set[int] | None:
 
 def _stat(pid: int) -> tuple[str, int, int] | None:
     try:
-        stat = Path("/proc", str(pid), "stat").read_text()
+        stat = Path("/proc", str(pid), "stat").read_text(errors="replace")  # the name of a process is any bytes
     except OSError:
         return None
     state, parent, group = stat[stat.rindex(")") + 2 :].split()[:3]

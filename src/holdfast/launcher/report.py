@@ -159,7 +159,7 @@ def _warnings(events: Sequence[Event]) -> list[str]:
         kind, text = event.get("kind"), str(event.get("text", ""))
         told = (
             (kind == "notice" and event.get("severity") in ("warning", "error"))
-            or (kind == "daemon" and event.get("change") in ("died", "failed", "off"))
+            or (kind == "daemon" and event.get("change") in ("died", "failed"))
             or (kind == "hang" and event.get("change") in ("suspected", "hung"))
             or (kind == "standby" and event.get("change") == "failed")
             or (kind == "health" and event.get("status") != "ok")

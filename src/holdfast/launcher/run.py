@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -42,6 +43,7 @@ def run(argv: Sequence[str]) -> int:
     meeting = settle(args)
     hold = hold_options(args)
     share_token(hold.job_token_file, hold.encrypt, num_nodes=meeting.max_nodes)
+    address = own_address(meeting, hold.iface)
     key = job_key(
         hold.job,
         script=args.training_script,
@@ -49,13 +51,15 @@ def run(argv: Sequence[str]) -> int:
         arguments=args.training_script_args,
     )
     tenant = Tenant(pid=os.getpid(), endpoint=meeting.endpoint, node_rank=meeting.node_rank)
-    with Seat(key, tenant, num_seats=_num_seats(meeting)) as seat:
+    handled = parse_signals(getattr(args, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
+    # Signals are heeded before there is anything that would be left behind.
+    with SignalPipe(handled) as signals, Seat(key, tenant, num_seats=_num_seats(meeting)) as seat:
         before = seat.record()
         run_id = before.run_id if before is not None else secrets.token_hex(6)
         run_dir = _make_run_dir(hold, before, seat, run_id)
         old = before or RunRecord(run_id=run_id, run_dir=str(run_dir))
         seat.write_record(msgspec.structs.replace(old, run_id=run_id, run_dir=str(run_dir)))
-        launch, ending = _run_on_seat(args, meeting, seat, run_id, run_dir)
+        launch, ending = _run_on_seat(args, meeting, seat, signals, run_id, run_dir, address)
         code = exit_code(ending, hold)
         if code == 0 and hold.run_dir is None and not _worth_keeping(run_dir):
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -149,6 +153,8 @@ def _make_run_dir(hold: HoldOptions, before: RunRecord | None, seat: Seat, run_i
         private(run_dir.parent)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "this user cannot write there")
     except OSError as error:
         if before is None:
             seat.clear()
@@ -156,36 +162,32 @@ def _make_run_dir(hold: HoldOptions, before: RunRecord | None, seat: Seat, run_i
     return run_dir.absolute()
 
 
-def _run_on_seat(args: object, meeting: Meeting, seat: Seat, run_id: str, run_dir: Path) -> tuple[Launch, Ending]:
+def _run_on_seat(
+    args: object, meeting: Meeting, seat: Seat, signals: SignalPipe, run_id: str, run_dir: Path, address: str
+) -> tuple[Launch, Ending]:
     import argparse
 
     assert isinstance(args, argparse.Namespace), "what `parse` returned"
     hold = hold_options(args)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    link = None
-    if hold.snapshot_memory != 0:
-        link = DaemonLink(
-            seat,
-            context,
-            run_dir=run_dir,
-            address=own_address(meeting, hold.iface),
-            linger_s=hold.linger_s,
-            memory_limit_bytes=hold.snapshot_memory,
-            redundancy=hold.redundancy,
-            domain=hold.domain,
-            bandwidth=hold.bandwidth,
-        )
-        link.start()  # it comes up while torch's configuration is made
+    link: DaemonLink | None = None
     begun, ended = False, False
-    adopted = link is not None and link.adopted
     try:
+        if hold.snapshot_memory != 0:
+            link = DaemonLink(
+                seat,
+                context,
+                run_dir=run_dir,
+                address=address,
+                linger_s=hold.linger_s,
+                memory_limit_bytes=hold.snapshot_memory,
+                redundancy=hold.redundancy,
+                domain=hold.domain,
+                bandwidth=hold.bandwidth,
+            )
+            link.start()  # it comes up while torch's configuration is made
         launch = launch_from(args, meeting, log_dir=run_dir / "logs")
-        handled = parse_signals(getattr(launch.config, "signals_to_handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT"))
-        with (
-            events.EventLog(run_dir, os.uname().nodename) as log,
-            Guard() as guard,
-            SignalPipe(handled) as signals,
-        ):
+        with events.EventLog(run_dir, os.uname().nodename) as log, Guard() as guard:
             log.write(_started(launch, run_id, seat.key), time.time())
             agent = Agent(
                 launch,
@@ -197,7 +199,7 @@ def _run_on_seat(args: object, meeting: Meeting, seat: Seat, run_id: str, run_di
                 signals=signals,
                 link=link,
                 context=context,
-                address=own_address(meeting, hold.iface),
+                address=address,
             )
             begun = True
             ending = agent.run()
@@ -207,7 +209,7 @@ def _run_on_seat(args: object, meeting: Meeting, seat: Seat, run_id: str, run_di
     finally:
         if ended:
             seat.clear()
-        elif not begun and not adopted:
+        elif not begun and not (link is not None and link.adopted):
             if link is not None:
                 link.shut_down(persist=False)
                 link.finish(5.0)

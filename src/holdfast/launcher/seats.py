@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import PeerError, UsageError
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _MAX_SOCKET_PATH = 100
@@ -65,11 +68,14 @@ def private(path: Path) -> Path:
     """Make the directory with mode 0700, or check that it is ours.
 
     Raises:
-        UsageError: it belongs to somebody else.
+        UsageError: it belongs to somebody else, or cannot be made.
     """
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    found = path.lstat()
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found = path.lstat()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made ({error.strerror}): set XDG_RUNTIME_DIR, or TMPDIR") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise UsageError(f"{path} is not a directory of this user: remove it, or set XDG_RUNTIME_DIR")
     if found.st_mode & 0o077:
@@ -126,9 +132,13 @@ class Seat:
 
         Raises:
             PeerError: another run holds one, or all are taken.
+            UsageError: the directory of the seats cannot be used.
         """
         for number in range(self._num_seats):
-            held_by = self._try(number)
+            try:
+                held_by = self._try(number)
+            except OSError as error:
+                raise UsageError(f"{self._base} cannot be used ({error.strerror}): set XDG_RUNTIME_DIR") from error
             if held_by is None:
                 self.number = number
                 return self
@@ -168,10 +178,13 @@ class Seat:
             return None
 
     def write_record(self, record: RunRecord) -> None:
-        """Remember the run."""
+        """Remember the run; where that fails (a full disk) what was remembered before stays."""
         new = self.directory / "run.json.new"
-        new.write_bytes(msgspec.json.encode(record))
-        new.replace(self.directory / "run.json")
+        try:
+            new.write_bytes(msgspec.json.encode(record))
+            new.replace(self.directory / "run.json")
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", new, error)
 
     def clear(self) -> None:
         """The job has ended: nothing of the seat stays."""

@@ -19,20 +19,31 @@ def parse_signals(text: str) -> tuple[signal.Signals, ...]:
     """The signals of ``--signals-to-handle``.
 
     Raises:
-        UsageError: a name is unknown.
+        UsageError: a name is unknown, or that of a signal that nobody can catch.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     try:
-        return tuple(signal.Signals[name] for name in names)
+        found = tuple(signal.Signals[name] for name in names)
     except KeyError as error:
         raise UsageError(f"--signals-to-handle: {error.args[0]!r} is no signal of this system") from error
+    for number in found:
+        if number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD):
+            raise UsageError(f"--signals-to-handle: {number.name} cannot be handled")
+    return found
 
 
 class SignalPipe:
-    """Catches signals while its context is open; main thread only."""
+    """Catches signals while its context is open; main thread only.
+
+    SIGHUP stays ignored where ``nohup`` has it ignored: who says so wants the job to outlive the terminal. SIGCHLD does
+    not: the system would reap children, and nobody learn how they ended.
+    """
 
     def __init__(self, handled: Sequence[signal.Signals]) -> None:
-        self._handled = tuple(dict.fromkeys((*handled, *FORWARDED)))
+        wanted = dict.fromkeys((*handled, *FORWARDED))
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            wanted.pop(signal.SIGHUP, None)
+        self._handled = tuple(wanted)
         self._before: dict[int, Any] = {}  # a handler: what signal.getsignal returns
         self._before_wakeup = -1
         self.descriptor = -1
@@ -43,6 +54,7 @@ class SignalPipe:
         self._before_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in self._handled:
             self._before[number] = signal.signal(number, _do_nothing)
+        self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return self
 
     def __exit__(

@@ -128,11 +128,11 @@ class Standby:
         if self._used:
             return
         self._used = True
-        if modules:
-            self._names.write_text("\n".join(modules))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, open(self._log, "w") as log:
-            try:
+        try:
+            with theirs, open(self._log, "w") as log:
+                if modules:
+                    self._names.write_text("\n".join(modules))
                 become_subreaper()
                 self._child = Child.spawn(
                     (self._command, "-u", str(_HERE / "spawner.py"), str(theirs.fileno())),
@@ -142,10 +142,10 @@ class Standby:
                     stderr=log,
                     passed=(theirs.fileno(),),
                 )
-            except OSError as error:
-                ours.close()
-                self._lost = f"its process cannot be started: {error}"
-                return
+        except OSError as error:
+            ours.close()
+            self._lost = f"its process cannot be started: {error}"
+            return
         self._socket = ours
         request = {
             "import": str(self._names),

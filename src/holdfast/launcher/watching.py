@@ -51,8 +51,8 @@ class ProcessState:
 def read_process(pid: int, proc: Path = Path("/proc")) -> ProcessState | None:
     """The state of process `pid`, None where it is gone or not ours to see."""
     try:
-        stat = (proc / str(pid) / "stat").read_text()
-        status = (proc / str(pid) / "status").read_text()
+        stat = (proc / str(pid) / "stat").read_text(errors="replace")  # the name of a process is any bytes
+        status = (proc / str(pid) / "status").read_text(errors="replace")
     except OSError:
         return None
     fields = stat[stat.rindex(")") + 2 :].split()
@@ -67,7 +67,7 @@ def family_cpu_s(pid: int) -> float:
 
 def _lineage_cpu_s(pid: int) -> float:
     try:
-        stat = Path("/proc", str(pid), "stat").read_text()
+        stat = Path("/proc", str(pid), "stat").read_text(errors="replace")
     except OSError:
         return 0.0
     return sum(map(int, stat[stat.rindex(")") + 2 :].split()[11:15])) / _TICKS_PER_S
@@ -217,11 +217,16 @@ class NodeWatch:
             text = ""
             with contextlib.suppress(OSError):
                 text = stack_file(self._arena, local_rank).read_text(errors="replace")
-            if text or now - dump.ordered >= _LATE_S or local_rank not in pids:
+            if text or now - dump.ordered >= _LATE_S or local_rank not in pids or self._stands(local_rank, now):
                 dump.open.discard(local_rank)
                 self._answers[local_rank] = self._answer(dump.number, local_rank, pids.get(local_rank, 0), text)
         if not dump.open:
             self._dump = None
+
+    def _stands(self, local_rank: int, now: float) -> bool:
+        """Whether the process cannot answer: it has been seen standing still, and not only for the moment."""
+        found = self._stuck.get(local_rank)
+        return found is not None and found[0].state in ("T", "D") and now - found[1] >= _ANSWER_S
 
     def _answer(self, number: int, local_rank: int, pid: int, text: str) -> tuple[int, str, str]:
         threads = parse_stacks(text)
@@ -276,7 +281,7 @@ def _kernel_view(pid: int) -> str:
     lines = [f"state {found.state}"]
     for name in ("wchan", "syscall", "stack"):
         with contextlib.suppress(OSError):
-            text = Path("/proc", str(pid), name).read_text().strip()
+            text = Path("/proc", str(pid), name).read_text(errors="replace").strip()
             if text not in ("", "0"):
                 lines.append(f"{name}: {text}")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from holdfast.errors import PeerError
 PROTOCOL = 5
 """Raised whenever agents of two releases would misread each other."""
 MAX_MESSAGE_BYTES = 1 << 20
+_MAX_TEXT = 1000
 
 
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -349,6 +350,13 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):
 
 
 AgentMessage = Report | Plan | Redirect | Rejected
+
+
+def plain_text(text: str) -> str:
+    """`text` as it may stand in a message: Unicode without lone surrogates, and not too long for one."""
+    text = text.encode(errors="replace").decode()
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
+
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AgentMessage] = msgspec.msgpack.Decoder(AgentMessage)

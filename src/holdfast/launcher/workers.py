@@ -7,6 +7,8 @@ spawning and ending. It never blocks: `signal_all` and `tick` move it on, and th
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import signal
 import sys
@@ -22,7 +24,9 @@ from torch.distributed.elastic.utils.api import macros
 
 from holdfast.launcher.processes import Child, Guard, groups_in_use
 from holdfast.launcher.standby import Standby
-from holdfast.launcher.wire import Place, Plan
+from holdfast.launcher.wire import Place, Plan, plain_text
+
+logger = logging.getLogger(__name__)
 
 LEFTOVER_POLL_S = 0.02
 """How often the process table is read while a worker's own children are given time to end."""
@@ -339,22 +343,40 @@ class WorkerGroup(PContext):
         """Wait until everything that workers printed has been passed on."""
         if self._stopper is not None:
             self._stopper.join(timeout_s)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never opened, by who started us
+                stream.flush()
 
     def failure(self, exit_: WorkerExit) -> ProcessFailure:
-        """torch's record of a failed worker, with its error file."""
-        return ProcessFailure(
-            local_rank=exit_.local_rank,
-            pid=exit_.pid,
-            exitcode=exit_.exit_code,
-            error_file=self.error_files[exit_.local_rank],
-        )
+        """torch's record of a failed worker, with its error file; without one that was cut short.
+
+        A worker that is killed while it writes the file, or finds the disk full, leaves what torch cannot read.
+        """
+        path = self.error_files[exit_.local_rank]
+        try:
+            return _failure(exit_, path if _is_json(path) else "")
+        except Exception:  # noqa: BLE001 - whatever torch makes of a file that a script may have written; told in the log
+            logger.warning("%s is no error file", path)
+            return _failure(exit_, "")
 
     def failures(self) -> dict[int, ProcessFailure]:
         """By global rank, in the order in which they were noticed."""
         first = self._place.first_global_rank
         return {first + e.local_rank: self.failure(e) for e in self._exits.values() if e.exit_code != 0}
+
+
+def _failure(exit_: WorkerExit, error_file: str) -> ProcessFailure:
+    return ProcessFailure(local_rank=exit_.local_rank, pid=exit_.pid, exitcode=exit_.exit_code, error_file=error_file)
+
+
+def _is_json(path: str) -> bool:
+    """Whether there is a file that torch can read: it would tell of another one with a traceback of its own."""
+    try:
+        with open(path, "rb") as file:
+            json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _open(files: contextlib.ExitStack, path: str) -> IO[str] | None:
@@ -377,4 +399,12 @@ def message_of(failure: ProcessFailure) -> str:
     message: Any = failure.error_file_data.get("message") if failure.error_file != "<N/A>" else ""
     if isinstance(message, Mapping):
         message = message.get("message", "")
-    return str(message).strip().splitlines()[0] if message else ""
+    lines = str(message or "").strip().splitlines()
+    return plain_text(lines[0]) if lines else ""
+
+
+def cannot_run(command: str, error: OSError | ValueError) -> str:
+    """One line for workers that could not be started, with the file that the system named."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    name = error.filename if isinstance(error, OSError) else None
+    return plain_text(f"{command} cannot be run: {reason}" + (f" ({name})" if name not in (None, command) else ""))

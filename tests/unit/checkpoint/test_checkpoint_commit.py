@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -15,6 +16,7 @@ from checkpoint_images import ARRAYS, GENERATION, VERSION, meta_of, read_array, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from holdfast.checkpoint import storage
 from holdfast.checkpoint.boxes import whole
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.commit import (
@@ -452,3 +454,40 @@ def test_the_root_is_written_last_and_everything_is_synced_before_it_gets_its_na
             assert log[at - 1][0] == "sync"
             assert log[at - 1][1].startswith(f".tmp-{what}")
             assert log[at + 1] == ("sync", "step")
+
+
+def no_links(source: Any, to: Any) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("renames", [True, False])
+def test_without_hard_links_a_name_is_still_created_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: bool
+) -> None:
+    monkeypatch.setattr(os, "link", no_links)
+    if not renames:
+        monkeypatch.setattr(storage, "_renameat2", lambda: None)
+    root = tmp_path / "root"
+    PosixStorage().write(root, [b"first"], exclusive=True)
+    with pytest.raises(StorageError, match="exists already"):
+        PosixStorage().write(root, [b"second"], exclusive=True)
+    assert root.read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+def test_without_hard_links_a_name_appears_with_its_whole_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is killed after any of the steps leaves nothing under the name, or everything."""
+    monkeypatch.setattr(os, "link", no_links)
+    seen: list[bytes] = []
+    plain = os.writev
+
+    def writev(fd: int, buffers: Any) -> int:
+        seen.extend(path.read_bytes() for path in tmp_path.glob("root"))
+        return plain(fd, buffers)
+
+    monkeypatch.setattr(os, "writev", writev)
+    PosixStorage().write(tmp_path / "root", [b"whole"], exclusive=True)
+    assert seen == []
+    assert (tmp_path / "root").read_bytes() == b"whole"

@@ -88,6 +88,8 @@ def test_hold_flags_are_read_in_their_units() -> None:
         (["--hold-jbo", "x", "train.py"], "did you mean --hold-job?"),
         (["--nproc-per-node", "0", "train.py"], "at least 1"),
         (["--nproc-per-node", "many", "train.py"], "many"),
+        (["--nproc-per-node", "254", "train.py"], "at most 253 workers"),
+        (["--hold-no-progress", "0", "train.py"], "1 or more"),
         (["--nnodes", "3:2", "train.py"], "MIN:MAX"),
         (["--max-restarts", "-1", "train.py"], "0 or more"),
         (["missing.py"], "no such script"),
@@ -128,6 +130,17 @@ def test_the_command_names_its_subcommands(capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["rum"]) == 2
     assert "unknown command 'rum'" in capsys.readouterr().err
     assert cli.main([]) == 2
+
+
+def test_an_interrupt_before_anything_has_begun_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("holdfast.launcher.run.main", interrupted)
+    assert cli.main(["run", "train.py"]) == 130
+    assert capsys.readouterr().err == "holdfast: interrupted\n"
 
 
 @pytest.mark.parametrize(("text", "value"), [("8G", 8 << 30), ("512MiB", 512 << 20), ("100", 100), ("1k", 1024)])

@@ -82,3 +82,9 @@ def test_nothing_is_told_to_who_has_no_token(channels: list[Channel]) -> None:
     ours, stranger = channel(channels, TOKEN), channel(channels, "")
     ours.send(HELLO, (stranger.address,))
     assert hears(stranger, 300) == []
+
+
+def test_an_address_that_is_none_does_not_keep_others_from_hearing(channels: list[Channel]) -> None:
+    one, two = channel(channels, ""), channel(channels, "")
+    one.send(HELLO, ("no address", "", "host:port", two.address))
+    assert hears(two, 10_000) == [HELLO]

@@ -10,7 +10,7 @@ import pytest
 
 from holdfast.checkpoint.storage import PosixStorage
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import StorageError
+from holdfast.errors import CorruptError, StorageError
 from holdfast.launcher.claims import ClaimStore
 from holdfast.launcher.wire import Standing
 
@@ -107,3 +107,12 @@ def test_claims_of_a_store_that_knows_no_successors_are_read_and_followed(tmp_pa
 
 def test_an_empty_store_has_no_claim(tmp_path: Path) -> None:
     assert ClaimStore(str(tmp_path)).newest() is None
+
+
+def test_a_claim_that_was_cut_short_is_named_and_never_taken_for_one(folder: str) -> None:
+    path = Path(folder, "successors", str(FIRST.generation))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(msgspec.json.encode(ONE_SIDE)[:40])
+    for ask in (ClaimStore(folder).newest, lambda: ClaimStore(folder).create(OTHER_SIDE, FIRST.generation)):
+        with pytest.raises(CorruptError, match=r"successors.*is no claim"):
+            ask()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -18,10 +20,10 @@ from holdfast.launcher.limits import Limits
 from holdfast.launcher.member import Member, SendReport
 from holdfast.launcher.stacks import describe, digest, parse_stacks
 from holdfast.launcher.stragglers import StragglerLimits, StragglerWatch
-from holdfast.launcher.watching import family_cpu_s, read_process
+from holdfast.launcher.watching import NodeWatch, family_cpu_s, read_process
 from holdfast.launcher.wire import NodeInfo, Place, Plan, Pulse
 from holdfast.launcher.wire import Phase as PlanPhase
-from holdfast.snapshot.control import Phase
+from holdfast.snapshot.control import ControlPage, Phase
 
 DUMP = """\
 Thread 0x00007f11 (most recent call first):
@@ -200,14 +202,28 @@ def test_a_hang_timeout_below_ten_steps_is_raised_to_them() -> None:
     assert job.first(Hung) is None
 
 
+@pytest.mark.parametrize(("answers", "within_s"), [(True, 10.5), (False, 12.5)])
 @pytest.mark.parametrize("state", ["T", "D"])
-def test_a_rank_that_stands_still_is_restarted_at_once(job: Job, state: str) -> None:
-    job.ranks[1].state, job.ranks[1].stuck_since, job.ranks[1].answers = state, 0.0, False
+def test_a_rank_that_stands_still_is_restarted_at_once(job: Job, state: str, answers: bool, within_s: float) -> None:
+    job.ranks[1].state, job.ranks[1].stuck_since, job.ranks[1].answers = state, 0.0, answers
     job.run(16, working=(0, 2))
-    found = job.first(Hung)
+    found, told = job.first(Hung), job.first(Suspected)
     assert found is not None
+    assert told is not None
+    assert 10 <= told[0] <= found[0] <= within_s, "it has 10 s, and the stacks are there by then"
     assert found[1].first.global_rank == 1
     assert f"state {state}" in found[1].text
+
+
+def test_a_rank_that_stands_still_for_less_than_ten_seconds_is_no_news(job: Job) -> None:
+    job.ranks[1].state, job.ranks[1].stuck_since = "D", 0.0
+    job.run(9.5, working=(0, 2))
+    job.ranks[1].stuck_since = None
+    job.run(600, working=(0, 1, 2))
+    assert [found for _, found in job.seen] == [OrderDump(1)]
+    job.ranks[1].stuck_since = job.now
+    job.run(20, working=(0, 2))
+    assert [type(found) for _, found in job.seen[1:]] == [OrderDump, Suspected, Hung]
 
 
 def test_the_first_two_steps_have_ten_minutes(job: Job) -> None:
@@ -370,3 +386,34 @@ def test_what_a_worker_has_started_counts_as_its_work() -> None:
             time.sleep(0.01)
         child.communicate(b"\n", timeout=60)
     assert cpu_s_of_others() - before >= 0.5, "nothing is lost when it ends"
+
+
+# --- what an agent sees
+
+
+def test_nobody_waits_for_the_stacks_of_a_process_that_is_stopped(tmp_path: Path) -> None:
+    generation = GenerationId(incarnation=1, nonce="7f3a9c02", generation=1)
+    with subprocess.Popen(["sleep", "600"]) as child, ControlPage.create(tmp_path / "control") as page:
+        page.rank(0).enter(generation, child.pid)
+        watch = NodeWatch(tmp_path, tmp_path)
+        watch.begin(generation, 4)
+        pids = {0: child.pid}
+        try:
+            child.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+            assert [(pulse.global_rank, pulse.state, pulse.stuck_s) for pulse in watch.look(pids, 0.0)] == [(4, "T", 0)]
+            watch.dump(1, pids, 7.0)
+            assert [pulse.dump for pulse in watch.look(pids, 7.5)] == [0], "others may be about to answer"
+            (pulse,) = watch.look(pids, 8.0)
+            assert (pulse.dump, pulse.stuck_s) == (1, 8.0)
+            assert "out of reach (state T)" in pulse.frame
+            assert (tmp_path / "stacks" / f"{generation}-dump-1-rank-00004.txt").read_text().startswith("state T")
+            child.send_signal(signal.SIGCONT)
+            os.waitid(os.P_PID, child.pid, os.WCONTINUED | os.WNOWAIT)
+            assert [pulse.stuck_s for pulse in watch.look(pids, 20.0)] == [0.0]
+            watch.dump(2, pids, 20.0)
+            assert [pulse.dump for pulse in watch.look(pids, 22.5)] == [1], "it may still answer"
+            assert [pulse.dump for pulse in watch.look(pids, 23.0)] == [2]
+        finally:
+            watch.close()
+            child.kill()

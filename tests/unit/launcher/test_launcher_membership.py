@@ -26,6 +26,7 @@ from support.membership_jobs import (
     with_sessions,
 )
 from support.membership_simulation import CALM, Chaos, Simulation
+from support.simulated_claims import Claims
 
 
 def test_all_nodes_start_the_same_first_generation() -> None:
@@ -382,6 +383,83 @@ def test_the_answer_to_a_claim_with_other_members_does_not_count() -> None:
     late = machine.claim_ended(whole, won=True, now=4.0)
     assert not any(isinstance(order, leader_orders.HostStore) for order in late)
     assert any(isinstance(order, leader_orders.HostStore) for order in machine.claim_ended(smaller, won=True, now=4.1))
+
+
+def test_a_leader_that_ran_and_founds_goes_on_from_a_claim_of_its_own_of_whose_win_it_never_heard() -> None:
+    """It lost a newcomer while the store was asked: a second founding would lose against the first one for ever."""
+    limits = Limits(min_nodes=2, max_nodes=3, last_call_s=1.0, join_timeout_s=300.0)
+    machine, store = machine_of(limits, claims=True), Claims()
+    nonce = "0" * 8
+    alive = {"l": Report(node=node_info("l"), sequence=0), "a": Report(node=node_info("a"), sequence=0)}
+    answers = True
+    clock = 0
+
+    def run(seconds: float) -> None:
+        """The nodes promise and report ten times a second, the store answers while it is to."""
+        nonlocal clock
+        for _ in range(int(10 * seconds)):
+            clock += 1
+            now = clock / 10
+            orders = machine.ticked(now)
+            for report in alive.values():
+                plan = machine.plan
+                fresh = {"promised": plan.ballot, "promised_to": "l", "leader_id": "l", "proof": plan.proof}
+                fresh |= {"seen": plan.sequence, "sequence": clock}
+                orders += machine.reported(msgspec.structs.replace(report, **fresh), now)
+            for order in orders:
+                if isinstance(order, leader_orders.Claim):
+                    won = store.create(order.standing, order.after)
+                    if answers:
+                        orders += machine.claim_ended(order.standing, won=won, now=now)
+                elif isinstance(order, leader_orders.ReadClaims):
+                    orders += machine.claims_read(store.newest(), now)
+                elif isinstance(order, leader_orders.HostStore):
+                    orders += machine.stored(order.generation, "h:1", now)
+
+    run(5)
+    assert machine.plan.phase is Phase.RUN
+    others = ("x", "y")
+    newer = Standing(
+        generation=GenerationId(incarnation=1, nonce=nonce, generation=7), members=others, addresses=others
+    )
+    assert store.create(newer, machine.plan.generation)
+    alive["a"] = msgspec.structs.replace(alive["a"], standing=newer)
+    run(1)
+    alive["n"] = Report(node=node_info("n"), sequence=0)
+    answers = False
+    run(3)
+    assert store.generations[-1] == "2-1"
+    del alive["n"]
+    run(4)
+    answers = True
+    alive["m"] = Report(node=node_info("m"), sequence=0)
+    run(30)
+    assert machine.plan.phase is Phase.RUN
+    assert machine.plan.generation is not None
+    assert (machine.plan.generation.incarnation, machine.plan.generation.generation) == (2, 2)
+
+
+def test_a_leader_says_how_many_nodes_it_waits_for() -> None:
+    machine = machine_of(Limits(min_nodes=3, max_nodes=3, last_call_s=5.0))
+    told: list[tuple[float, str]] = []
+    for tick in range(1, 200):
+        now = tick / 10
+        orders = machine.ticked(now)
+        for name in ("l", "a") if now > 8 else ("l",):
+            promise = {"promised": machine.plan.ballot, "promised_to": "l"}
+            orders += machine.reported(Report(node=node_info(name), sequence=tick, **promise), now)
+        told += [(now, o.text[:15]) for o in orders if isinstance(o, leader_orders.Note) and o.kind == "waiting"]
+    assert told == [(5.0, "1 of at least 3"), (8.1, "2 of at least 3")]
+
+
+def test_a_node_that_no_leader_answers_says_so_once() -> None:
+    machine = Member(node=node_info("n"), limits=Limits(last_call_s=5.0, join_timeout_s=60.0), now=0.0)
+    told = [tick / 10 for tick in range(300) if member.SeeksOn() in machine.ticked(tick / 10)]
+    assert told == [5.0]
+    machine.planned(Plan(leader_id="l", sequence=1, phase=Phase.GATHER), 30.0)
+    told = [tick / 10 for tick in range(300, 500) if member.SeeksOn() in machine.ticked(tick / 10)]
+    assert len(told) == 1, "the leader is lost, and another one does not come"
+    assert 37 <= told[0] <= 38
 
 
 def test_a_node_rank_that_lives_is_not_given_away() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from holdfast.errors import PeerError, UsageError
-from holdfast.launcher.seats import RunRecord, Seat, Tenant, runtime_directory
+from holdfast.launcher import run
+from holdfast.launcher.seats import RunRecord, Seat, Tenant, private, runtime_directory
 
 
 @pytest.fixture(autouse=True)
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Seats of these tests are in a directory of their own (a short one: sockets have short names)."""
     monkeypatch.setattr("holdfast.launcher.seats.runtime_directory", lambda: tmp_path)
+    monkeypatch.setenv("HOLDFAST_ENCRYPT", "control")  # what a run sets for its processes ends with the test
     return tmp_path
 
 
@@ -56,3 +59,64 @@ def test_a_directory_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("holdfast.launcher.seats._MAX_SOCKET_PATH", 1000)
     with pytest.raises(UsageError, match="not a directory of this user"):
         runtime_directory()
+
+
+def test_what_cannot_be_remembered_costs_nothing_else(base: Path) -> None:
+    with seat() as held:
+        held.write_record(RunRecord(run_id="r", run_dir="/d"))
+        (held.directory / "run.json.new").mkdir()
+        held.write_record(RunRecord(run_id="other", run_dir="/d"))
+        assert held.record() == RunRecord(run_id="r", run_dir="/d")
+
+
+def test_a_place_that_takes_no_seats_is_named(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (base / "file").touch()
+    with pytest.raises(UsageError, match="XDG_RUNTIME_DIR"):
+        private(base / "file" / "seats")
+    monkeypatch.setattr("holdfast.launcher.seats.runtime_directory", lambda: base / "file")
+    with pytest.raises(UsageError, match="cannot be used"):
+        seat().__enter__()
+
+
+SEVERAL = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([*SEVERAL, "--hold-iface", "none99"], "no such interface"), (["--signals-to-handle", "SIGKILL"], "SIGKILL")],
+)
+def test_a_mistake_takes_no_seat(base: Path, flags: list[str], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        run.run([*flags, "--hold-run-dir", str(base / "run"), __file__])
+    assert list(base.iterdir()) == []
+
+
+def test_signals_are_heeded_before_there_is_anything_to_leave_behind(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    handlers: list[object] = []
+
+    class Link:
+        """Of a daemon that cannot be started."""
+
+        adopted = False
+
+        def __init__(self, *arguments: object, **more: object) -> None:
+            handlers.extend(signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT))
+
+        def start(self) -> None:
+            raise PeerError("it cannot be started")
+
+        def shut_down(self, *, persist: bool) -> None:
+            pass
+
+        def finish(self, timeout_s: float) -> None:
+            pass
+
+    monkeypatch.setattr(run, "DaemonLink", Link)
+    with pytest.raises(PeerError, match="cannot be started"):
+        run.run(["--hold-run-dir", str(base / "run"), __file__])
+    assert len({*handlers, signal.SIG_DFL, signal.default_int_handler}) == 3, "one handler of ours"
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert [path.name for path in base.iterdir()] == ["run"]

@@ -16,7 +16,7 @@ from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import PeerError, UsageError
 from holdfast.launcher import cli, health, report, status
 from holdfast.launcher.events import EventLog, GenerationStarted, HangEvent, Noticed, Recovery, RunEnded, RunStarted
-from holdfast.launcher.notices import HealthCheck, NoticeFile, ask_gpus
+from holdfast.launcher.notices import GpuErrors, HealthCheck, NoticeFile, ask_gpus
 from holdfast.launcher.seats import RunRecord, Seat, Tenant
 
 GENERATION = GenerationId(incarnation=1, nonce="7f3a9c02", generation=2)
@@ -195,6 +195,7 @@ def test_a_notice_file_is_told_once(tmp_path: Path) -> None:
     assert notice.arrived(1.0)
     assert not notice.arrived(9.0)
     assert not NoticeFile(None).arrived(0.0)
+    assert not NoticeFile(tmp_path / ("n" * 300)).arrived(0.0), "a place where nothing can be is no reason to fail"
 
 
 def test_findings_are_events_when_they_change_and_strict_keeps_an_unfit_host_out(
@@ -209,10 +210,10 @@ def test_findings_are_events_when_they_change_and_strict_keeps_an_unfit_host_out
     events: list[object] = []
     check = HealthCheck("warn", (tmp_path,), events.append)
     check.before_the_first_generation()
-    check.after_a_failure()
+    check.after_a_failure(0.0)
     assert [(event.check, event.status) for event in events] == [("disk", "fail")]
     findings[0] = health.Finding(check="disk", status="ok", text="room")
-    check.after_a_failure()
+    check.after_a_failure(0.0)
     assert [event.status for event in events] == ["fail", "ok"]
     findings[0] = health.Finding(check="disk", status="fail", text="full")
     with pytest.raises(PeerError, match="full"):
@@ -226,3 +227,52 @@ def test_gpus_are_asked_in_a_process_of_their_own() -> None:
     assert ask_gpus(("printf", "%s", text))[0].status == "fail"
     assert ask_gpus(("false",))[0].status == "warn"
     assert ask_gpus(("printf", "nonsense"))[0].status == "warn"
+
+
+def wait_for(errors: GpuErrors) -> list[health.Finding]:
+    """What is found by the time that the driver has answered."""
+    if errors._process is not None:
+        errors._process.wait(30)
+    return errors.look(1.0)
+
+
+def test_memory_errors_of_gpus_are_asked_for_and_not_waited_for() -> None:
+    errors = GpuErrors(("printf", "0, H, 0, 0, 0\\n1, H, 3, 0, 0\\n"))
+    assert errors.look(0.0) == []
+    errors.ask(0.0)
+    errors.ask(0.5)
+    assert [finding.status for finding in wait_for(errors)] == ["ok", "fail"]
+    assert errors.look(2.0) == []
+    for command in (("false",), ("no-such-program",)):
+        errors = GpuErrors(command)
+        errors.ask(0.0)
+        assert wait_for(errors) == []
+    errors = GpuErrors(("sleep", "600"))
+    errors.ask(0.0)
+    assert errors.look(health.SMI_S - 1) == []
+    assert errors._process is not None
+    assert errors.look(health.SMI_S) == []
+    assert errors._process is None, "it was ended"
+
+
+@pytest.mark.parametrize("level", ["warn", "strict"])
+def test_a_host_that_is_unfit_after_a_failure_leaves_where_that_is_strict(
+    monkeypatch: pytest.MonkeyPatch, level: str
+) -> None:
+    findings = [health.Finding(check="disk", status="ok", text="")]
+    monkeypatch.setattr(health, "quick_checks", lambda directories: list(findings))
+    monkeypatch.setattr(health, "has_gpus", lambda: False)
+    events: list[object] = []
+    driver = GpuErrors(("printf", "0, H, 7, 0, 0\\n"))
+    check = HealthCheck(level, (), events.append, driver)
+    check.before_the_first_generation()
+    assert not check.look(0.0)
+    check.after_a_failure(0.0)
+    assert driver._process is not None
+    driver._process.wait(30)
+    assert [check.look(1.0), check.look(2.0)] == [level == "strict", False], "once is enough"
+    assert [event.check for event in events] == ["gpu"]
+    findings[0] = health.Finding(check="disk", status="fail", text="full")
+    check = HealthCheck(level, (), events.append)
+    check.after_a_failure(3.0)
+    assert check.look(3.0) == (level == "strict")
