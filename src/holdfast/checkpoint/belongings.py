@@ -13,6 +13,7 @@ from holdfast.checkpoint.index import IMAGE_NAME
 from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.checkpoint.steps import TAG_NAME, StepInfo
 from holdfast.checkpoint.storage import TEMPORARY_PREFIX, Storage
+from holdfast.errors import StorageError
 
 _OURS = (ROOT_NAME, INDEX_NAME, TAG_NAME)
 
@@ -33,6 +34,17 @@ def _is_ours(name: str) -> bool:
         or IMAGE_NAME.fullmatch(name) is not None
         or INDEX_COPY.fullmatch(name) is not None
     )
+
+
+def refuse_foreign(storage: Storage, directory: Path) -> None:
+    """For whoever is about to make a checkpoint of a folder.
+
+    Raises:
+        StorageError: there is something that is no part of one, further checkpoints for example.
+    """
+    foreign = foreign_names(storage, directory)
+    if foreign:
+        raise StorageError(f"{directory} holds {foreign[0]!r}, which is no part of a checkpoint: give a new directory")
 
 
 def missing_part(storage: Storage, info: StepInfo) -> str:

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from tools_states import Tool, every_dtype, listing
 
 import holdfast.checkpoint
+from holdfast.checkpoint import HoldfastWriter
 from holdfast.checkpoint.root import decode_root, encode_root
 from holdfast.checkpoint.steps import read_step_info, tag_step
 from holdfast.checkpoint.storage import PosixStorage
 from holdfast.checkpoint.tools import native
+from holdfast.checkpoint.tools.parallel import workers_within
 from holdfast.errors import StorageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -257,3 +259,54 @@ def test_who_wrote_what_is_looked_up_once_for_all_tensors(
     monkeypatch.setattr(native.Catalog, "saved", property(lambda self: (asked.append(1), saved.fget(self))[1]))  # type: ignore[attr-defined]
     tool.works("inspect", tmp_path / "c")
     assert len(asked) <= 2, "each time sorts all of them"
+
+
+# --- destinations and names ---
+
+
+def test_a_checkpoint_is_made_of_a_new_folder_only(
+    tool: Tool, steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "m.safetensors")
+    before = listing(tmp_path)
+    commands = (["copy", steps], ["reshard", steps, "--world", "2"], ["edit", steps, "--drop", "n"])
+    for command in (*commands, ["import", tmp_path / "m.safetensors"]):
+        said = tool.refused(command[0], command[1], steps, *command[2:])
+        assert "holds 'step-00000010', which is no part of a checkpoint" in said
+    assert listing(tmp_path) == before
+    monkeypatch.chdir(tmp_path)
+    assert "as files only" in tool.refused("export", steps, "s3://bucket/x", code=2)
+    assert "exists already" in tool.refused("export", steps, "x/..", "--format", "torch")
+    assert listing(tmp_path) == before
+
+
+def test_an_edit_loses_nothing_to_a_name_that_is_taken(tool: Tool, tmp_path: Path) -> None:
+    holdfast.checkpoint.save({"model": {"w": torch.ones(2)}, "n": 5}, tmp_path / "c")
+    said = tool.refused("edit", tmp_path / "c", tmp_path / "e", "--rename", "model=n", code=2)
+    assert "two things would be named n" in said
+    assert "give a name" in tool.refused("edit", tmp_path / "c", tmp_path / "e", "--drop", "", code=2)
+    dcp.save({"w": torch.ones(2), "a": "x", "b": "y"}, storage_writer=HoldfastWriter(tmp_path / "d"), no_dist=True)
+    said = tool.refused("edit", tmp_path / "d", tmp_path / "e", "--rename", "a=b", code=2)
+    assert "two things would be named b" in said
+    assert not (tmp_path / "e").exists()
+
+
+def test_what_torch_does_not_read_is_said_without_its_advice(tool: Tool, tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"m": torch.empty(3, device="meta")}, tmp_path / "meta.pt")
+    for name, reason in (("text.pt", "KeyError"), ("empty.pt", "EOFError")):
+        assert reason in tool.refused("inspect", tmp_path / name)
+    assert "meta device" in tool.refused("import", tmp_path / "meta.pt", tmp_path / "c", code=2)
+    torch.save({"path": tmp_path}, tmp_path / "code.pt")
+    said = tool.refused("inspect", tmp_path / "code.pt")
+    assert "WeightsUnpickler error" in said
+    assert "weights_only" not in said
+
+
+def test_numbers_that_nobody_means_are_refused(tool: Tool, steps: Path, tmp_path: Path) -> None:
+    assert "ranks: give 1 to" in tool.refused("reshard", steps, tmp_path / "r", "--world", "10" + "0" * 20, code=2)
+    (tmp_path / "layout").write_text('{"mesh": {"a": 1000000, "b": 1000000}}')
+    assert "ranks: give 1 to" in tool.refused("reshard", steps, tmp_path / "r", "--layout", tmp_path / "layout", code=2)
+    assert "give seconds" in tool.refused("repair", steps, "--min-age", "nan", code=2)
+    assert workers_within(1_000_000_000, 1 << 60) <= 1000

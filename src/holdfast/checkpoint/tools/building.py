@@ -20,6 +20,7 @@ from typing import IO
 
 import xxhash
 
+from holdfast.checkpoint.belongings import refuse_foreign
 from holdfast.checkpoint.boxes import Box, cut_rows
 from holdfast.checkpoint.commit import commit_step, image_record, refuse_committed
 from holdfast.checkpoint.dtypes import itemsize
@@ -85,12 +86,13 @@ def build_checkpoint(build: Build) -> StepInfo:
     """Write all images, index and root.
 
     Raises:
-        StorageError: the directory holds a checkpoint, or cannot be written.
+        StorageError: the directory holds a checkpoint or other files, or cannot be written.
         UsageError: too little memory, or the directory has the name of another step.
         CheckpointError: from a reader.
     """
     check_step_name(build.directory, build.step)
     refuse_committed(storage_of(build.directory), build.directory)
+    refuse_foreign(storage_of(build.directory), build.directory)
     nonce = f"{xxhash.xxh3_64_intdigest(build.identity.encode()) & 0xFFFFFFFF:08x}"
     version = GenerationId(incarnation=1, nonce=nonce, generation=1).at(build.step)
     total = sum(piece.size_bytes for pieces in build.images for piece in pieces)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import xxhash
 
+from holdfast.checkpoint.belongings import refuse_foreign
 from holdfast.checkpoint.commit import open_checkpoint, read_step_info, refuse_committed
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, Root, decode_root, encode_root
@@ -49,13 +50,14 @@ def copy_checkpoint(source: Path, destination: Path, *, workers: int = 1) -> Non
 
     Raises:
         CorruptError: the source is damaged; the destination has no root then.
-        StorageError: the destination holds a checkpoint, or cannot be written.
+        StorageError: the destination holds a checkpoint or other files, or cannot be written.
         UsageError: it has the name of another step.
     """
     storage, target = storage_of(source), storage_of(destination)
     root, _ = decode_root(storage.read(source / ROOT_NAME, limit=MAX_SMALL_BYTES))
     check_step_name(destination, root.version.step)
     refuse_committed(target, destination)
+    refuse_foreign(target, destination)
     there = {entry.name: entry.size_bytes for entry in target.list(destination)}
     with open_checkpoint(source) as catalog, Progress("copying", root.size_bytes) as progress:
 

@@ -84,6 +84,8 @@ class Changes:
             if not equals or not old or not new:
                 raise UsageError(f"--rename {rule!r}: write OLD=NEW")
             rules[old.rstrip(".")] = new.rstrip(".")
+        if "" in drop:
+            raise UsageError("--drop '': give a name")
         if not rules and not drop:
             raise UsageError("nothing to edit: give --rename OLD=NEW or --drop NAME")
         return cls(rules, tuple(drop))
@@ -191,9 +193,9 @@ def edited_objects(records: Mapping[str, ObjectRecord], changes: Changes) -> dic
             data = encode(_edited_names(decode(record.data), changes))
         else:
             data = record.data
-        found[changes.new(name) if name not in (TREE, DCP_OBJECTS, DCP_MAPPINGS, ALIASES) else name] = ObjectRecord(
-            data, record.per_rank
-        )
+        new_name = changes.new(name) if name not in (TREE, DCP_OBJECTS, DCP_MAPPINGS, ALIASES) else name
+        _check_free(new_name in found, new_name)
+        found[new_name] = ObjectRecord(data, record.per_rank)
     return found
 
 
@@ -221,8 +223,15 @@ def _edited_dict(tree: dict[Any, Any], changes: Changes, path: str, new_path: st
         if changes.drops(below) or (type(item) is TensorRef and changes.drops(item.name)):
             continue
         new_below = changes.new(below)
-        edited[_key(key, below, new_below, new_path)] = _edited_tree(item, changes, below, new_below)
+        new_key = _key(key, below, new_below, new_path)
+        _check_free(new_key in edited, new_below)
+        edited[new_key] = _edited_tree(item, changes, below, new_below)
     return edited
+
+
+def _check_free(taken: bool, name: str) -> None:
+    if taken:
+        raise UsageError(f"two things would be named {name}: rename one of them to another")
 
 
 def _key(key: Any, below: str, new_below: str, new_path: str) -> Any:
@@ -248,11 +257,12 @@ def _edited_names(value: Any, changes: Changes) -> Any:
 
 
 def _edited_dcp(values: dict[str, Any], changes: Changes, *, paths: bool) -> dict[str, Any]:
-    return {
-        changes.new(name): _edited_path(value, changes) if paths else value
-        for name, value in values.items()
-        if not changes.drops(name)
-    }
+    edited: dict[str, Any] = {}
+    for name, value in values.items():
+        if not changes.drops(name):
+            _check_free(changes.new(name) in edited, changes.new(name))
+            edited[changes.new(name)] = _edited_path(value, changes) if paths else value
+    return edited
 
 
 def _edited_path(path: tuple[str | int, ...], changes: Changes) -> tuple[str | int, ...]:

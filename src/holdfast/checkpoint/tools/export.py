@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
+from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.exported import Export, cast_dtype
 from holdfast.checkpoint.tools.parallel import share_of, workers_within
 from holdfast.checkpoint.tools.states import open_state
 from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size
+from holdfast.errors import UsageError
 
 EXAMPLE = "holdfast ckpt export checkpoints/step-00000100 exported/ --format hf --only model --cast bf16"
 
@@ -18,7 +21,7 @@ EXAMPLE = "holdfast ckpt export checkpoints/step-00000100 exported/ --format hf 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     parser.add_argument("source", help="a checkpoint in any of the formats")
-    parser.add_argument("destination", type=Path, help="a new directory (hf, dcp) or file (torch)")
+    parser.add_argument("destination", type=argument(_file), help="a new directory (hf, dcp) or file (torch)")
     parser.add_argument("--format", choices=("hf", "dcp", "torch"), default="hf", help="default hf: safetensors, index")
     parser.add_argument("--only", metavar="PREFIX", help="what stands below it, under its names there: `model`")
     parser.add_argument("--cast", metavar="DTYPE", help="floating point tensors in this type: bf16, fp16, fp32, …")
@@ -53,6 +56,17 @@ def run(arguments: argparse.Namespace) -> int:
             state.close()
     sys.stdout.write(f"{arguments.destination}: {len(export.items)} tensors, {human(export.size_bytes)}\n")
     return 0
+
+
+def _file(text: str) -> Path:
+    """
+    Raises:
+        UsageError: it is a URL.
+    """
+    path = place(text)
+    if isinstance(path, UrlPath):
+        raise UsageError(f"{text}: exports are written as files only")
+    return Path(os.path.normpath(path)) if ".." in path.parts else path
 
 
 def _write(exports: list[Export], arguments: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ R = TypeVar("R")
 
 LEAST_MEMORY_BYTES = 64 << 20
 """For one worker."""
+_MOST_WORKERS = 256
 _UPLOAD_BYTES = (PARTS_AT_ONCE + 2) * PART_BYTES
 
 
@@ -38,7 +39,7 @@ def workers_within(asked: int, max_memory_bytes: int, destination: Path | None =
     each = worker_bytes(destination)
     if max_memory_bytes < each:
         raise UsageError(f"--max-memory {max_memory_bytes}: at least {each >> 20}MiB are needed")
-    return min(asked, max_memory_bytes // each)
+    return min(asked, max_memory_bytes // each, _MOST_WORKERS)
 
 
 def worker_bytes(destination: Path | None = None) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 
 from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.objects import split_tensors
+from holdfast.checkpoint.retries import first_line
 from holdfast.checkpoint.tools.states import SavedTensor, fingerprint_of
-from holdfast.errors import CorruptError, StateError
+from holdfast.errors import CorruptError, StorageError
 
 
 class TorchState:
@@ -31,18 +32,19 @@ class TorchState:
             with open(path, "rb") as file:
                 mapped = file.read(4) == b"PK\x03\x04"
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-            first = str(error).strip().split("\n")[0]
-            raise CorruptError(f"{path} is refused: {first}") from error
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror or error}") from error
+        except Exception as error:  # a damaged pickle can raise anything; the caller gets one kind
+            said = _reason(error) if isinstance(error, RuntimeError | pickle.UnpicklingError) else repr(error)
+            raise CorruptError(f"{path} is refused, torch.load does not read it as plain data: {said}") from error
         self._tree, self._by_name = split_tensors("", loaded)
         self.tensors = tuple(sorted(self._described(name) for name in self._by_name))
 
     def _described(self, name: str) -> SavedTensor:
-        from holdfast.checkpoint.tensors import dtype_name
+        from holdfast.checkpoint.tensors import check_tensor, dtype_name
 
         tensor = self._by_name[name]
-        if tensor.layout != _strided() or tensor.is_quantized:
-            raise StateError(f"{name} is a {tensor.layout} tensor of {tensor.dtype}, which cannot be stored")
+        check_tensor(name, tensor)
         return SavedTensor(name, None, dtype_name(tensor.dtype), tuple(tensor.shape))
 
     def read(self, tensor: SavedTensor, box: Box, out: memoryview) -> None:
@@ -63,8 +65,7 @@ class TorchState:
         self._by_name.clear()
 
 
-# Any: torch's type for layouts is not one that mypy knows by that name.
-def _strided() -> Any:
-    import torch
-
-    return torch.strided
+def _reason(error: Exception) -> str:
+    """What torch says, without its advice to load the file as code."""
+    lines = str(error).splitlines()
+    return next((line.strip() for line in lines if "WeightsUnpickler error" in line), first_line(error))
