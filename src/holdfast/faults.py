@@ -253,7 +253,7 @@ def read_fired(run_dir: Path) -> tuple[Fired, ...]:
     for line in lines:
         try:
             fired.append(msgspec.json.decode(line, type=Fired))
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             continue
     return tuple(fired)
 

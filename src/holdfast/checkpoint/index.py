@@ -56,7 +56,7 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             return msgspec.msgpack.decode(data, type=cls)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise CorruptError(f"an image record does not parse: {error}") from error
 
 
@@ -170,11 +170,15 @@ def decode_index(data: bytes) -> Index:
     """
     try:
         index = msgspec.json.decode(unpacked(data, limit_bytes=MAX_INDEX_BYTES, what="the index"), type=Index)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CorruptError(f"the index does not parse: {error}") from error
     if index.format != 1:
         raise CorruptError(f"index format {index.format} is newer than this holdfast reads (1)")
+    if index.world_size < 1 or not index.images:
+        raise CorruptError(f"the index names {len(index.images)} images of {index.world_size} ranks")
     for image in index.images:
+        if not 0 <= image.rank < index.world_size:
+            raise CorruptError(f"the index names an image of rank {image.rank} of {index.world_size}")
         if not IMAGE_NAME.fullmatch(image.name) or not re.fullmatch(r"[0-9a-f]{32}", image.header_digest):
             raise CorruptError(f"the index names the image {image.name!r}, which is no name of an image")
     return index

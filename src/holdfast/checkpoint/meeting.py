@@ -286,7 +286,7 @@ class Meeting:
             data = self._store.get(f"{self._prefix}/{name}")
         try:
             return msgspec.msgpack.decode(data, type=_Part)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise PeerError(f"what another rank left under {name} does not parse: {error}") from error
 
     def _forget(self, name: str) -> None:

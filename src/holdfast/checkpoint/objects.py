@@ -131,7 +131,7 @@ def decode_objects(data: bytes | memoryview) -> dict[str, ObjectRecord]:
     """
     try:
         parsed = msgspec.msgpack.decode(data, type=dict[str, tuple[bytes, bool]])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CorruptError(f"the objects of an image do not parse: {error}") from error
     return {name: ObjectRecord(value, per_rank) for name, (value, per_rank) in parsed.items()}
 

@@ -77,7 +77,7 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, f
         """
         try:
             return msgspec.json.decode(text, type=cls)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeError) as error:
             raise UsageError(f"{text!r} is no retention policy: {error}") from error
 
     def choose(self, steps: Sequence[StepInfo]) -> tuple[list[StepInfo], list[StepInfo]]:

@@ -119,7 +119,7 @@ def _parse(data: bytes) -> Root | None:
         return None
     try:
         root = msgspec.msgpack.decode(record, type=Root)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CorruptError(f"the root record does not parse: {error}") from error
     if root.format != 1:
         raise CorruptError(f"checkpoint format {root.format} is newer than this holdfast reads (1)")

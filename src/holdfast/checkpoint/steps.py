@@ -199,7 +199,7 @@ def _late_tag(storage: Storage, path: Path, version: Version) -> tuple[str | Non
         if isinstance(error.__cause__, FileNotFoundError):
             return None, ""
         problem = f"the tag of {path} cannot be read: {error}"
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         problem = f"{path / TAG_NAME} does not parse, the step counts as not tagged: {error}"
     else:
         if found == _LateTag.of(found.tag, str(version)):

@@ -301,6 +301,6 @@ def read_events(run_dir: Path) -> list[dict[str, object]]:
     for line in path.read_bytes().splitlines():
         try:
             events.append(msgspec.json.decode(line, type=dict[str, object]))
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             continue
     return events

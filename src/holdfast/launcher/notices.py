@@ -170,5 +170,5 @@ def ask_gpus(command: tuple[str, ...] = (sys.executable, "-c", _ASK_GPUS)) -> li
     try:
         answer = subprocess.run(command, capture_output=True, timeout=_GPU_LIMIT_S, check=True).stdout
         return msgspec.json.decode(answer, type=list[Finding])
-    except (OSError, subprocess.SubprocessError, msgspec.MsgspecError) as error:
+    except (OSError, subprocess.SubprocessError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         return [Finding(check="gpu", status="warn", text=f"the check of the GPUs did not end well: {error}")]

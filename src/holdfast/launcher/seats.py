@@ -174,7 +174,7 @@ class Seat:
         """The run that was last on this seat and did not end in good order."""
         try:
             return msgspec.json.decode((self.directory / "run.json").read_bytes(), type=RunRecord)
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
             return None
 
     def write_record(self, record: RunRecord) -> None:
@@ -240,7 +240,7 @@ def _read_tenant(descriptor: int) -> Tenant:
     for _ in range(_TRIES):
         try:
             return msgspec.json.decode(os.pread(descriptor, 4096, 0), type=Tenant)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeDecodeError):
             time.sleep(_TRY_S)
     return Tenant(pid=0, endpoint="")
 

@@ -81,7 +81,7 @@ def _read_seat(path: Path) -> JobStatus | None:
         return None
     agent = _holder(path / "agent.lock")
     record = None
-    with contextlib.suppress(OSError, msgspec.MsgspecError):
+    with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
         record = msgspec.json.decode((path / "run.json").read_bytes(), type=RunRecord)
     if agent == 0 and record is None:
         return None
@@ -107,7 +107,7 @@ def _holder(lock: Path) -> int:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return msgspec.json.decode(file.read(), type=Tenant).pid
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return 0
     return 0
 

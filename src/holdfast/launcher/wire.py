@@ -377,5 +377,5 @@ def decode(data: bytes) -> AgentMessage:
         raise PeerError(f"a message of {len(data)} bytes from an agent is over the limit of {MAX_MESSAGE_BYTES}")
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PeerError(f"{len(data)} bytes from an agent are no message: {error}") from error

@@ -62,7 +62,7 @@ def _from_files(path: Path) -> dict[str, int] | None:
             continue
         try:
             read = msgspec.json.decode(file.read_bytes())
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{file} cannot be read as a tokenizer: {error}") from error
         whole = isinstance(read.get("model"), dict)
         vocabulary = read["model"].get("vocab") if whole else read

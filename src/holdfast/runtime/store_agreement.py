@@ -155,7 +155,7 @@ class StoreAgreement:
                 pass
         except RuntimeError as error:  # torch's DistStoreError is one
             self._give_up(f"the store of the process group does not answer: {error}")
-        except (PeerError, msgspec.DecodeError) as error:
+        except (PeerError, msgspec.DecodeError, UnicodeDecodeError) as error:
             self._give_up(str(error))
 
     def _is_closed(self, pause_s: float) -> bool:

@@ -480,7 +480,7 @@ def _load_state(path: Path) -> NodeState:
         return NodeState()
     try:
         return msgspec.msgpack.decode(data[16:], type=NodeState)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         _log.warning("%s is of another version of holdfast (%s); what it knew is forgotten", path, error)
         return NodeState()
 

@@ -167,7 +167,7 @@ class ExchangeThread:
         for whole in self._store.adopt():
             try:
                 held = _record_decoder.decode(whole.map)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 _log.warning("parity of %s is discarded, its record does not parse: %s", whole.version, error)
                 self._store.clear(whole.number)
                 continue

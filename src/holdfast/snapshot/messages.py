@@ -568,5 +568,5 @@ def decode(data: bytes | memoryview) -> AnyMessage:
         raise PeerError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise PeerError(f"{len(data)} bytes from a peer are no message: {error}") from error

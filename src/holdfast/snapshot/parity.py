@@ -82,7 +82,7 @@ class ParityStore:
             if xxhash.xxh3_128_digest(data) != header.header_digest:
                 raise CorruptError("its record does not match the digest in its header")
             record = msgspec.msgpack.decode(data, type=_Record)
-        except (OSError, CorruptError, msgspec.MsgspecError) as error:
+        except (OSError, CorruptError, msgspec.MsgspecError, UnicodeDecodeError) as error:
             _log.warning("parity of %s in %s is discarded: %s", header.version, self.path(number), error)
             return None
         return WholeParity(

@@ -303,6 +303,22 @@ def test_an_index_that_makes_no_sense_is_refused(tmp_path: Path, change: Callabl
         _content(catalog)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.update(world_size=0),
+        lambda index: index.update(images=[]),
+        lambda index: index["images"][0].update(rank=-1),
+        lambda index: index["images"][0].update(rank=2),
+    ],
+)
+def test_an_index_of_no_ranks_or_of_others_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = save_step(tmp_path / "a")
+    _forge_index(path, change)
+    with pytest.raises(CorruptError, match="the index names"):
+        open_checkpoint(path)
+
+
 def test_an_index_bomb_is_refused() -> None:
     with pytest.raises(CorruptError):
         decode_index(b"\x28\xb5\x2f\xfd" + b"\xff" * 20)

@@ -102,7 +102,7 @@ def test_a_step_is_tagged_after_its_commit_and_keeps_that_tag(tmp_path: Path, ca
         tag_step(tmp_path / "step-00000099", "late")
     # A damaged one, or one that another version left, is none; the step is there all the same.
     sound = (step / "tag").read_bytes()
-    for damage in (sound.replace(b"late", b"lame"), sound[:-3], b""):
+    for damage in (sound.replace(b"late", b"lame"), sound[:-3], b"", sound.replace(b"late", b"lat\xe5")):
         caplog.clear()
         (step / "tag").write_bytes(damage)
         assert [(info.complete, info.tag, info.is_tagged) for info in list_steps(tmp_path)] == [(True, None, True)]

@@ -7,12 +7,19 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
+from holdfast.errors import PeerError
 from holdfast.launcher.channel import Channel
-from holdfast.launcher.wire import Redirect
+from holdfast.launcher.wire import Redirect, decode, encode
 from holdfast.snapshot.keys import JobKeys
 
 TOKEN, OTHER = "the token of this job", "the token of another"
 HELLO = Redirect(sender="n", address="host:1")
+
+
+def test_text_that_is_none_is_an_error_of_the_peer() -> None:
+    assert decode(encode(HELLO)) == HELLO
+    with pytest.raises(PeerError, match="no message"):
+        decode(encode(HELLO).replace(b"host:1", b"host:\xff"))
 
 
 @pytest.fixture

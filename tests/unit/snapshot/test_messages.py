@@ -84,6 +84,13 @@ def test_wrong_fields_are_an_error_of_the_peer(payload: object) -> None:
         decode(msgspec.msgpack.encode(payload))
 
 
+def test_text_that_is_none_is_an_error_of_the_peer() -> None:
+    data = encode(Committed(version=GENERATION.at(7), global_rank=3, slot=2))
+    assert b"7f3a9c02" in data
+    with pytest.raises(PeerError, match="no message"):
+        decode(data.replace(b"7f3a9c02", b"7f3a9c0\xff"))
+
+
 def test_a_message_over_the_limit_is_refused_unread() -> None:
     with pytest.raises(PeerError, match="over the limit"):
         decode(memoryview(bytearray(MAX_MESSAGE_BYTES + 1)))

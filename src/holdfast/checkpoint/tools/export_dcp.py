@@ -23,6 +23,7 @@ from holdfast.checkpoint.retries import first_line
 from holdfast.checkpoint.storage import TEMPORARY_PREFIX, PosixStorage, make_folders
 from holdfast.checkpoint.tensors import torch_dtype
 from holdfast.checkpoint.tools.exported import Export, Item
+from holdfast.checkpoint.tools.units import free_beside
 from holdfast.errors import HoldfastError, StorageError
 
 
@@ -47,7 +48,7 @@ def export_dcp(export: Export, directory: Path) -> None:
         failed = next(iter(error.failures.values()))[0]
         if isinstance(failed, HoldfastError) or not isinstance(failed, Exception):
             raise failed from error
-        raise StorageError(f"{directory} cannot be written: {first_line(failed)}") from error
+        raise StorageError(f"{directory} cannot be written: {first_line(failed)}; {free_beside(directory)}") from error
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error.strerror}") from error
     finally:

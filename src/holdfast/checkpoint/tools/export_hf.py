@@ -83,7 +83,7 @@ def _is_exported(path: Path) -> bool:
             if not 2 <= length <= MAX_HEADER_BYTES:
                 return False
             return _SOURCE in msgspec.json.decode(file.read(length), type=_Header).metadata
-    except (OSError, struct.error, msgspec.MsgspecError):
+    except (OSError, struct.error, msgspec.MsgspecError, UnicodeDecodeError):
         return False
 
 

@@ -11,10 +11,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from holdfast.checkpoint.objects import join_tensors
+from holdfast.checkpoint.retries import first_line
 from holdfast.checkpoint.storage import TEMPORARY_PREFIX, make_folders, refuse, sync_folder
 from holdfast.checkpoint.tensors import torch_dtype
 from holdfast.checkpoint.tools.exported import Export
 from holdfast.checkpoint.tools.states import tensor_names
+from holdfast.checkpoint.tools.units import free_beside
 from holdfast.errors import StateError, StorageError
 
 
@@ -39,6 +41,8 @@ def export_torch(export: Export, path: Path) -> None:
         sync_folder(path.absolute().parent)
     except OSError as error:
         refuse("written", path, error)
+    except RuntimeError as error:  # of torch's writer, which does not say what the system said
+        raise StorageError(f"{path} cannot be written: {first_line(error)}; {free_beside(path)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

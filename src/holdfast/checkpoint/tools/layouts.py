@@ -90,7 +90,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             layout = msgspec.json.decode(data, type=cls)
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is no layout: {error}") from error
         layout._check(path)
         return layout

@@ -124,7 +124,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
         for name, raw in header.items():
             entry = msgspec.json.decode(raw, type=_Entry)
             yield name, *_checked(file, name, entry, 8 + length, size)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CorruptError(f"the header of {file} does not parse: {error}") from error
     finally:
         source.close()
@@ -158,7 +158,7 @@ def _files(path: Path) -> list[Path]:
 def _indexed(path: Path, index: Path) -> list[Path]:
     try:
         names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CorruptError(f"{index} does not parse: {error}") from error
     for name in sorted(names):
         if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:

@@ -7,11 +7,13 @@ import codecs
 import io
 import json
 import os
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
@@ -91,6 +93,14 @@ def drop_output() -> None:
     """What could not be written any more is not tried again when the process ends."""
     with suppress(OSError, ValueError):  # not a file in tests
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def free_beside(path: Path) -> str:
+    """How much room there is where a file was to be written: for errors that do not say why."""
+    try:
+        return f"{human(shutil.disk_usage(path.absolute().parent).free)} are free there"
+    except OSError as error:
+        return f"{path.absolute().parent}: {error.strerror}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
