@@ -137,18 +137,13 @@ def replicas(folder: Path, steps: int, restarts: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    lighthouse = [
-        sys.executable,
-        f"{os.environ['PYTHONPATH']}/bin/torchft_lighthouse",
-        "--bind",
-        f"127.0.0.1:{port}",
-        "--min_replicas",
-        "1",
-    ]
+    script = folder / "lighthouse.py"  # its parser takes what follows a script's name; pip may drop the one in bin
+    script.write_text("from torchft._torchft import lighthouse_main\n\nlighthouse_main()\n")
+    lighthouse = [sys.executable, str(script), "--bind", f"127.0.0.1:{port}", "--min_replicas", "1"]
     begun = [subprocess.Popen([*lighthouse, "--quorum_tick_ms", "50", "--join_timeout_ms", "1000"])]
     for number in (0, 1):
-        script = [__file__, "replica", str(number), str(folder), str(steps)]
-        command = [str(BIN / "torchrun"), "--standalone", "--max-restarts", str(restarts), *script]
+        training = [__file__, "replica", str(number), str(folder), str(steps)]
+        command = [str(BIN / "torchrun"), "--standalone", "--max-restarts", str(restarts), *training]
         environment = {**os.environ, "TORCHFT_LIGHTHOUSE": f"http://127.0.0.1:{port}"}
         begun.append(subprocess.Popen(command, env=environment))
     try:
