@@ -234,7 +234,7 @@ def load(
     """Load a checkpoint into `state`: tensors and DTensors in place, whatever parallelism saved them.
 
     Every rank of the group calls it. What several want is read from storage once and handed on. Beyond the tensors of
-    `state` a rank needs some 64 MiB.
+    `state` a rank needs some 64 MiB, from an object store some 100 MiB.
 
     Args:
         state: nested, with the same keys as the saved one; its tensors are filled in place.

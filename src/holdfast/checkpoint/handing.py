@@ -37,7 +37,7 @@ from holdfast.checkpoint.wants import UNIT_BYTES, Unit
 from holdfast.errors import PeerError, PeerTimeout, StorageError
 
 _READERS = 4
-_AHEAD = 8
+_AHEAD = 4
 """Units that a reader holds, and that a rank has asked for."""
 _HINTED = 8
 """Units that the system is asked to read ahead."""

@@ -4,7 +4,7 @@
 2. Ranks tell each other of which images they want something; each header is read by one of those that want it.
 3. Every rank works out which blocks it wants (planner) and tells the others; each run of blocks is read and verified by
    one of the ranks that want it, which hands it on (`holdfast.checkpoint.handing`).
-4. Bytes go straight into the tensors. Beyond these a rank needs a few units of 4 MiB.
+4. Bytes go straight into the tensors. Beyond these a rank needs a few units of 8 MiB.
 
 Ranks tell each other through the process group's store (`Meeting`); images' bytes are looked at where they were read,
 or go over sockets of their own to other hosts; there is no collective call. An error of any rank is raised by all, with

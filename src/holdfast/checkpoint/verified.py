@@ -42,6 +42,7 @@ class OpenImage:
         """
         self.name = name
         self.source = source
+        self._far = source if isinstance(source, FarSource) else None
         self._meta = meta
         self._expected_digest = expected_digest
         self._expected_size = expected_size
@@ -158,8 +159,8 @@ class OpenImage:
 
     def will_read(self, first: int, end: int) -> None:
         """`blocks` will be called for these."""
-        if isinstance(self.source, FarSource):
-            self.source.will_read(*self.extent(first, end))
+        if self._far is not None:
+            self._far.will_read(*self.extent(first, end))
 
     def header(self) -> memoryview:
         """The bytes of the header, for `adopt` of another rank's.

@@ -17,7 +17,7 @@ from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.image import ImageMeta
 from holdfast.checkpoint.planner import segments
 
-UNIT_BYTES = 4 << 20
+UNIT_BYTES = 8 << 20
 """Most bytes that are read at once, unless a block is larger."""
 HEADER = -1
 """In place of the first block: the header of the image."""

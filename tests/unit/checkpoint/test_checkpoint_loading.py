@@ -22,7 +22,7 @@ from holdfast.checkpoint.meeting import Ranks
 from holdfast.checkpoint.objects import split_tensors
 from holdfast.checkpoint.slab import Place, SeenSlab, Slab
 from holdfast.checkpoint.source import FileSource
-from holdfast.checkpoint.wants import HEADER, Unit
+from holdfast.checkpoint.wants import HEADER, UNIT_BYTES, Unit
 from holdfast.errors import CorruptError, HoldfastError, MismatchError, PeerTimeout, StateError
 from support.ranks import together
 
@@ -251,13 +251,13 @@ def test_a_slab_is_seen_by_those_who_know_it_on_its_host(tmp_path: Path) -> None
     assert seen.slot(1, 3) == b"abc"
     assert seen.slot(2, 3) is None
     assert seen.slot(-1, 3) is None
-    assert seen.slot(1, (4 << 20) + 1) is None
-    assert seen.slot(0, (4 << 20) + 1) is None
+    assert seen.slot(1, UNIT_BYTES + 1) is None
+    assert seen.slot(0, UNIT_BYTES + 1) is None
     with pytest.raises(TypeError):
         seen.slot(1, 3)[0] = 1  # type: ignore[index]
     place = slab.place
     with (tmp_path / "other").open("w+b") as other:
-        other.truncate((8 << 20) + 4096)
+        other.truncate(2 * UNIT_BYTES + 4096)
         for wrong in (
             Place(place.host, place.pid, place.fd, 3, place.key),
             Place(place.host, place.pid, place.fd, 1, place.key),

@@ -64,7 +64,7 @@ def test_saves_loads_lists_and_retention(s3: S3, runs: Path) -> None:
 def test_a_load_asks_for_several_ranges_at_once_and_for_each_byte_once(s3: S3, runs: Path) -> None:
     saved = {"weight": torch.arange(5 << 20, dtype=torch.float32)}
     hc.save(saved, f"{runs}/large")
-    s3.together = Together(4)
+    s3.together = Together(3)
     try:
         loaded = hc.load({"weight": torch.zeros(5 << 20)}, f"{runs}/large")
         assert not s3.together.broken
