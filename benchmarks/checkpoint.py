@@ -27,9 +27,7 @@ must not waste. Hot, a raw read is one copy of memory without checksums; the tab
 Flat shards are those of ZeRO-style optimizers: ranges of flattened tensors which end anywhere. *Flat* saves them as
 they are; *gathered* is what a library without them has to do: each rank gets every tensor in whole (each part sent by
 its owner straight to its place), then saves its rows. What gathering costs grows with the number of ranks: both 2 and 4
-are shown, and judged. The bar is a fifth of gather and DCP's time, and where one disk takes every rank's bytes the raw
-write alone may take longer than that. So flat shards are saved twice: to the disk, without a bar, the raw write's ratio
-beside it; and to a file system in memory (/dev/shm), where the bar is judged.
+are shown, and judged.
 
 *Read / needed* is what all ranks read from files over the size of the state; *peak* is what the load needed beside its
 target, at most. Both are taken in a round of their own. torchsnapshot takes what it sees as plain tensors of each rank.
@@ -71,7 +69,6 @@ import holdfast.checkpoint as hc
 COLUMNS = 1024
 SMALL_ELEMENTS = 64
 
-IN_MEMORY = "/dev/shm"
 LIMIT_S = 3600.0
 """For one stage."""
 PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.tensor", "holdfast.checkpoint"]
@@ -86,8 +83,6 @@ class Options:
 
     store: str
     folder: str
-    memory: str
-    """A folder of a file system in memory."""
     results: str
     rounds: int
     tensors: int
@@ -220,16 +215,13 @@ class Rank:
     def _small(self) -> State:
         return {f"model.layer{i:05d}.weight": torch.rand(SMALL_ELEMENTS) for i in range(self._options.small)}
 
-    def _saves(
-        self, name: str, state: State, savers: dict[str, Saver], *, rounds: int | None = None, folder: str = ""
-    ) -> None:
-        into = Path(folder or self._options.folder)
-        self._rounds(name, {key: self._saver(saver, state, into) for key, saver in savers.items()}, rounds=rounds)
+    def _saves(self, name: str, state: State, savers: dict[str, Saver], *, rounds: int | None = None) -> None:
+        self._rounds(name, {key: self._saver(saver, state) for key, saver in savers.items()}, rounds=rounds)
 
-    def _saver(self, saver: Saver, state: State, folder: Path) -> Callable[[], float]:
+    def _saver(self, saver: Saver, state: State) -> Callable[[], float]:
         def subject() -> float:
             self._count += 1
-            path = folder / f"step-{self._count:08d}"
+            path = Path(self._options.folder) / f"step-{self._count:08d}"
             began = time.perf_counter()
             saver(state, path)
             return time.perf_counter() - began
@@ -244,8 +236,7 @@ class Rank:
                   "holdfast gathered": with_gather(SAVERS["holdfast"]),
                   "dcp gathered": with_gather(SAVERS["dcp.save"])}  # fmt: skip
         state = flat_state(self._options, self._rank, side.ranks)
-        self._saves(flat_title(side.ranks), state, savers)
-        self._saves(flat_title(side.ranks, in_memory=True), state, savers, folder=self._options.memory)
+        self._saves(f"save flat, {side.ranks} ranks", state, savers)
 
     def _loads(self, name: str) -> None:
         saved, loaded = LOADS[name]
@@ -325,9 +316,8 @@ class Rank:
     def _clear(self) -> None:
         dist.barrier()
         if self._rank == 0:
-            for folder in (self._options.folder, self._options.memory):
-                for leftover in Path(folder).iterdir():
-                    shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in Path(self._options.folder).iterdir():
+                shutil.rmtree(leftover, ignore_errors=True)
             os.sync()  # or the next subject waits for the disk to forget what this one has written
         dist.barrier()
 
@@ -350,10 +340,6 @@ class Rank:
 
 def load_title(name: str, condition: str) -> str:
     return f"load {name}, {condition}"
-
-
-def flat_title(ranks: int, *, in_memory: bool = False) -> str:
-    return f"save flat, {ranks} ranks, in memory" if in_memory else f"save flat, {ranks} ranks"
 
 
 def _status(field: str) -> int:
@@ -421,9 +407,9 @@ def judge(results: Results, reshard: float) -> list[Bar]:
         Bar("save of small tensors, over DCP's", estimate(ratios(small["holdfast"], small["dcp.save"])), 1 / 2, "x"),
     ]
     for ranks in (2, 4):
-        flat = results[flat_title(ranks, in_memory=True)]
+        flat = results[f"save flat, {ranks} ranks"]
         over = estimate(ratios(flat["holdfast flat"], flat["dcp gathered"]))
-        bars.append(Bar(f"{flat_title(ranks, in_memory=True)}, over gather and DCP", over, 1 / 5, "x"))
+        bars.append(Bar(f"save of flat shards, {ranks} ranks, over gather and DCP", over, 1 / 5, "x"))
     for name in RESHARDED:
         hot, dropped = (results[load_title(name, condition)] for condition in (HOT, DROPPED))
         over_dcp, over_raw = ratios(hot["holdfast"], hot["dcp"]), ratios(dropped["holdfast"], dropped["raw"])
@@ -445,9 +431,9 @@ def beside(results: Results) -> list[str]:
         ours, raw = (estimate(ratios(of[key], of["dcp"])) for key in ("holdfast", "raw"))
         lines.append(f"no bar  {title}, over DCP's: {ours}x; the raw read over DCP's: {raw}x")
     for ranks in (2, 4):
-        of = results[flat_title(ranks)]
-        ours, raw = (estimate(ratios(of[key], of["dcp gathered"])) for key in ("holdfast flat", "raw"))
-        lines.append(f"no bar  {flat_title(ranks)}, over gather and DCP: {ours}x; the raw write over them: {raw}x")
+        of = results[f"save flat, {ranks} ranks"]
+        raw = estimate(ratios(of["raw"], of["dcp gathered"]))
+        lines.append(f"no bar  save of flat shards, {ranks} ranks: the raw write over gather and DCP: {raw}x")
     return lines
 
 
@@ -494,15 +480,9 @@ def measure(options: Options) -> tuple[Results, dict[str, str]]:
 
 
 @contextlib.contextmanager
-def working_folders(folder: str | None, size: int) -> Iterator[tuple[Path, Path]]:
-    """One on the disk, one in memory, which has to have room for what two subjects write."""
-    if shutil.disk_usage(IN_MEMORY).free < 2 * size:
-        raise SystemExit(f"{IN_MEMORY} has no room for {2 * size >> 20} MiB: free some, or try --quick")
-    with (
-        tempfile.TemporaryDirectory(prefix="holdfast-checkpoint-", dir=folder) as found,
-        tempfile.TemporaryDirectory(prefix="holdfast-checkpoint-", dir=IN_MEMORY) as in_memory,
-    ):
-        yield Path(found), Path(in_memory)
+def working_folder(folder: str | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="holdfast-checkpoint-", dir=folder) as found:
+        yield Path(found)
 
 
 def main() -> int:
@@ -514,14 +494,14 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     tensors, rows, small = (4, 1024, 500) if args.quick else (16, 16384, 20_000)
     rounds = 2 if args.quick else max(args.rounds, 7)
-    size = 4 * COLUMNS * rows * tensors
-    with working_folders(args.folder, size) as (folder, in_memory):
+    with working_folder(args.folder) as folder:
         (folder / "data").mkdir()
         options = Options(
-            store=str(folder / "store"), folder=str(folder / "data"), memory=str(in_memory),
-            results=str(folder / "results"), rounds=rounds, tensors=tensors, rows=rows, small=small,
+            store=str(folder / "store"), folder=str(folder / "data"), results=str(folder / "results"), rounds=rounds,
+            tensors=tensors, rows=rows, small=small,
         )  # fmt: skip
         results, skipped = measure(options)
+        size = 4 * COLUMNS * rows * tensors
         reshard = offline_reshard(folder / "data", size)
     bars = judge(results, reshard)
     results["offline reshard: memory over bound"] = {"holdfast": [reshard]}
