@@ -446,7 +446,7 @@ class Agent:
             self._daemon_died_leaving(link, text)
             return
         if not link.died(time.monotonic()):
-            self._without_daemon("its daemon died again and again")
+            self._without_daemon("its daemon died, and no other one lives")
             return
         self._write(events.DaemonChanged(change="started", pid=link.pid))
 

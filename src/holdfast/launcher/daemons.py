@@ -7,6 +7,7 @@ agent on the seat adopts it. Replies come in the order of requests; everything e
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import zmq
 
@@ -35,6 +37,8 @@ from holdfast.snapshot.messages import (
     decode,
     encode,
 )
+
+logger = logging.getLogger(__name__)
 
 SOCKET_NAME = "daemon.sock"
 MAX_DEATHS = 5
@@ -140,7 +144,7 @@ class DaemonLink:
         command = [sys.executable, "-m", "holdfast.snapshot.daemon", "--arena", str(self._seat.arena)]
         command += ["--socket-dir", str(self._seat.directory), "--key", self._seat.key]
         command += ["--seat", str(self._seat.number), "--address", self._address]
-        with open(self.log_path, "ab") as log:
+        with _opened(self.log_path) as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -213,13 +217,17 @@ class DaemonLink:
         return lines[-1] if lines else "it said nothing"
 
     def died(self, now: float) -> bool:
-        """The process has ended: start another one, and tell it the generation again. False: too often."""
+        """The process has ended: start another one, and tell it the generation again. False: none can be had."""
         self._deaths.append(now)
         self._unwatch()
         self._disconnect()
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_WITHIN_S:
             return False
-        self.start()
+        try:
+            self.start()
+        except OSError as error:
+            logger.warning("no snapshot daemon can be started: %s", error)
+            return False
         if self._generation is not None:
             self._request(self._generation, Ack)
         return True
@@ -315,6 +323,15 @@ class DaemonLink:
                 os.kill(self.pid, signal.SIGTERM)
         self._unwatch()
         self._disconnect()
+
+
+def _opened(log: Path) -> IO[bytes]:
+    """The log of a daemon; where it cannot be had (its directory was removed, the disk is full) nobody reads it."""
+    try:
+        return log.open("ab")
+    except OSError as error:
+        logger.warning("%s cannot be written: %s", log, error)
+        return open(os.devnull, "ab")
 
 
 def _answers(path: Path) -> bool:

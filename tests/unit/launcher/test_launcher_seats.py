@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
 
 import pytest
+import zmq
 
 from holdfast.errors import PeerError, UsageError
-from holdfast.launcher import run
+from holdfast.launcher import daemons, run
+from holdfast.launcher.daemons import DaemonLink
 from holdfast.launcher.seats import RunRecord, Seat, Tenant, private, runtime_directory
 
 
@@ -120,3 +123,15 @@ def test_signals_are_heeded_before_there_is_anything_to_leave_behind(
     assert len({*handlers, signal.SIG_DFL, signal.default_int_handler}) == 3, "one handler of ours"
     assert signal.getsignal(signal.SIGTERM) is before
     assert [path.name for path in base.iterdir()] == ["run"]
+
+
+def test_a_daemon_that_cannot_be_started_again_is_gone_for_good(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_process(*arguments: object, **more: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with zmq.Context() as context, seat() as held:
+        link = DaemonLink(
+            held, context, run_dir=base / "gone", address="127.0.0.1", linger_s=1.0, memory_limit_bytes=None
+        )
+        monkeypatch.setattr(daemons.subprocess, "Popen", no_process)
+        assert not link.died(1.0)
