@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -154,9 +155,11 @@ class HealthCheck:
 
     def _tell(self, findings: Iterable[Finding]) -> None:
         """Failures are said; everything that changed is an event."""
+        seen: Counter[str] = Counter()
         for finding in findings:
-            several = finding.check in ("gpu", "reach")
-            key = f"{finding.check} {finding.text}" if several else finding.check
+            several = finding.check in ("gpu", "reach")  # else: of several disks, always the same ones in this order
+            key = f"{finding.check} {finding.text if several else seen[finding.check]}"
+            seen[finding.check] += 1
             if self._known.get(key, "ok") == finding.status:
                 continue
             self._known[key] = finding.status

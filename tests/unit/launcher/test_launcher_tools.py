@@ -222,6 +222,19 @@ def test_findings_are_events_when_they_change_and_strict_keeps_an_unfit_host_out
     assert len(events) == 3
 
 
+def test_a_full_disk_beside_one_with_room_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings = [health.Finding(check="disk", status=status, text=status) for status in ("ok", "fail")]  # type: ignore[arg-type]  # both are literals
+    monkeypatch.setattr(health, "quick_checks", lambda directories: list(findings))
+    events: list[object] = []
+    check = HealthCheck("warn", (), events.append)
+    for now in range(3):
+        check.after_a_failure(float(now))
+    assert len(events) == 1
+    assert capsys.readouterr().err.count("health: fail") == 1
+
+
 def test_gpus_are_asked_in_a_process_of_their_own() -> None:
     text = '[{"check": "gpu", "status": "fail", "text": "GPU 1 multiplies wrongly"}]'
     assert ask_gpus(("printf", "%s", text))[0].status == "fail"
