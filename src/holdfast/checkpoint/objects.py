@@ -99,7 +99,7 @@ def encode(value: Any, *, path: str = "") -> bytes:
         raise
     except RecursionError as error:
         raise StateError(f"{path or 'the value'} is nested too deep to be stored") from error
-    except (UnicodeError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:  # of msgspec: no UTF-8, over 4 GiB
         raise StateError(f"something in {path or 'the value'} cannot be stored: {error}") from error
 
 

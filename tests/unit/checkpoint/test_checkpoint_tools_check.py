@@ -63,6 +63,16 @@ def test_steps_are_listed_with_what_keeps_them(tool: Tool, steps: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_step_that_lacks_a_file_is_not_the_latest(tool: Tool, steps: Path) -> None:
+    image = _image(steps / "step-00000030")
+    image.write_bytes(image.read_bytes()[:-1])
+    assert tool.works("ls", steps, "--latest") == f"{steps / 'step-00000020'}\n"
+    *_, cut, _ = json.loads(tool.works("ls", steps, "--json"))
+    assert (cut["complete"], "bytes, not" in cut["problem"]) == (False, True)
+    _image(steps / "step-00000020").unlink()
+    assert "incomplete: its images have 0 bytes" in tool.works("ls", steps / "step-00000020")
+
+
 def test_an_empty_directory_has_no_latest(tool: Tool, tmp_path: Path) -> None:
     assert "no complete checkpoint" in tool.refused("ls", tmp_path, "--latest")
     assert tool("ls", tmp_path) == 0

@@ -7,10 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
+
+from holdfast.checkpoint.belongings import missing_part
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
 from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.checkpoint.steps import StepInfo, list_steps, read_step_info
+from holdfast.checkpoint.storage import storage_of
 from holdfast.checkpoint.tools.units import argument, human, put_json, table
 from holdfast.errors import UsageError
 
@@ -49,10 +53,15 @@ _HEADING = ("STEP", "SIZE", "WRITTEN", "RANKS", "STATE", "TAG", "METRICS", "KEPT
 
 
 def _steps(directory: Path) -> list[StepInfo]:
-    """Those in it, or itself where it is a checkpoint, whatever its name."""
-    if (directory / ROOT_NAME).exists():
-        return [read_step_info(directory)]
-    return list_steps(directory)
+    """Those in it, or itself where it is a checkpoint, whatever its name. Where files are missing or cut short, it is
+    not complete, though its root is sound."""
+    found = [read_step_info(directory)] if (directory / ROOT_NAME).exists() else list_steps(directory)
+    return [_looked_into(info) for info in found]
+
+
+def _looked_into(info: StepInfo) -> StepInfo:
+    problem = missing_part(storage_of(info.path), info) if info.complete else ""
+    return msgspec.structs.replace(info, complete=False, problem=problem) if problem else info
 
 
 def _latest(directory: Path, steps: list[StepInfo]) -> int:
@@ -81,7 +90,7 @@ def reasons(policy: Retention, info: StepInfo, steps: list[StepInfo]) -> list[st
     named = [(name, rule) for name, rule in rules.items() if rule is not None]
     # Every rule keeps the newest one, whatever it says.
     found += [name for name, rule in named if info is not complete[-1] and info in rule.choose(complete)[0]]
-    if policy.tagged and info.tag is not None:
+    if policy.tagged and info.is_tagged:
         found.append("tagged")
     if not named and not found:
         found.append("no policy")
