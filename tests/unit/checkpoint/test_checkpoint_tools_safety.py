@@ -24,6 +24,7 @@ from holdfast.checkpoint.steps import read_step_info, tag_step
 from holdfast.checkpoint.storage import PosixStorage
 from holdfast.checkpoint.tools import native
 from holdfast.checkpoint.tools.parallel import workers_within
+from holdfast.checkpoint.tools.states import open_states
 from holdfast.errors import StorageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -310,3 +311,21 @@ def test_numbers_that_nobody_means_are_refused(tool: Tool, steps: Path, tmp_path
     assert "ranks: give 1 to" in tool.refused("reshard", steps, tmp_path / "r", "--layout", tmp_path / "layout", code=2)
     assert "give seconds" in tool.refused("repair", steps, "--min-age", "nan", code=2)
     assert workers_within(1_000_000_000, 1 << 60) <= 1000
+
+
+def test_several_at_a_time_find_what_one_finds(tool: Tool, tmp_path: Path) -> None:
+    for name, add in (("a", 0.0), ("b", 1.0)):
+        state = {f"w{i}": torch.full((7, 5), float(i)) + add * (i % 3 == 0) for i in range(20)}
+        holdfast.checkpoint.save(state, tmp_path / name)
+        torch.save(state, tmp_path / f"{name}.pt")
+    for suffix in ("", ".pt"):
+        pair = (tmp_path / f"a{suffix}", tmp_path / f"b{suffix}")
+        found = []
+        for workers in (1, 3):
+            assert tool("diff", *pair, "--json", "--workers", workers) == 1
+            assert len(json.loads(tool.out)["differences"]) == 7
+            found.append((tool.out, tool.works("inspect", pair[0], "--stats", "--json", "--workers", workers)))
+        assert found[0] == found[1]
+    one, other = open_states(tmp_path / "a", 2)
+    assert one is not other
+    assert len({id(state) for state in open_states(tmp_path / "a.pt", 3)}) == 1, "it would be read three times"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -12,8 +15,9 @@ from holdfast.checkpoint.boxes import Box
 from holdfast.checkpoint.objects import encode
 from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.native import NativeState
+from holdfast.checkpoint.tools.parallel import in_parallel, share_of, workers_within
 from holdfast.checkpoint.tools.safetensors_format import SafetensorsState
-from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_state, parts, shown
+from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_states, parts, shown
 from holdfast.checkpoint.tools.units import Progress, argument, parse_size, plain, put_json
 from holdfast.errors import StateError
 
@@ -43,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("b", help="another one")
     parser.add_argument("--strip-a", metavar="PREFIX", default="", help="compare A's names that start so, without it")
     parser.add_argument("--strip-b", metavar="PREFIX", default="", help="the same for B")
+    parser.add_argument("--workers", type=int, default=2, help="tensors compared at the same time (default 2)")
     parser.add_argument(
         "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
     )
@@ -51,19 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0 where they are equal, 1 where they differ."""
-    a = open_state(arguments.a)
-    try:
-        b = open_state(arguments.b)
-        try:
-            strip = (arguments.strip_a, arguments.strip_b)
-            found, same = differences(
-                a, b, strip=strip, max_bytes=max(buffer_bytes(arguments.max_memory) // 32, 1 << 16)
-            )
-            others, same_others = differing_values(a, b, strip=strip)
-        finally:
-            b.close()
-    finally:
-        a.close()
+    workers = workers_within(arguments.workers, arguments.max_memory)
+    max_bytes = max(buffer_bytes(share_of(arguments.max_memory, workers)) // 32, 1 << 16)
+    strip = (arguments.strip_a, arguments.strip_b)
+    with ExitStack() as opened:
+        states = [open_states(path, workers) for path in (arguments.a, arguments.b)]
+        for state in chain.from_iterable(states):
+            opened.callback(state.close)
+        found, same = differences(list(zip(*states, strict=True)), strip=strip, max_bytes=max_bytes)
+        others, same_others = differing_values(states[0][0], states[1][0], strip=strip)
     if arguments.json:
         listed = [msgspec.to_builtins(difference) for difference in found + others]
         put_json({"equal": same, "equal_values": same_others, "differences": listed})
@@ -76,22 +77,31 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def differences(
-    a: SavedState, b: SavedState, *, strip: tuple[str, str] = ("", ""), max_bytes: int
+    pairs: Sequence[tuple[SavedState, SavedState]], *, strip: tuple[str, str] = ("", ""), max_bytes: int
 ) -> tuple[list[Difference], int]:
-    """What differs, by name, and how many tensors are equal to the bit."""
-    in_a, in_b = _by_label(a, strip[0]), _by_label(b, strip[1])
+    """What differs, by name, and how many tensors are equal to the bit.
+
+    Args:
+        pairs: A and B, once for each thread.
+        strip: prefixes of the names of either that are compared, without it.
+        max_bytes: of a part in memory.
+    """
+    in_a, in_b = _by_label(pairs[0][0], strip[0]), _by_label(pairs[0][1], strip[1])
     found = [Difference(label, "only in A") for label in in_a.keys() - in_b.keys()]
     found += [Difference(label, "only in B") for label in in_b.keys() - in_a.keys()]
-    same = 0
+    both = sorted(in_a.keys() & in_b.keys())
+    differing: list[Difference] = []
     with Progress("comparing", sum(tensor.size_bytes for tensor in in_a.values())) as progress:
-        for label in sorted(in_a.keys() & in_b.keys()):
-            difference = _difference(label, a, in_a[label], b, in_b[label], max_bytes)
+
+        def compare(label: str, pair: tuple[SavedState, SavedState]) -> None:
+            difference = _difference(label, pair[0], in_a[label], pair[1], in_b[label], max_bytes)
             progress.add(in_a[label].size_bytes)
-            if difference is None:
-                same += 1
-            else:
-                found.append(difference)
-    return sorted(found, key=lambda difference: difference.name), same
+            if difference is not None:
+                differing.append(difference)
+
+        in_parallel(compare, both, pairs, "diff", progress)
+    found += differing
+    return sorted(found, key=lambda difference: difference.name), len(both) - len(differing)
 
 
 def differing_values(

@@ -11,7 +11,7 @@ from holdfast.checkpoint.places import UrlPath, place
 from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.exported import Export, cast_dtype
 from holdfast.checkpoint.tools.parallel import share_of, workers_within
-from holdfast.checkpoint.tools.states import open_state
+from holdfast.checkpoint.tools.states import open_states
 from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size
 from holdfast.errors import UsageError
 
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """0."""
     cast = None if arguments.cast is None else cast_dtype(arguments.cast)
     workers = workers_within(arguments.workers, arguments.max_memory) if arguments.format == "hf" else 1
-    states = [open_state(arguments.source) for _ in range(workers)]
+    states = open_states(arguments.source, workers)
     max_bytes = buffer_bytes(share_of(arguments.max_memory, workers)) // 8
     try:
         exports = [Export.of(state, only=arguments.only, cast=cast, max_bytes=max_bytes) for state in states]

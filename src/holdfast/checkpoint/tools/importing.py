@@ -17,7 +17,7 @@ from holdfast.checkpoint.tools.layouts import check_world
 from holdfast.checkpoint.tools.native import TREE, NativeState
 from holdfast.checkpoint.tools.parallel import workers_within
 from holdfast.checkpoint.tools.reshard import shares
-from holdfast.checkpoint.tools.states import SavedState, open_state
+from holdfast.checkpoint.tools.states import SavedState, open_states
 from holdfast.checkpoint.tools.units import argument, human, parse_size
 from holdfast.errors import UsageError
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """0."""
     check_world(arguments.world)
     workers = workers_within(arguments.workers, arguments.max_memory, arguments.destination)
-    states = [open_state(arguments.source) for _ in range(min(workers, arguments.world))]
+    states = open_states(arguments.source, min(workers, arguments.world))
     state = states[0]
     try:
         if isinstance(state, NativeState):

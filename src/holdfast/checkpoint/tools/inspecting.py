@@ -9,7 +9,8 @@ from collections import Counter
 
 from holdfast.checkpoint.tools.building import buffer_bytes
 from holdfast.checkpoint.tools.native import NativeState
-from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_state, parts, shown
+from holdfast.checkpoint.tools.parallel import in_parallel, share_of, workers_within
+from holdfast.checkpoint.tools.states import SavedState, SavedTensor, leaves, open_states, parts, shown
 from holdfast.checkpoint.tools.units import Progress, argument, human, parse_size, plain, put_json, table
 from holdfast.errors import StateError
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="a checkpoint in any of the formats")
     parser.add_argument("--only", metavar="PREFIX", default="", help="tensors whose names start so")
     parser.add_argument("--stats", action="store_true", help="least, largest, mean, norm, NaN and Inf of every tensor")
+    parser.add_argument("--workers", type=int, default=2, help="of --stats: tensors read at the same time (default 2)")
     parser.add_argument(
         "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
     )
@@ -29,16 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """0; 1 where ``--stats`` finds NaN or Inf."""
-    state = open_state(arguments.path)
+    workers = workers_within(arguments.workers, arguments.max_memory) if arguments.stats else 1
+    states = open_states(arguments.path, workers)
+    state = states[0]
     try:
         tensors = [tensor for tensor in state.tensors if tensor.name.startswith(arguments.only)]
         rows = [_described(state, tensor) for tensor in tensors]
         if arguments.stats:
-            _add_stats(state, tensors, rows, buffer_bytes(arguments.max_memory))
+            _add_stats(states, tensors, rows, buffer_bytes(share_of(arguments.max_memory, workers)))
         head = _head(state)
         values = {name: value for name, value in _values(state) if name.startswith(arguments.only)}
     finally:
-        state.close()
+        for opened in states:
+            opened.close()
     if arguments.json:
         put_json({**head, "tensors": rows, "values": values})
     else:
@@ -95,11 +100,16 @@ def _described(state: SavedState, tensor: SavedTensor) -> dict[str, object]:
     return row
 
 
-def _add_stats(state: SavedState, tensors: list[SavedTensor], rows: list[dict[str, object]], max_bytes: int) -> None:
-    # float64 copies of a part take up to eight times its bytes.
+def _add_stats(
+    states: list[SavedState], tensors: list[SavedTensor], rows: list[dict[str, object]], max_bytes: int
+) -> None:
     with Progress("reading", sum(tensor.size_bytes for tensor in tensors)) as progress:
-        for tensor, row in zip(tensors, rows, strict=True):
-            row.update(_stats(state, tensor, max(max_bytes // 16, 1 << 16), progress))
+
+        def add(number: int, state: SavedState) -> None:
+            # float64 copies of a part take up to eight times its bytes.
+            rows[number].update(_stats(state, tensors[number], max(max_bytes // 16, 1 << 16), progress))
+
+        in_parallel(add, range(len(tensors)), states, "inspect", progress)
 
 
 def _stats(state: SavedState, tensor: SavedTensor, max_bytes: int, progress: Progress) -> dict[str, object]:

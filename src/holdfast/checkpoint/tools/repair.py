@@ -29,7 +29,8 @@ from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, IndexFile, Root, decode_root, encode_root
 from holdfast.checkpoint.steps import MAX_SMALL_BYTES
 from holdfast.checkpoint.storage import storage_of
-from holdfast.checkpoint.tools.units import argument, plain
+from holdfast.checkpoint.tools.parallel import workers_within
+from holdfast.checkpoint.tools.units import argument, parse_size, plain
 from holdfast.checkpoint.tools.verify import problems_of, step_paths
 from holdfast.checkpoint.verified import OpenImage
 from holdfast.checkpoint.version import Version
@@ -52,12 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave alone what has no root and is younger: a job may be writing it (default 600)",
     )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    parser.add_argument("--workers", type=int, default=2, help="images verified at the same time (default 2)")
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", type=argument(parse_size), default="2GiB", help="bound (default 2GiB)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """0 where all is sound now, 1 where something stays broken."""
     if not arguments.min_age >= 0:  # NaN is not
         raise UsageError(f"--min-age {arguments.min_age}: give seconds, 0 or more")
+    workers = workers_within(arguments.workers, arguments.max_memory)
     broken = False
     for path in step_paths(arguments.path):
         lines = repair(path, rebuild=arguments.rebuild, min_age_s=arguments.min_age, dry_run=arguments.dry_run)
@@ -65,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         for line in lines:
             sys.stdout.write(f"{path}: {plain(line)}\n")
             is_sound = False
-        problems = problems_of(path) if path.exists() else []
+        problems = problems_of(path, workers=workers) if path.exists() else []
         broken = broken or bool(problems)
         sys.stdout.write("".join(f"{path}: still broken: {plain(problem)}\n" for problem in problems))
         if is_sound and not problems:

@@ -110,6 +110,18 @@ def open_state(path: str | Path) -> SavedState:
     return TorchState(path)
 
 
+def open_states(path: str | Path, number: int) -> list[SavedState]:
+    """The same state for as many threads: each reads from one of its own.
+
+    Raises:
+        UsageError, CheckpointError: as `open_state`.
+    """
+    first = open_state(path)
+    if first.format == "torch":  # in memory or mapped: any thread may read it, and a second one would double it
+        return [first] * number
+    return [first, *(open_state(path) for _ in range(number - 1))]
+
+
 def _open_folder(path: Path) -> SavedState:
     from holdfast.checkpoint.steps import newest_step
 
