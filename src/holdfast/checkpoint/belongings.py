@@ -37,12 +37,12 @@ def _is_ours(name: str) -> bool:
 
 
 def refuse_foreign(storage: Storage, directory: Path) -> None:
-    """For whoever is about to make a checkpoint of a folder.
+    """For whoever is about to make a checkpoint of a folder. Hidden names are let be: file systems make them, too.
 
     Raises:
         StorageError: there is something that is no part of one, further checkpoints for example.
     """
-    foreign = foreign_names(storage, directory)
+    foreign = [name for name in foreign_names(storage, directory) if not name.startswith(".")]
     if foreign:
         raise StorageError(f"{directory} holds {foreign[0]!r}, which is no part of a checkpoint: give a new directory")
 

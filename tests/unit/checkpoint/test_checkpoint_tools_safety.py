@@ -275,6 +275,10 @@ def test_a_checkpoint_is_made_of_a_new_folder_only(
         said = tool.refused(command[0], command[1], steps, *command[2:])
         assert "holds 'step-00000010', which is no part of a checkpoint" in said
     assert listing(tmp_path) == before
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".nfs0001").touch()
+    tool.works("copy", steps, tmp_path / "new")
+    shutil.rmtree(tmp_path / "new")
     monkeypatch.chdir(tmp_path)
     assert "as files only" in tool.refused("export", steps, "s3://bucket/x", code=2)
     assert "exists already" in tool.refused("export", steps, "x/..", "--format", "torch")
