@@ -220,6 +220,8 @@ _ADVICE = {
 def refuse(done: str, path: str | Path, error: OSError) -> NoReturn:
     """Raise `StorageError` for what the system said when `path` was to be `done`."""
     advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+    if done in ("read", "listed") and error.errno in (errno.EACCES, errno.EPERM):
+        advice = "permission denied: give this user the right to read it"
     raise StorageError(f"{path} cannot be {done}: {advice}") from error
 
 

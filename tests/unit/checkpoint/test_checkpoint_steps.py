@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from holdfast.checkpoint.commit import (
     step_dir_name,
 )
 from holdfast.checkpoint.steps import read_step_info, tag_step
-from holdfast.checkpoint.storage import PosixStorage
+from holdfast.checkpoint.storage import PosixStorage, refuse
 from holdfast.errors import CorruptError, FenceError, StorageError
 
 
@@ -87,6 +88,11 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         storage.read(tmp_path / "large", limit=10)
     with pytest.raises(StorageError, match="cannot be removed"):
         storage.remove(tmp_path / "absent")
+    for done, right in (("read", "to read it"), ("listed", "to read it"), ("written", "to write there")):
+        with pytest.raises(
+            StorageError, match=f"cannot be {done}: permission denied: give this user the right {right}"
+        ):
+            refuse(done, tmp_path, PermissionError(errno.EACCES, "Permission denied"))
 
 
 def test_a_step_is_tagged_after_its_commit_and_keeps_that_tag(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
