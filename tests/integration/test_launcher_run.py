@@ -275,6 +275,25 @@ def test_a_killed_daemon_is_replaced_while_workers_go_on(job: Job) -> None:
     assert leftovers(job) == []
 
 
+@pytest.mark.campaign
+def test_a_daemon_that_does_not_answer_keeps_no_restart_and_no_end_waiting_for_ever(job: Job) -> None:
+    text = """
+touch up-$TORCHELASTIC_RESTART_COUNT
+while [ ! -e go-$TORCHELASTIC_RESTART_COUNT ]; do sleep 0.05; done
+[ "$TORCHELASTIC_RESTART_COUNT" = 1 ] || exit 3
+"""
+    (job.root / "worker.sh").write_text(text)
+    agent = job.start(job.holdfast("--max-restarts", "1", "--no-python", "bash", str(job.root / "worker.sh")))
+    for attempt in range(2):
+        wait_for(lambda path=job.root / f"up-{attempt}": path.exists(), "the start of the worker")
+        pid = [event["pid"] for event in job.events() if event["kind"] == "daemon"][-1]
+        os.kill(pid, signal.SIGSTOP)
+        (job.root / f"go-{attempt}").touch()
+    assert agent.wait(WAIT_S) == 0, job.output()
+    assert [e["change"] for e in job.events() if e["kind"] == "daemon"] == ["started", "died", "started"]
+    assert leftovers(job) == []
+
+
 AS_NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
 
 

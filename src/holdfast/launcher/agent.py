@@ -28,7 +28,7 @@ from holdfast.launcher import events, member
 from holdfast.launcher.arguments import Launch
 from holdfast.launcher.console import say
 from holdfast.launcher.council import Council, NodeInstruction
-from holdfast.launcher.daemons import DaemonDied, DaemonLink
+from holdfast.launcher.daemons import ANSWER_S, DaemonDied, DaemonLink
 from holdfast.launcher.hangs import HangLimits
 from holdfast.launcher.notices import HealthCheck, NoticeFile
 from holdfast.launcher.orders import OURS, holdfast_variables, start_message, worker_spec
@@ -227,6 +227,10 @@ class Agent:
         if self._group is not None and self._rehearsal.due:
             self._rehearsal.fire(self._group.pids(), self._steps, self._link.pid if self._link is not None else 0)
         now = time.monotonic()
+        if self._link is not None and self._link.lost_patience(now):
+            self._without_daemon("its daemon does not answer")
+        if self._starting is not None:
+            self._try_start()
         self._keep_watch(now)
         if self._group is not None and self._group.tick(now):
             self._group_gone(self._group)
@@ -410,8 +414,6 @@ class Agent:
                     self._refused(message)
                 case _:
                     pass
-        if self._starting is not None:
-            self._try_start()
 
     def _progressed(self, message: Progress) -> None:
         step, safe = message.version.step, message.protected
@@ -594,8 +596,9 @@ class Agent:
     def _leave(self, verdict: Verdict) -> None:
         self._verdict = verdict
         if self._link is not None:
-            self._bye_deadline = time.monotonic() + BYE_S
-            self._link.shut_down(persist=verdict.kind not in ("done", "drained"))
+            persist = verdict.kind not in ("done", "drained")
+            self._bye_deadline = time.monotonic() + (BYE_S if persist else ANSWER_S)
+            self._link.shut_down(persist=persist)
 
     def _write(self, event: events.AnyEvent) -> None:
         self._log.write(event, time.time())

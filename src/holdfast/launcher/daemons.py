@@ -18,11 +18,12 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import zmq
 
 from holdfast.errors import PeerError
+from holdfast.launcher.console import say
 from holdfast.launcher.seats import Seat
 from holdfast.launcher.wire import DaemonInfo
 from holdfast.snapshot.messages import (
@@ -44,6 +45,8 @@ SOCKET_NAME = "daemon.sock"
 MAX_DEATHS = 5
 """A daemon that died that often within `DEATHS_WITHIN_S` is not started again."""
 DEATHS_WITHIN_S = 60.0
+ANSWER_S = 30.0
+"""How long a daemon may be silent when a generation is named, or when it is to go and has nothing to write."""
 _REPLIES = (Ack, Bye, Refused, Welcome)
 
 
@@ -53,6 +56,35 @@ class DaemonDied:
 
     pid: int
     exit_code: int | None
+
+
+class Patience:
+    """What is done about a daemon that lives and does not answer (it is stopped, or waits in the kernel). Pure.
+
+    It is killed once, as its successor finds the same memory; where that brings no answer either it is given up.
+    """
+
+    def __init__(self) -> None:
+        self._until: float | None = None
+        self._killed = False
+
+    def asked(self, now: float, *, again: bool = False) -> None:
+        """A question went out; `again`: to the successor of one that was killed for its silence, or died."""
+        self._until = now + ANSWER_S
+        self._killed = self._killed and again
+
+    def answered(self) -> None:
+        """It has answered."""
+        self._until = None
+
+    def spent(self, now: float) -> Literal["", "kill", "give up"]:
+        """What is to be done now; each once."""
+        if self._until is None or now < self._until:
+            return ""
+        self._until = None if self._killed else now + ANSWER_S
+        action: Literal["kill", "give up"] = "give up" if self._killed else "kill"
+        self._killed = True
+        return action
 
 
 class DaemonLink:
@@ -94,6 +126,7 @@ class DaemonLink:
         self._process: subprocess.Popen[bytes] | None = None
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._pending: deque[type[AnyMessage]] = deque()
+        self._patience = Patience()
         self._generation: StartGeneration | None = None
         self.socket: zmq.Socket[bytes] | None = None
         self.pid = 0
@@ -229,8 +262,18 @@ class DaemonLink:
             logger.warning("no snapshot daemon can be started: %s", error)
             return False
         if self._generation is not None:
+            self._patience.asked(now, again=True)
             self._request(self._generation, Ack)
         return True
+
+    def lost_patience(self, now: float) -> bool:
+        """Whether the daemon is to be given up; one that was only just found silent is killed: `DaemonDied` follows."""
+        action = self._patience.spent(now)
+        if action == "kill" and self.pid:
+            say(f"snapshot daemon {self.pid} has not answered for {ANSWER_S:g} s: another one takes its place")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+        return action == "give up"
 
     # --- messages
 
@@ -247,6 +290,7 @@ class DaemonLink:
     def start_generation(self, message: StartGeneration) -> None:
         """Name the generation; `acked` becomes `message` once the daemon has fenced the older ones."""
         self._generation = message
+        self._patience.asked(time.monotonic())
         self._request(message, Ack)
 
     def request(self, message: AnyMessage) -> None:
@@ -288,6 +332,8 @@ class DaemonLink:
             return False
         if isinstance(message, Ack):
             self.acked = self._generation
+        if isinstance(message, Ack | Refused):
+            self._patience.answered()
         return isinstance(message, Bye | Refused)
 
     def _reap(self) -> int | None:
@@ -300,6 +346,7 @@ class DaemonLink:
     def shut_down(self, *, persist: bool) -> None:
         """Ask the daemon to end; it answers with `Bye`."""
         self._generation = None
+        self._patience.answered()
         self._request(Shutdown(persist=persist), Bye)
 
     def finish(self, timeout_s: float) -> None:

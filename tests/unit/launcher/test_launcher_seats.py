@@ -12,7 +12,7 @@ import zmq
 
 from holdfast.errors import PeerError, UsageError
 from holdfast.launcher import daemons, run
-from holdfast.launcher.daemons import DaemonLink
+from holdfast.launcher.daemons import DaemonLink, Patience
 from holdfast.launcher.seats import RunRecord, Seat, Tenant, private, runtime_directory
 
 
@@ -135,3 +135,19 @@ def test_a_daemon_that_cannot_be_started_again_is_gone_for_good(base: Path, monk
         )
         monkeypatch.setattr(daemons.subprocess, "Popen", no_process)
         assert not link.died(1.0)
+
+
+def test_a_daemon_that_does_not_answer_is_killed_once_and_then_given_up() -> None:
+    patience = Patience()
+    assert patience.spent(1e9) == ""
+    patience.asked(0.0)
+    assert [patience.spent(now) for now in (29.9, 30.0, 30.1, 59.9)] == ["", "kill", "", ""]
+    patience.asked(40.0, again=True)  # its successor is asked, which is silent too
+    assert [patience.spent(now) for now in (69.9, 70.0, 1e9)] == ["", "give up", ""]
+    patience.asked(100.0)
+    patience.answered()
+    assert patience.spent(1e9) == ""
+    patience.asked(200.0)
+    assert [patience.spent(now) for now in (230.0, 260.0, 1e9)] == ["kill", "give up", ""], "not even SIGKILL ends it"
+    patience.asked(300.0)
+    assert patience.spent(330.0) == "kill", "another generation is another question"
