@@ -6,9 +6,9 @@ Rules
    of them; the next one has a larger number. Restart count, ranks and store address come from one `Plan`, so they are
    equal everywhere, whatever the rendezvous backend is.
 2. A new generation starts only when every living node of the old one has acknowledged its end and has no worker left.
-3. A node that has been silent for `dead_after_s` is gone. If the remaining nodes are enough (``--nnodes min:max``,
-   ``--hold-node-multiple``) and may go on (`holdfast.launcher.quorum`) they do so at once; else the job waits up to
-   `join_timeout_s` for others.
+3. A node that has been silent for `dead_after_s` is gone; this one is not, which was only suspended. If the remaining
+   nodes are enough (``--nnodes min:max``, ``--hold-node-multiple``) and may go on (`holdfast.launcher.quorum`) they do
+   so at once; else the job waits up to `join_timeout_s` for others.
 4. The first generation forms when all `max_nodes` are there, or `last_call_s` after `min_nodes` were. Later ones form
    at once from the nodes that are known: no last call.
 5. Nodes beyond `max_nodes` wait and step in. A node that joins while there is room makes the world larger, at most
@@ -90,7 +90,8 @@ class Leader(FormingLeader):
     def ticked(self, now: float) -> list[Instruction]:
         """Time has passed: at least every heartbeat."""
         for node_id in self._roster.silent(now):
-            self._lost(node_id, now)
+            if node_id != self._leader_id:  # it may have been suspended; others then go on without it, it is not lost
+                self._lost(node_id, now)
         return self._advance(now)
 
     def hung(self, generation: GenerationId, failure: Failure, now: float) -> list[Instruction]:

@@ -44,6 +44,15 @@ def test_a_failure_on_one_node_restarts_all_with_one_restart_count() -> None:
     assert restart_counts(simulation) == {1}
 
 
+def test_a_job_of_one_node_outlives_the_suspension_of_its_agent() -> None:
+    """Ctrl-Z, or a machine that is moved: the workers have gone on, and nobody else could."""
+    simulation = running(1)
+    simulation.agents[0].paused_until = simulation.now + 30
+    simulation.run(60)
+    assert len(simulation.started) == 1
+    assert simulation.world() == [1]
+
+
 def test_static_node_ranks_are_kept_whatever_the_order_of_joining() -> None:
     for seed in range(20):
         simulation = Simulation(seed, nodes=4, chaos=CALM, node_ranks_given=True).run(5)
