@@ -15,7 +15,8 @@ Rules
       main thread (more than `idle_switches_per_s`): not even a slow disk, a stream or a child is at work.
 4. A rank that has been in state T (stopped), or D without a moment of running, for `stuck_after_s` needs no silence of
    the others and no limit. Stacks take seconds to write and to read, so they are asked for `dump_ahead_s` before: then
-   the restart waits for nothing. Should the rank go on meanwhile nobody is told, for nothing was wrong yet.
+   the restart waits for nothing. Should the rank go on meanwhile nobody is told, for nothing was wrong yet. Of a rank
+   in state T it is enough that every rank has opened its Session: no storage, however slow, stops a process.
 5. A new sign of life ends the suspicion.
 
 States of a generation: QUIET -> DUMPING (a dump is ordered) -> SUSPECTED (it is there) -> DUMPING ... and OVER once a
@@ -197,8 +198,10 @@ class HangWatch:
 
     @property
     def _restartable(self) -> bool:
-        """Every rank is in a Session that has its state."""
-        return all(Phase.RESTORED <= pulse.phase < Phase.CLOSED for pulse in self._pulses.values())
+        """Every rank is in a Session that has its state, or will have it once a stopped rank is ended."""
+        stuck = self._find_stuck()
+        least = Phase.OPENED if stuck is not None and stuck.state == "T" else Phase.RESTORED
+        return all(least <= pulse.phase < Phase.CLOSED for pulse in self._pulses.values())
 
     def _find_stuck(self, *, ahead_s: float = 0.0) -> Pulse | None:
         """The rank that has stood still longest, where one has long enough, or will have in `ahead_s`."""

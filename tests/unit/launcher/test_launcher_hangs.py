@@ -240,6 +240,21 @@ def test_without_an_open_session_on_every_rank_there_is_a_warning_but_no_restart
     assert job.first(Hung) is None
 
 
+@pytest.mark.parametrize(
+    ("state", "phase", "ends"),
+    [("T", Phase.OPENED, True), ("T", Phase.NONE, False), ("T", Phase.CLOSED, False), ("D", Phase.OPENED, False)],
+)
+def test_a_rank_that_is_stopped_while_sessions_open_is_ended_one_that_waits_for_storage_is_not(
+    job: Job, state: str, phase: Phase, ends: bool
+) -> None:
+    for rank in job.ranks:
+        rank.phase = phase
+    job.ranks[1].state, job.ranks[1].stuck_since = state, 0.0
+    job.run(30)
+    assert job.first(Suspected) is not None
+    assert (job.first(Hung) is not None) == ends
+
+
 def test_a_section_is_exempt_and_counts_again_after_its_limit(job: Job) -> None:
     job.ranks[0].exempt = True
     assert job.run(2000) == []
