@@ -417,8 +417,10 @@ def _mappings(plan: SavePlan) -> dict[str, tuple[str | int, ...]]:
 
 def _tensor_metadata(catalog: Catalog, name: str) -> TensorStorageMetadata:
     record = catalog.tensors[name]
+    # Of a tensor, for newer releases of torch keep strides there, too.
+    example = torch.empty(record.shape, dtype=torch_dtype(record.dtype), device="meta")
     return TensorStorageMetadata(
-        properties=TensorProperties(dtype=torch_dtype(record.dtype)),
+        properties=TensorProperties.create_from_tensor(example),
         size=torch.Size(record.shape),
         chunks=list(_chunks(catalog, name, record)),
     )

@@ -192,7 +192,7 @@ class Post:
             frames = self._inbox.recv_multipart(copy=False)
             try:
                 message = _decoder.decode(frames[0].buffer)
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, UnicodeDecodeError):
                 self.dropped += 1
                 continue
             data = frames[1].buffer if len(frames) == 2 else memoryview(b"")

@@ -12,8 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+import zmq
 
 import holdfast.checkpoint
 from holdfast.checkpoint import FlatRange, held, loading, meeting
@@ -299,3 +301,8 @@ def test_what_is_sent_with_another_tag_is_dropped() -> None:
         posts[2].give(1, unit, memoryview(b"abc"))
         assert posts[1].receive(10_000) is None
         assert posts[1].dropped == 1
+        with zmq.Context() as context, context.socket(zmq.PUSH) as stranger:
+            stranger.connect(msgspec.msgpack.decode(posts[1].endpoint)[0])
+            stranger.send(msgspec.msgpack.encode([b"", "ask", 0, 0, 0]).replace(b"ask", b"\xff\xff\xff"))
+            assert posts[1].receive(10_000) is None
+        assert posts[1].dropped == 2

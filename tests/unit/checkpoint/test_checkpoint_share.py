@@ -168,3 +168,6 @@ def test_what_is_no_share_is_refused() -> None:
             Share.joined([share, other])
     with pytest.raises(CorruptError):
         Share.decode(b"\0" * 40)
+    name = record.name.encode()
+    with pytest.raises(CorruptError):
+        Share.decode(share.encode().replace(name, b"\xff" * len(name)))  # no UTF-8
