@@ -298,9 +298,10 @@ def test_bits_flipped_in_messages_are_noticed_counted_and_asked_for_again(
 def test_a_version_with_a_damaged_slot_is_given_up_and_a_newer_one_is_protected(
     make: Callable[..., list[Node]],
 ) -> None:
-    nodes = make("ab", bandwidth=float(ROW) / 4)
+    row = 6 * ROW  # of several chunks: the last one is read long after the exchange has begun
+    nodes = make("ab", bandwidth=row / 4)
     job = Job(nodes, 1)
-    job.start(plan(2))
+    job.start(plan(2, row_bytes=row))
     parity = nodes[0].arena / "parity-0"
     wait_for(lambda: parity.exists() and read_header_of(parity)[0].version, "the exchange runs")
     damaged = read_header_of(parity)[0].version

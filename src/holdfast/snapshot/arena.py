@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import errno
 import functools
 import logging
 import mmap
@@ -31,6 +32,7 @@ import re
 import shutil
 import stat
 import struct
+import sys
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -422,6 +424,8 @@ class Arena:
         temporary = path.with_name(f"making-{path.name}")
         size = SLOT_HEADER_BYTES + capacity_bytes
         try:
+            if size > self._free_bytes():  # taking what is left first would leave nothing to others meanwhile
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 for start in range(0, size, _FALLOCATE_CHUNK):
@@ -436,6 +440,10 @@ class Arena:
             temporary.unlink(missing_ok=True)
             return False
         return True
+
+    def _free_bytes(self) -> int:
+        found = os.statvfs(self.directory)
+        return found.f_bavail * found.f_frsize if found.f_blocks else sys.maxsize  # a tmpfs without a limit tells none
 
     def drop(self, paths: Iterable[Path]) -> None:
         """Remove slot files; who has mapped them keeps the bytes until it unmaps."""

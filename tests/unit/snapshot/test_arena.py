@@ -135,8 +135,13 @@ def test_reserving_again_keeps_what_lies_in_the_slots(arena: Arena, slot: Slot) 
     assert os.stat(slot.path).st_blocks * 512 >= 1 << 16
 
 
-def test_a_slot_that_could_not_be_reserved_leaves_nothing(arena: Arena) -> None:
+def test_a_slot_that_could_not_be_reserved_leaves_nothing_and_takes_nothing_from_others(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[int, ...]] = []
+    monkeypatch.setattr("os.posix_fallocate", lambda *arguments: taken.append(arguments))
     assert arena.reserve(0, (0,), 2, 1 << 62) == 0
+    assert taken == []
     assert arena.scan() == []
     assert list(arena.directory.glob("making-*")) == []
 
