@@ -374,7 +374,7 @@ with Guard() as guard:
     standby.warm_up(os.environ)
     while standby.changed() is None: time.sleep(0.01)
     child = standby.fork(("-u", script), os.environ, stdout=None, stderr=None)
-    print(standby.pid, child.pid, flush=True)
+    os.write(1, f"{standby.pid} {child.pid}\n".encode())  # at once: the worker writes there too, and runs already
     if ending == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     child.end(60)
@@ -402,7 +402,8 @@ def test_a_user_without_privileges_has_a_standby_too() -> None:
     variables = {"PYTHONPATH": os.pathsep.join(place for place in places if place), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory(prefix="nobody-", dir="/tmp") as folder:
         path = Path(folder, "script.py")
-        path.write_text("import os\nprint('user', os.getuid(), 'policy', os.sched_getscheduler(0))\n")
+        told = "f'user {os.getuid()} policy {os.sched_getscheduler(0)}\\n'"
+        path.write_text(f"import os\nos.write(1, {told}.encode())\n")  # at once, for the agent writes there too
         os.chown(folder, 65534, 65534)
         for python in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
             line = shlex.join(
