@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Some set it where tests run in containers. Children would write each argument of a `print` on its own, and what several
-# of them say in one file would be torn; and no test may pass only because what it reads was not in a buffer.
+# Images of containers set it. Children would write each argument of a `print` on its own, and what several of them say
+# in one file would be torn; and no test may pass only because what it reads was not in a buffer.
 os.environ.pop("PYTHONUNBUFFERED", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the processors; torch reads it when it is imported
 
