@@ -181,7 +181,7 @@ def _measure(
 ) -> list[Sample]:
     k, m = (int(part) for part in code.split("+"))
     ranks = tuple(range(len(job.nodes)))
-    job.start(Plan(until=1 << 30, ranks=ranks, row_bytes=row_bytes, step_s=rest_s, snapshot_every=1))
+    job.start(Plan(until=1 << 30, ranks=ranks, row_bytes=row_bytes, step_s=rest_s, snapshot_every=1, paced=False))
     samples: list[Sample] = []
     busy: list[tuple[float, float]] = []
     quiet: list[tuple[float, float]] = []

@@ -134,6 +134,7 @@ def test_a_killed_worker_on_one_node_loses_no_complete_version(nodes: list[Node]
     plan = Plan(until=100000, ranks=(0, 1), step_s=0.01)
     _, killed = job.start(plan, Plan(until=100000, ranks=(0, 1), step_s=0.01, kill_at=40))
     assert killed.process.wait(TIMEOUT_S) == -signal.SIGKILL
+    nodes[0].complete(1)
     complete = nodes[0].newest_complete
     job.end()
     for worker in job.start(Plan(until=60, ranks=(0, 1), step_s=0.002)):

@@ -27,7 +27,9 @@ from holdfast.snapshot.control import Phase
 from holdfast.snapshot.messages import PersistFailedMessage, Restore
 from holdfast.snapshot.records import SessionConfig
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=200)
+PACE_LIMIT_S = 30.0
+"""Where no grant has come for so long there is none to wait for."""
 
 
 class Plan(msgspec.Struct, kw_only=True):
@@ -41,6 +43,9 @@ class Plan(msgspec.Struct, kw_only=True):
     persist_every_steps: int | None = None
     resume: str = "auto"
     step_s: float = 0.002
+    paced: bool = True
+    """A step to be copied waits until the daemon has granted it, or a later one: on a busy machine it may not run
+    for as long as many steps take. False: as a script of quick steps goes, whatever the daemon does."""
     row_bytes: int = 65536
     grow_at: int | None = None
     """Step from which on the image is four times as large."""
@@ -52,6 +57,8 @@ class Plan(msgspec.Struct, kw_only=True):
     """Ask for a tagged save after this step."""
     stop_at: int | None = None
     """Ask for the end after this step."""
+    end_file: str | None = None
+    """The first rank asks for the end once this exists."""
     fail_restore: int | None = None
     """Say that this step cannot be restored."""
     persist_end: bool = True
@@ -128,6 +135,24 @@ def restore(client: SnapshotClient, plan: Plan, rank: int, answer: Restore) -> R
     return answer
 
 
+def say_failed(client: SnapshotClient) -> None:
+    """Persists that failed, of which the daemon has told since the last look."""
+    for message in client.poll():
+        if isinstance(message, PersistFailedMessage):
+            say(event="failed", step=message.version.step, reason=message.reason)
+
+
+def keep_pace(client: SnapshotClient, step: int) -> bool:
+    """Wait until a step after `step` is granted; whether grants are worth waiting for from now on."""
+    deadline = time.monotonic() + PACE_LIMIT_S
+    while client.slots() != () and not any(granted > step for _, granted in client._page.grants()):
+        client._check_fence()
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.0005)
+    return client.slots() != ()
+
+
 def main() -> None:
     faulthandler.register(signal.SIGUSR1)
     plan = msgspec.json.decode(sys.argv[1], type=Plan)
@@ -161,7 +186,7 @@ def main() -> None:
     committed: list[int] = []
     latencies: list[float] = []
     save = None
-    deadline = time.monotonic() + 3.0
+    deadline = time.monotonic() + PACE_LIMIT_S
     while answer.exposed and client.slots() != () and time.monotonic() < deadline:  # as `LiveMode.secure`
         slots, slot = client.slots(), client.grant(step)
         if slots and slot is not None:
@@ -170,7 +195,10 @@ def main() -> None:
             committed.append(step)
             break
         time.sleep(0.001)
+    waits, asked = plan.paced, False
     while step < plan.until:
+        if (step + 1) % plan.snapshot_every == 0:
+            waits = waits and keep_pace(client, step)
         time.sleep(plan.step_s)
         step += 1
         client.publish_step(step)
@@ -198,13 +226,13 @@ def main() -> None:
             say(event="agreed", kind=agreed.kind, step=step)
             if agreed.kind == "stop":
                 break
-        for message in client.poll():
-            if isinstance(message, PersistFailedMessage):
-                say(event="failed", step=message.version.step, reason=message.reason)
+        say_failed(client)
         if plan.save_at == step:
             save = client.request_save("tagged", {"loss": 1.5})
-        if plan.stop_at == step:
+        wants_end = plan.end_file is not None and rank == plan.ranks[0] and os.path.exists(plan.end_file)
+        if plan.stop_at == step or (wants_end and not asked):
             client.request_end(True)
+            asked = True
         if plan.hang_at == step:
             say(event="hangs", step=step)
             time.sleep(600)
@@ -221,6 +249,7 @@ def main() -> None:
     if plan.persist_end and plan.checkpoint_dir is not None:
         message = client.wait_persisted(environment.generation.at(step), TIMEOUT)
         say(event="persisted", path=message.path, step=message.version.step)
+        say_failed(client)
     if save is not None:
         message = save.result(TIMEOUT)
         say(event="saved", step=save.step, tag=message.tag, path=message.path)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pytest  # benchmarks do without it
 
 M = TypeVar("M")
-TIMEOUT_S = 90.0
+TIMEOUT_S = 240.0
 WORKER = Path(__file__).with_name("snapshot_worker.py")
 
 
