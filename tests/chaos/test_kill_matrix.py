@@ -183,10 +183,9 @@ def test_a_killed_agent_is_started_again_and_resumes_from_memory(tmp_path: Path,
 @pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.campaign), "fsdp2"])
 def test_two_agents_restart_together(tmp_path: Path, undisturbed: Reference, parallel: str) -> None:
     with job_in(tmp_path) as job:
-        port = 20000 + int(job.name[1:], 16) % 9000
         faults = f"kill:rank=1,step={KILL_STEP},when=backward"
-        flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "matrix"]
-        flags += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--hold-dead-after", "20s", "--hold-faults", faults]
+        flags = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", job.name]
+        flags += ["--rdzv-endpoint", f"127.0.0.1:{job.port}", "--hold-dead-after", "20s", "--hold-faults", faults]
         agents = [job.start(job.holdfast(*flags, *script(job, parallel)), log=f"agent{i}.txt") for i in range(2)]
         codes = [agent.wait(400) for agent in agents]
         assert codes == [0, 0], job.output("agent0.txt") + job.output("agent1.txt")

@@ -23,7 +23,7 @@ from holdfast.checkpoint.commit import open_checkpoint
 from holdfast.errors import StateError
 from support.ranks import processes
 
-_LIMIT = timedelta(seconds=120)
+_LIMIT = timedelta(seconds=300)
 
 
 def _rank(rank: int, world: int, folder: Path, body: Callable[[int, Path], None]) -> None:
@@ -124,7 +124,7 @@ def _dcp_save(rank: int, folder: Path) -> None:
     state = {"model": get_model_state_dict(model), "same": torch.ones(300), "step": 9}
     dcp.save(state, storage_writer=HoldfastWriter(folder / "step-00000009"))
     future = dcp.async_save(state, storage_writer=HoldfastWriter(folder / "async"))
-    future.result(120)  # type: ignore[union-attr]
+    future.result(300)  # type: ignore[union-attr]
 
 
 def _dcp_load(rank: int, folder: Path) -> None:

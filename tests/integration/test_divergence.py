@@ -28,9 +28,8 @@ def run(job: Job, kind: str, nodes: int) -> list[dict[str, Any]]:
     """To its end on so many nodes with a rank each; what the ranks say."""
     out = job.root / "out"
     out.mkdir()
-    port = 20000 + int(job.name[1:], 16) % 9000
     flags = ["--nnodes", str(nodes), "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
-    flags += ["--rdzv-endpoint", f"localhost:{port}", "--rdzv-id", job.name]
+    flags += ["--rdzv-endpoint", f"localhost:{job.port}", "--rdzv-id", job.name]
     agents = [
         job.start(
             job.holdfast(*flags, "--hold-domain", f"domain-{node}", SCRIPT, out, job.checkpoints, kind),

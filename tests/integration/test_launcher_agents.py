@@ -33,11 +33,6 @@ def job(tmp_path: Path) -> Iterator[Job]:
         yield found
 
 
-def port_of(job: Job) -> str:
-    """A port below the ephemeral range that depends on the test's random name: two jobs hardly ever share one."""
-    return str(20000 + int(job.name[1:], 16) % 9000)
-
-
 BUSY = ("--hold-dead-after", "20s")
 """Where no node is lost: none is to be counted as lost because the machine is busy."""
 
@@ -49,7 +44,7 @@ def agent(job: Job, number: int, mode: str, *flags: str) -> subprocess.Popen[byt
 
 
 def c10d(job: Job, nnodes: str = "2") -> list[str]:
-    flags = ["--nnodes", nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port_of(job)}"]
+    flags = ["--nnodes", nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{job.port}"]
     flags += ["--rdzv-id", job.name, "--rdzv-conf", "last_call_timeout=1,join_timeout=100"]
     return [*flags, "--hold-grow", "1"]
 
@@ -82,13 +77,13 @@ def test_a_failure_on_one_node_restarts_both(job: Job, backend: str) -> None:
             flags += c10d(job)
         elif backend == "static":
             flags += ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1"]
-            flags += ["--master-port", port_of(job)]
+            flags += ["--master-port", str(job.port)]
         else:
             job.environment = {
                 "PET_NNODES": "2",
                 "PET_NODE_RANK": str(number),
                 "PET_MASTER_ADDR": "127.0.0.1",
-                "PET_MASTER_PORT": port_of(job),
+                "PET_MASTER_PORT": str(job.port),
             }
         agents.append(agent(job, number, "fail", *flags))
     assert finish(*agents) == [0, 0], job.output("agent-0.txt") + job.output("agent-1.txt")
@@ -113,7 +108,7 @@ def test_a_killed_agent_takes_its_workers_along_and_its_return_resumes_the_job(j
     wait_for(lambda: len(rows(job)) == 4, "the first generation", job)
     lost, other = (leader, member) if victim == "leader" else (member, leader)
     lost.kill()
-    lost.wait(10)
+    lost.wait(60)
     node = {"leader": "0", "member": "1"}[victim]
     pids = [int(row[5]) for row in rows(job) if row[0] == node]
     wait_for(lambda: not any(pid in marked(job.name) for pid in pids), "the end of its workers", job)

@@ -24,9 +24,9 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 
 def agent(job: Job, number: int, *flags: str) -> subprocess.Popen[bytes]:
-    port = 20000 + int(job.name[1:], 16) % 9000
     command = ["--nnodes", "2:3", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", job.name]
-    command += ["--rdzv-endpoint", f"localhost:{port},localhost:{port + 1}", "--rdzv-conf", "last_call_timeout=1"]
+    endpoints = f"localhost:{job.port},localhost:{job.port + 1}"
+    command += ["--rdzv-endpoint", endpoints, "--rdzv-conf", "last_call_timeout=1"]
     command += [
         "--hold-requeue-code",
         "75",

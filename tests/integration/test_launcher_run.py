@@ -70,7 +70,7 @@ def test_workers_find_the_environment_that_torchrun_gives(job: Job) -> None:
 
 def test_a_script_a_module_and_a_run_path_run_as_main(job: Job) -> None:
     script = job.root / "probe.py"
-    script.write_text("import sys\nprint('ran', __name__, sys.argv[1:], flush=True)\n")
+    script.write_text("import sys\nsys.stdout.write(f'ran {__name__} {sys.argv[1:]}\\n')\n")
     job.environment = {"PYTHONPATH": str(job.root)}
     for number, how in enumerate(([str(script)], ["-m", "probe"], ["--run-path", str(script)])):
         log = f"log-{number}.txt"
@@ -144,7 +144,7 @@ def test_a_worker_that_traps_sigterm_does_not_hold_up_a_restart(job: Job) -> Non
     text = """
 if [ "$TORCHELASTIC_RESTART_COUNT" = 1 ]; then exit 0; fi
 if [ "$RANK" = 0 ]; then
-  trap 'touch trapped; for i in $(seq 100); do sleep 0.1; done; touch survived' TERM
+  trap 'touch trapped; sleep 600; touch survived' TERM
   touch ready; while true; do sleep 0.1; done
 fi
 while [ ! -e ready ]; do sleep 0.05; done
@@ -165,7 +165,7 @@ fi
 while [ ! -e ready ]; do sleep 0.05; done
 exit 5
 """
-    assert job.run(bash(job, text, "--max-restarts", "1", "--shutdown-timeout", "30")) == 0, job.output()
+    assert job.run(bash(job, text, "--max-restarts", "1", "--shutdown-timeout", "200")) == 0, job.output()
     assert (job.root / "survived").exists()
 
 
@@ -175,7 +175,7 @@ def test_workers_and_what_they_started_die_with_a_killed_agent(job: Job) -> None
     wait_for(lambda: (job.root / "up-0").exists() and (job.root / "up-1").exists(), "the start of the workers")
     assert len(marked(job.name)) >= 5
     agent.kill()
-    agent.wait(10)
+    agent.wait(60)
     wait_for(lambda: not marked(job.name), "the end of all processes")
 
 

@@ -61,7 +61,7 @@ def main():
                 Squares(), batch_size=16, num_workers=1, collate_fn=collate, multiprocessing_context=method
             )
             seen.append(float(sum(batch.sum() for batch in loader)))
-        print("seen", seen, __name__, sys.argv[1:], flush=True)
+        sys.stdout.write(f"seen {{seen}} {{__name__}} {{sys.argv[1:]}}\\n")  # in one piece: the agent writes there too
         for step in paced(session.steps(until=36)):
             model(torch.ones(1, 1)).sum().backward()
             optimizer.step()

@@ -251,7 +251,7 @@ def _started(job: NodeJob, generation: int) -> int:
 def test_a_node_of_two_loses_power_and_comes_back_from_the_memory_of_the_other(tmp_path: Path) -> None:
     """The one of these that every test run has; the parity of one node gives back the image of the other."""
     few, gate = ["--steps", "16"], tmp_path / "gate"
-    waits = ["--gate", str(gate), "--gate-at", "12"]  # for the loss, however long it takes to come
+    waits = ["--paced", "--gate", str(gate), "--gate-at", "12"]  # for memory, then for the loss, however long they take
     with node_job(2, tmp_path, [*held(tmp_path, "fsdp2"), *few, *waits], flags=flags(tmp_path, "auto")) as job:
         job.start(*job.cluster.nodes)
         job.wait_protected(2)

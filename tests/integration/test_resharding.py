@@ -28,7 +28,7 @@ Case = tuple[str, str]
 def _rank(rank: int, world: int, folder: Path, place: str, cases: Sequence[Case]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(place, world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=300))
     try:
         for source, layout in cases:
             _case(rank, world, folder, source, layout)

@@ -38,7 +38,7 @@ def saved(job: Job) -> list[int]:
 
 def test_every_step_of_a_tiny_model_becomes_a_version(tmp_path: Path) -> None:
     with job_in(tmp_path) as job:
-        assert launch(job, "--steps", 20, "--step-seconds", 0.08) == 0, job.output()
+        assert launch(job, "--steps", 20, "--step-seconds", 0.08, "--paced") == 0, job.output()
         (result,) = results(job, 1)
         first = result["committed"][0]
         assert result["committed"] == list(range(first, 21)), result
@@ -49,7 +49,7 @@ def test_every_step_of_a_tiny_model_becomes_a_version(tmp_path: Path) -> None:
 
 def test_stop_of_one_rank_ends_all_at_one_step_which_is_saved(tmp_path: Path) -> None:
     with job_in(tmp_path) as job:
-        code = launch(job, "--steps", 4000, "--end", "stop", "--end-at", 5, "--end-rank", 1, world_size=2)
+        code = launch(job, "--steps", 4000, "--end", "stop", "--end-at", 5, "--end-rank", 1, "--paced", world_size=2)
         assert code == 0, job.output()
         first, second = results(job, 2)
         assert first["step"] == second["step"]
@@ -76,7 +76,7 @@ def test_break_after_an_update_saves_that_step(tmp_path: Path) -> None:
 
 def test_save_of_one_rank_is_made_at_an_agreed_step_and_kept(tmp_path: Path) -> None:
     with job_in(tmp_path) as job:
-        arguments = ("--steps", 40, "--save-at", 8, "--end-rank", 1, "--step-seconds", 0.05)
+        arguments = ("--steps", 40, "--save-at", 8, "--end-rank", 1, "--step-seconds", 0.05, "--paced")
         assert launch(job, *arguments, world_size=2) == 0, job.output()
         first, second = results(job, 2)
         step = second["saved"][0]

@@ -41,6 +41,15 @@ class Job:
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
+    @property
+    def port(self) -> int:
+        """A port for the agents, the one after it too: below the ephemeral range, and of no other job that runs now.
+
+        Processes of pytest that share the work have ranges of their own; within one the test's random name decides.
+        """
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 12
+        return 20000 + 1000 * worker + int(self.name[1:], 16) % 999
+
     def variables(self) -> dict[str, str]:
         kept = {
             key: value for key, value in os.environ.items() if not key.startswith(("HOLDFAST_", "PET_", "TORCHELASTIC"))
@@ -104,8 +113,9 @@ class Job:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def events(self) -> list[dict[str, Any]]:
-        """All events of the run directory, in order of time."""
-        lines = [line for path in sorted(self.run_dir.glob("events*.jsonl")) for line in path.read_text().splitlines()]
+        """All events of the run directory, in order of time; a line that is just being written is left out."""
+        texts = [path.read_text() for path in sorted(self.run_dir.glob("events*.jsonl"))]
+        lines = [line for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return sorted((json.loads(line) for line in lines), key=lambda event: event["time"])
 
     def fired(self) -> list[dict[str, Any]]:

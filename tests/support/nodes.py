@@ -28,7 +28,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parent.parent.parent
 PORT = 29400
 """Of the rendezvous; a node's ports are its own."""
-_WAIT_S = 60.0
+_WAIT_S = 200.0
 _DIE_WITH_US = ["setpriv", "--pdeathsig", "KILL"]
 _NEW = ["unshare", "--net", "--kill-child", "--fork"]
 _INIT = """

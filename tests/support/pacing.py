@@ -19,7 +19,8 @@ from holdfast.snapshot.control import ControlPage
 
 LIMIT_S = 30.0
 """Where no grant has come for so long there is no memory tier: the steps go on without."""
-STANDBY_LIMIT_S = 60.0
+VERSION_LIMIT_S = 200.0
+STANDBY_LIMIT_S = 200.0
 FIRST = 2
 """Steps that wait for nothing: after them the sizes are known, and the arena is made."""
 
@@ -51,10 +52,10 @@ def wait_for_version(step: int) -> None:
     """Wait until every rank of this node has a whole image of one version of `step`: a failure then goes back to it."""
     environment = worker_environment()
     assert environment is not None, "a worker of holdfast run"
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + VERSION_LIMIT_S
     while environment.local_world_size not in _images(environment.arena, step).values():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no version of step {step} within {LIMIT_S} s")
+            raise TimeoutError(f"no version of step {step} within {VERSION_LIMIT_S} s")
         time.sleep(0.01)
 
 

@@ -67,7 +67,7 @@ def _end(helper: subprocess.Popen[str]) -> None:
     assert helper.stdout is not None
     helper.stdin.close()  # the end of its requests
     helper.stdout.close()
-    helper.wait(10)
+    helper.wait(60)
 
 
 def _serve() -> None:
