@@ -95,9 +95,19 @@ def misbehave(how: str, rank: int, session: holdfast.Session) -> None:
                     time.sleep(0.9)
 
 
+def stop_where(how: str, place: str, restart: str) -> None:
+    """Rank 1 stands still at `place`, in the generation after so many restarts."""
+    here = (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if how == "stopped outside" and here == ("1", restart):
+        sys.stdout.write(f"rank 1 stops {place}\n")
+        sys.stdout.flush()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def main() -> None:
     out, how = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
+    stop_where(how, "before the process group", restart="2")
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
@@ -106,6 +116,7 @@ def main() -> None:
     signal.signal(signal.SIGUSR1, lambda *_: None)
     model = nn.parallel.DistributedDataParallel(nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stop_where(how, "before its Session", restart="0")
     with holdfast.Session(model=model, optimizer=optimizer) as session:
         assert signal.getsignal(mine).__name__ == "<lambda>"
         assert signal.getsignal(signal.SIGUSR1).__name__ == "<lambda>"
@@ -114,6 +125,8 @@ def main() -> None:
                 take_long(how, rank, step, model, session)
             if step == HANG_AT and first:
                 misbehave(how, rank, session)
+            if how == "stopped outside" and step == HANG_AT and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
             optimizer.zero_grad()
             model(torch.ones(3, 4)).sum().backward()
             optimizer.step()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,40 @@ def test_a_stopped_worker_is_restarted_without_a_limit(tmp_path: Path) -> None:
         assert job.run(command) == 0, job.output()
         hung = [event for event in job.events() if event["kind"] == "hang" and event["change"] == "hung"]
         assert [(event["global_rank"], event["text"][:10]) for event in hung] == [(1, "in state T")]
+        assert leftovers(job) == []
+
+
+@pytest.mark.campaign
+def test_a_worker_that_is_stopped_before_its_session_is_restarted(tmp_path: Path) -> None:
+    """In the first generation the other rank has entered; in the third both are known to be about to."""
+    with job_in(tmp_path) as job:
+        hangs = run(job, "stopped outside", "--max-restarts", "3")
+        assert "rank 1 stops before its Session" in job.output()
+        assert "rank 1 stops before the process group" in job.output()
+        assert [event["change"] for event in hangs] == ["dump", "suspected", "hung"] * 2
+        assert [(event["global_rank"], event["text"][:10]) for event in hangs[2::3]] == [(1, "in state T")] * 2
+        assert "left alone" not in job.output()
+        assert restarts(job) == ["3", "3"]
+
+
+def test_a_stopped_worker_of_a_script_without_a_session_is_told_of_and_left_alone(tmp_path: Path) -> None:
+    with job_in(tmp_path) as job:
+        script = job.root / "worker.sh"
+        script.write_text(
+            f'cd "{job.root}"\nif [ "$RANK" = 1 ]; then kill -STOP $$; touch went-on; fi\n'
+            "while [ ! -e went-on ]; do sleep 0.1; done\n"
+        )
+        process = job.start(job.holdfast("--nproc-per-node", "2", "--no-python", "bash", script))
+        told = re.compile(r"warning: rank 1 \(.*, pid (\d+)\) has been in state T for 10 s; it is left alone")
+        job.wait_for(lambda: told.search(job.output()), "a warning", within_s=120)
+        found = told.search(job.output())
+        assert found is not None
+        os.kill(int(found[1]), signal.SIGCONT)
+        assert process.wait(120) == 0, job.output()
+        changes = [event["change"] for event in job.events() if event["kind"] == "hang"]
+        assert changes[:2] == ["dump", "suspected"]
+        assert "hung" not in changes
+        assert (job.run_dir / "stacks").exists()
         assert leftovers(job) == []
 
 

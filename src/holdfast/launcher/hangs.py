@@ -3,11 +3,15 @@
 Rules
 -----
 1. A job is *silent* while no rank gives a sign of life (beats: see `holdfast.runtime.beats`). Ranks that wait for one
-   that evaluates or saves are silent too, so it takes all of them. A rank in a `session.section` is not silent.
+   that evaluates or saves are silent too, so it takes all of them. A rank in a `session.section` is not silent. Before
+   its Session a rank's start is its sign. Where no rank has a Session open nobody knows whether beats are to come, or
+   to come again: then silent is a job in which no rank worked (rule 3b tells who does, in stretches of
+   `between_dumps_s`). The exception is a job whose last generation ended within a Session: it is about to open one.
 2. Past `limit`, ten times the median step and at least `least_limit_s` (before every rank has finished two steps of the
    generation: `first_limit_s`), the job is *suspected*: all ranks write their stacks, and the one that stopped first is
-   named, with a warning. The one that stopped first has the lowest step; among equals, the fewest signs of life since
-   its boundary (a rank that waits in the backward pass has shown its forward pass); among these, the oldest one.
+   named, with a warning. The one that stopped first has the lowest step (one that is still to enter its Session comes
+   before all); among equals, the fewest signs of life since its boundary (a rank that waits in the backward pass has
+   shown its forward pass); among these, the oldest one.
 3. The job is restarted only where every rank has restored its state in a Session and none has left it, and only when
    a. the silence has lasted `hang_timeout_s` (never less than the limit), or
    b. two dumps at least `between_dumps_s` apart show the same stacks on every rank, and between them no rank used CPU
@@ -15,8 +19,11 @@ Rules
       main thread (more than `idle_switches_per_s`): not even a slow disk, a stream or a child is at work.
 4. A rank that has been in state T (stopped), or D without a moment of running, for `stuck_after_s` needs no silence of
    the others and no limit. Stacks take seconds to write and to read, so they are asked for `dump_ahead_s` before: then
-   the restart waits for nothing. Should the rank go on meanwhile nobody is told, for nothing was wrong yet. Of a rank
-   in state T it is enough that every rank has opened its Session: no storage, however slow, stops a process.
+   the restart waits for nothing. Should the rank go on meanwhile nobody is told, for nothing was wrong yet. For a rank
+   in state T less than rule 3 asks is enough, because no storage, however slow, stops a process: every rank has opened
+   its Session, or all are on their way there and nobody has finished a step, left or ended, so that nothing but the way
+   is lost. That there is a Session on the way is known from a rank that has entered it, or from the last generation.
+   A script without one is never restarted, nor one that has left it behind.
 5. A new sign of life ends the suspicion.
 
 States of a generation: QUIET -> DUMPING (a dump is ordered) -> SUSPECTED (it is there) -> DUMPING ... and OVER once a
@@ -35,6 +42,8 @@ from holdfast.snapshot.control import Phase
 
 _KEPT_STEPS = 200
 """Step times of which the median is taken."""
+_ENDED = ("Z", "X")
+"""States of a process that has ended, and was not waited for yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +124,17 @@ class _Dump:
     """Pulses once all ranks had answered: CPU and I/O from here on belong to the time after it."""
 
 
+@dataclass
+class _Effort:
+    """What one rank does where there are no beats."""
+
+    begin: Pulse
+    begun: float
+    """Of the stretch that is judged next."""
+    worked: float
+    """End of the newest stretch in which it worked; at first when it was first looked at."""
+
+
 class HangWatch:
     """See the module's head. One per leader's agent, used by one thread; `now` never goes back."""
 
@@ -123,6 +143,10 @@ class HangWatch:
         self._num_ranks = 0
         self._pulses: dict[int, Pulse] = {}
         self._hosts: dict[int, str] = {}
+        self._efforts: dict[int, _Effort] = {}
+        self._now = 0.0
+        self._expected = False
+        """The last generation of which something is known ended within a Session."""
         self._steps: deque[float] = deque(maxlen=_KEPT_STEPS)
         self._state = _State.OVER
         self._newest: _Dump | None = None
@@ -136,9 +160,16 @@ class HangWatch:
     # --- events
 
     def began(self, num_ranks: int) -> None:
-        """A generation of so many ranks begins; nothing of the one before counts."""
+        """A generation of so many ranks begins; of the one before counts only whether it ended within a Session.
+
+        A rank that fails leaves its Session, so one that has not left it is enough.
+        """
+        phases = [pulse.phase for pulse in self._pulses.values()]
+        if phases and min(phases) >= Phase.RESTORED:
+            self._expected = any(phase != Phase.CLOSED for phase in phases)
         self._num_ranks = num_ranks
         self._pulses.clear()
+        self._efforts.clear()
         self._hosts.clear()
         self._steps.clear()
         self._number = 0
@@ -161,6 +192,8 @@ class HangWatch:
         """Time has passed: about every heartbeat."""
         if self._state is _State.OVER or len(self._pulses) < self._num_ranks:
             return []
+        self._now = now
+        self._follow_efforts(now)
         stuck = self._find_stuck(ahead_s=self._limits.dump_ahead_s)
         if stuck is None and self.silent_s < self.limit_s:
             return self._calm()
@@ -175,10 +208,27 @@ class HangWatch:
 
     @property
     def silent_s(self) -> float:
-        """How long no rank has given a sign of life."""
+        """How long no rank has given a sign of life, or worked where there are no such signs."""
         if any(pulse.exempt for pulse in self._pulses.values()):
             return 0.0
+        if not self._beats:
+            return min((self._now - effort.worked for effort in self._efforts.values()), default=0.0)
         return min((pulse.silent_s for pulse in self._pulses.values()), default=0.0)
+
+    @property
+    def _beats(self) -> bool:
+        """Whether signs of life are to be expected: a Session is open somewhere, or one is about to be."""
+        pulses = self._pulses.values()
+        left = any(pulse.phase == Phase.CLOSED or pulse.state in _ENDED for pulse in pulses)
+        return any(_is_inside(pulse) for pulse in pulses) or (self._expected and not left)
+
+    def _follow_efforts(self, now: float) -> None:
+        for rank, pulse in self._pulses.items():
+            effort = self._efforts.setdefault(rank, _Effort(pulse, now, now))
+            if now - effort.begun >= self._limits.between_dumps_s:
+                if not self._rested(effort.begin, pulse, now - effort.begun):
+                    effort.worked = now
+                effort.begin, effort.begun = pulse, now
 
     @property
     def limit_s(self) -> float:
@@ -194,14 +244,23 @@ class HangWatch:
 
     @property
     def _warm(self) -> bool:
-        return all(pulse.steps_done >= 2 for pulse in self._pulses.values())
+        return self._beats and all(pulse.steps_done >= 2 for pulse in self._pulses.values())
 
     @property
     def _restartable(self) -> bool:
         """Every rank is in a Session that has its state, or will have it once a stopped rank is ended."""
         stuck = self._find_stuck()
-        least = Phase.OPENED if stuck is not None and stuck.state == "T" else Phase.RESTORED
-        return all(least <= pulse.phase < Phase.CLOSED for pulse in self._pulses.values())
+        stopped = stuck is not None and stuck.state == "T"
+        least = Phase.OPENED if stopped else Phase.RESTORED
+        inside = all(least <= pulse.phase < Phase.CLOSED for pulse in self._pulses.values())
+        return inside or (stopped and self._on_the_way)
+
+    @property
+    def _on_the_way(self) -> bool:
+        """Whether all ranks are on their way into a Session, and a restart loses nothing but the way."""
+        pulses = self._pulses.values()
+        session = self._expected or any(pulse.entered for pulse in pulses)
+        return session and all(pulse.phase <= Phase.RESTORED and pulse.state not in _ENDED for pulse in pulses)
 
     def _find_stuck(self, *, ahead_s: float = 0.0) -> Pulse | None:
         """The rank that has stood still longest, where one has long enough, or will have in `ahead_s`."""
@@ -211,7 +270,19 @@ class HangWatch:
     def _first(self) -> Pulse:
         """The rank that stopped first."""
         stuck = self._find_stuck()
-        return stuck or min(self._pulses.values(), key=lambda p: (p.step, p.inner_beats, p.beat_s))
+        return stuck or min(self._suspects(), key=lambda p: (p.entered, p.step, p.inner_beats, self._last_s(p)))
+
+    def _suspects(self) -> list[Pulse]:
+        """Once steps are made, those in the Session: it is not for the others. Else whoever has not ended."""
+        pulses = list(self._pulses.values())
+        inside = [pulse for pulse in pulses if _is_inside(pulse)]
+        if any(pulse.phase >= Phase.FIRST_STEP for pulse in inside):
+            return inside
+        return [pulse for pulse in pulses if pulse.state not in _ENDED] or pulses
+
+    def _last_s(self, pulse: Pulse) -> float:
+        """When it last gave a sign of life; where there are none, worked."""
+        return pulse.beat_s if self._beats else self._efforts[pulse.global_rank].worked
 
     # --- the machine
 
@@ -289,7 +360,10 @@ class HangWatch:
         begin, end = old.after[rank], new.before[rank]
         if (begin.dump, new.after[rank].dump) != (old.number, new.number) or begin.stack != new.after[rank].stack:
             return False
-        seconds = new.ordered - old.answered
+        return self._rested(begin, end, new.ordered - old.answered)
+
+    def _rested(self, begin: Pulse, end: Pulse, seconds: float) -> bool:
+        """Whether a rank did nothing between two pulses that are `seconds` apart."""
         return (
             end.cpu_s - begin.cpu_s <= self._limits.idle_share * seconds
             and end.io_bytes - begin.io_bytes <= self._limits.idle_bytes
@@ -302,12 +376,21 @@ class HangWatch:
             return []
         self._told = True
         first = self._first()
+        return [Suspected(first, self._hosts[first.global_rank], self._describe(first))]
+
+    def _describe(self, first: Pulse) -> str:
         where = f"rank {first.global_rank} ({self._hosts[first.global_rank]}, pid {first.pid})"
         if first.stuck_s >= self._limits.stuck_after_s:
-            text = f"{where} has been in state {first.state} for {first.stuck_s:.0f} s"
-        else:
-            text = (
-                f"no sign of life from any rank for {self.silent_s:.0f} s; {where} stopped first, "
-                f"at step {first.step}: {first.frame}"
-            )
-        return [Suspected(first, self._hosts[first.global_rank], text)]
+            stays = first.state == "T" and not self._restartable
+            left = f"; it is left alone: end it, or kill -CONT {first.pid}" if stays else ""
+            return f"{where} has been in state {first.state} for {first.stuck_s:.0f} s{left}"
+        if not self._beats:
+            return f"no rank has used CPU or done I/O for {self.silent_s:.0f} s; {where} stopped first: {first.frame}"
+        where_to = f"at step {first.step}" if first.entered else "before its Session"
+        silence = f"no sign of life from any rank for {self.silent_s:.0f} s"
+        return f"{silence}; {where} stopped first, {where_to}: {first.frame}"
+
+
+def _is_inside(pulse: Pulse) -> bool:
+    """Whether a rank has entered its Session and not left it; it may have ended without that."""
+    return pulse.entered and pulse.phase != Phase.CLOSED

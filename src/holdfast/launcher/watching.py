@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from holdfast.checkpoint.version import GenerationId
 from holdfast.errors import HoldfastError
 from holdfast.launcher.processes import descendants
@@ -34,6 +36,8 @@ _LATE_S = 3.0
 _NATIVE_LIMIT_S = 20.0
 _FAMILY_AFTER_S = 2.0
 """Of a worker that has been silent for so long, the processes that it has started are looked at too."""
+_FAMILY_EVERY_S = 10.0
+"""And how often where it is in no Session: such a one is silent always."""
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -86,6 +90,8 @@ class _Dump:
     ordered: float
     open: set[int]
     """Local ranks whose answer is awaited."""
+    asked: set[int]
+    """Those that write their stacks: who is in no Session has no handler for the signal."""
 
 
 class NodeWatch:
@@ -98,6 +104,10 @@ class NodeWatch:
         self._generation: GenerationId | None = None
         self._first_rank = 0
         self._stuck: dict[int, tuple[ProcessState, float]] = {}
+        self._since: dict[int, float] = {}
+        """When each local rank was first seen."""
+        self._family: dict[int, tuple[float, float]] = {}
+        """CPU seconds of a local rank's whole family, and when they were read; of those in no Session."""
         self._answers: dict[int, tuple[int, str, str]] = {}
         """Of the newest dump, by local rank: its number, digest and where the main thread stood."""
         self._dump: _Dump | None = None
@@ -109,6 +119,8 @@ class NodeWatch:
         """Workers of a new generation are spawned."""
         self._generation, self._first_rank = generation, first_global_rank
         self._stuck.clear()
+        self._since.clear()
+        self._family.clear()
         self._answers.clear()
         self._dump, self._dumped = None, 0
 
@@ -120,34 +132,27 @@ class NodeWatch:
         return True
 
     def look(self, pids: Mapping[int, int], now: float) -> tuple[Pulse, ...]:
-        """A pulse for each worker (process ids by local rank) that has entered a Session."""
+        """A pulse for each worker (process ids by local rank)."""
         self._reap(now)
-        page = self._open()
-        if page is None or self._generation is None:
+        if self._generation is None:
             return ()
-        word = generation_word(self._generation)
-        parts = {rank: page.rank(rank) for rank in pids}
-        inside = {rank: part for rank, part in parts.items() if part.generation == word and part.pid == pids[rank]}
-        self._collect({rank: part.pid for rank, part in inside.items()}, now)
-        pulses = (self._pulse(rank, part, now) for rank, part in inside.items())
+        seats = self._seats(pids)
+        self._collect(pids, now)
+        pulses = (self._pulse(rank, pid, seats.get(rank), now) for rank, pid in pids.items())
         return tuple(pulse for pulse in pulses if pulse is not None)
 
     def dump(self, number: int, pids: Mapping[int, int], now: float) -> None:
         """Have the workers write their stacks, where dump `number` was not ordered before."""
-        page = self._open()
-        if page is None or number <= self._dumped or self._generation is None:
+        if number <= self._dumped or self._generation is None:
             return
         self._dumped = number
-        word = generation_word(self._generation)
-        self._dump = _Dump(number, now, set())
+        seats = self._seats(pids)
+        self._dump = _Dump(number, now, set(pids), set(seats))
         for local_rank, pid in pids.items():
-            part = page.rank(local_rank)
-            if part.generation != word or part.pid != pid:
-                continue
-            self._dump.open.add(local_rank)
+            part = seats.get(local_rank)
             with contextlib.suppress(OSError):
                 os.truncate(stack_file(self._arena, local_rank), 0)
-            if part.stack_signal:
+            if part is not None and part.stack_signal:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, part.stack_signal)
             if number == 1:
@@ -168,35 +173,47 @@ class NodeWatch:
                 self._page = ControlPage.open(self._arena / "control")
         return self._page
 
-    def _pulse(self, local_rank: int, part: RankPart, now: float) -> Pulse | None:
-        found = read_process(part.pid)
+    def _seats(self, pids: Mapping[int, int]) -> dict[int, RankPart]:
+        """By local rank, what stands in the page of those workers that have entered a Session."""
+        page = self._open()
+        if page is None or self._generation is None:
+            return {}
+        word = generation_word(self._generation)
+        parts = {rank: page.rank(rank) for rank in pids}
+        return {rank: part for rank, part in parts.items() if part.generation == word and part.pid == pids[rank]}
+
+    def _pulse(self, local_rank: int, pid: int, part: RankPart | None, now: float) -> Pulse | None:
+        found = read_process(pid)
         if found is None:
             return None
-        silent_s = max(0, time.monotonic_ns() - part.beat_ns) / 1e9
-        phase = part.phase
         number, stack, frame = self._answers.get(local_rank, (0, "", ""))
-        return Pulse(
+        silent_s = now - self._since.setdefault(local_rank, now)
+        pulse = Pulse(
             global_rank=self._first_rank + local_rank,
             local_rank=local_rank,
-            pid=part.pid,
-            phase=int(phase),
-            step=part.step,
-            steps_done=part.step - part.phase_step + 1 if phase >= Phase.FIRST_STEP else 0,
-            inner_beats=part.inner_beats,
+            pid=pid,
+            phase=int(Phase.NONE),
+            entered=False,
             silent_s=round(silent_s, 3),
             beat_s=round(time.time() - silent_s, 4),
-            exempt=part.section_until > time.monotonic_ns(),
-            step_s=part.step_ns / 1e9,
-            lead_s=part.lead_ns / 1e9,
             state=found.state,
             stuck_s=self._stuck_s(local_rank, found, now),
-            cpu_s=found.cpu_s if silent_s < _FAMILY_AFTER_S else family_cpu_s(part.pid),
+            cpu_s=found.cpu_s,
             switches=found.switches,
             io_bytes=found.io_bytes,
             dump=number,
             stack=stack,
             frame=frame,
         )
+        if part is not None:
+            return _with_signs(pulse, part)
+        return msgspec.structs.replace(pulse, cpu_s=self._family_cpu_s(local_rank, pid, now))
+
+    def _family_cpu_s(self, local_rank: int, pid: int, now: float) -> float:
+        cpu_s, read = self._family.get(local_rank, (0.0, float("-inf")))
+        if now - read >= _FAMILY_EVERY_S:
+            cpu_s, read = self._family[local_rank] = (family_cpu_s(pid), now)
+        return cpu_s
 
     def _stuck_s(self, local_rank: int, found: ProcessState, now: float) -> float:
         before = self._stuck.get(local_rank)
@@ -217,9 +234,10 @@ class NodeWatch:
             text = ""
             with contextlib.suppress(OSError):
                 text = stack_file(self._arena, local_rank).read_text(errors="replace")
-            if text or now - dump.ordered >= _LATE_S or local_rank not in pids or self._stands(local_rank, now):
+            late = now - dump.ordered >= _LATE_S or local_rank not in dump.asked
+            if text or late or local_rank not in pids or self._stands(local_rank, now):
                 dump.open.discard(local_rank)
-                self._answers[local_rank] = self._answer(dump.number, local_rank, pids.get(local_rank, 0), text)
+                self._answers[local_rank] = self._answer(dump, local_rank, pids.get(local_rank, 0), text)
         if not dump.open:
             self._dump = None
 
@@ -228,14 +246,15 @@ class NodeWatch:
         found = self._stuck.get(local_rank)
         return found is not None and found[0].state in ("T", "D") and now - found[1] >= _ANSWER_S
 
-    def _answer(self, number: int, local_rank: int, pid: int, text: str) -> tuple[int, str, str]:
+    def _answer(self, dump: _Dump, local_rank: int, pid: int, text: str) -> tuple[int, str, str]:
         threads = parse_stacks(text)
         if threads:
-            found = (number, digest(threads), describe(threads))
+            found = (dump.number, digest(threads), describe(threads))
         else:
             text = _kernel_view(pid)
-            found = (number, text, f"its stacks are out of reach ({text.splitlines()[0]})")
-        self._save(self._name(number, local_rank), text)
+            why = "are out of reach" if local_rank in dump.asked else "come with a Session"
+            found = (dump.number, text, f"its stacks {why} ({text.splitlines()[0]})")
+        self._save(self._name(dump.number, local_rank), text)
         return found
 
     def _name(self, number: int, local_rank: int, kind: str = "txt") -> Path:
@@ -271,6 +290,26 @@ class NodeWatch:
                 process.wait(5)
             if process.poll() is not None:
                 self._native.remove((process, deadline))
+
+
+def _with_signs(pulse: Pulse, part: RankPart) -> Pulse:
+    """The pulse of a worker that has entered a Session, with what it has written into the page."""
+    silent_s = max(0, time.monotonic_ns() - part.beat_ns) / 1e9
+    phase = part.phase
+    return msgspec.structs.replace(
+        pulse,
+        phase=int(phase),
+        entered=True,
+        step=part.step,
+        steps_done=part.step - part.phase_step + 1 if phase >= Phase.FIRST_STEP else 0,
+        inner_beats=part.inner_beats,
+        silent_s=round(silent_s, 3),
+        beat_s=round(time.time() - silent_s, 4),
+        exempt=part.section_until > time.monotonic_ns(),
+        step_s=part.step_ns / 1e9,
+        lead_s=part.lead_ns / 1e9,
+        cpu_s=pulse.cpu_s if silent_s < _FAMILY_AFTER_S else family_cpu_s(pulse.pid),
+    )
 
 
 def _kernel_view(pid: int) -> str:

@@ -155,13 +155,18 @@ class WorkerState(enum.StrEnum):
 
 
 class Pulse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What an agent sees of one of its workers that is in a Session; gathered every heartbeat, no event by itself."""
+    """What an agent sees of one of its workers; gathered every heartbeat, no event by itself.
+
+    One that is not in a Session gives no signs of life: its silence counts from its start.
+    """
 
     global_rank: int
     local_rank: int
     pid: int
     phase: int
     """`holdfast.snapshot.control.Phase` of its Session."""
+    entered: bool = True
+    """It has begun to open a Session in this generation, whatever has become of that."""
     step: int = -1
     """Newest finished step."""
     steps_done: int = 0
@@ -183,7 +188,7 @@ class Pulse(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     stuck_s: float = 0.0
     """For how long it has been seen in state T, or in state D without a moment of running."""
     cpu_s: float = 0.0
-    """CPU time of all its threads; once it is silent, with that of the processes that it has started."""
+    """CPU time of all its threads; where it is silent, with that of the processes that it has started."""
     switches: int = 0
     """Context switches of its main thread."""
     io_bytes: int = 0
@@ -240,7 +245,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, tag="report"):
     ended: bool = False
     """This node has carried out the end of the job."""
     pulses: tuple[Pulse, ...] = ()
-    """Of the workers of `generation` that are in a Session."""
+    """Of the workers of `generation`."""
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -45,6 +47,7 @@ class Rank:
     """What a simulated worker does; changed by the test as time passes."""
 
     phase: Phase = Phase.FIRST_STEP
+    entered: bool = True
     step: int = 20
     steps_done: int = 20
     inner_beats: int = 3
@@ -55,6 +58,7 @@ class Rank:
     state: str = "S"
     stuck_since: float | None = None
     cpu_per_s: float = 0.0
+    cpu_until: float = float("inf")
     io_per_s: float = 0.0
     switches_per_s: float = 0.0
     stack: Callable[[int], str] = lambda number: "same"
@@ -67,6 +71,7 @@ class Rank:
             local_rank=rank,
             pid=1000 + rank,
             phase=int(self.phase),
+            entered=self.entered,
             step=self.step,
             steps_done=self.steps_done,
             inner_beats=self.inner_beats,
@@ -77,7 +82,7 @@ class Rank:
             lead_s=self.lead_s,
             state=self.state,
             stuck_s=0.0 if self.stuck_since is None else now - self.stuck_since,
-            cpu_s=self.cpu_per_s * now,
+            cpu_s=self.cpu_per_s * min(now, self.cpu_until),
             io_bytes=int(self.io_per_s * now),
             switches=int(self.switches_per_s * now),
             dump=self.dump,
@@ -122,6 +127,20 @@ class Job:
 @pytest.fixture
 def job() -> Job:
     return Job([Rank(), Rank(), Rank()])
+
+
+def outside(**changes: Any) -> Rank:
+    """A rank that has not entered a Session; it works."""
+    usual = {"phase": Phase.NONE, "entered": False, "step": -1, "steps_done": 0, "inner_beats": 0, "cpu_per_s": 0.5}
+    return Rank(**(usual | {"step_s": 0.0, "lead_s": 0.0} | changes))
+
+
+def opening(**changes: Any) -> Rank:
+    """A rank that waits for the others to enter the Session."""
+    return outside(entered=True, cpu_per_s=0.0, **changes)
+
+
+STOPPED = {"state": "T", "stuck_since": 0.0, "cpu_per_s": 0.0}
 
 
 def test_a_job_that_beats_is_left_alone_and_one_rank_is_enough(job: Job) -> None:
@@ -242,7 +261,7 @@ def test_without_an_open_session_on_every_rank_there_is_a_warning_but_no_restart
 
 @pytest.mark.parametrize(
     ("state", "phase", "ends"),
-    [("T", Phase.OPENED, True), ("T", Phase.NONE, False), ("T", Phase.CLOSED, False), ("D", Phase.OPENED, False)],
+    [("T", Phase.OPENED, True), ("T", Phase.CLOSED, False), ("D", Phase.OPENED, False), ("D", Phase.NONE, False)],
 )
 def test_a_rank_that_is_stopped_while_sessions_open_is_ended_one_that_waits_for_storage_is_not(
     job: Job, state: str, phase: Phase, ends: bool
@@ -253,6 +272,156 @@ def test_a_rank_that_is_stopped_while_sessions_open_is_ended_one_that_waits_for_
     job.run(30)
     assert job.first(Suspected) is not None
     assert (job.first(Hung) is not None) == ends
+
+
+# --- before, beside and after a Session
+
+
+@pytest.mark.parametrize(
+    "others",
+    [(opening(), outside()), (opening(), opening()), (outside(phase=Phase.RESTORED, entered=True), outside())],
+    ids=["one has entered", "all others have", "one is in its first step"],
+)
+def test_a_rank_that_is_stopped_before_it_enters_the_session_of_the_others_is_ended(others: tuple[Rank, ...]) -> None:
+    job = Job([*(dataclasses.replace(rank) for rank in others), outside(**STOPPED)])
+    job.run(15)
+    told, found = job.first(Suspected), job.first(Hung)
+    assert told is not None
+    assert found is not None
+    assert 10 <= told[0] <= found[0] <= 12.5
+    assert found[1].first.global_rank == 2
+    assert "left alone" not in told[1].text
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        (outside(), outside()),
+        (Rank(), Rank()),
+        (opening(), Rank(phase=Phase.CLOSED)),
+        (opening(), outside(state="Z")),
+        (Rank(phase=Phase.WAITING), opening()),
+    ],
+    ids=["no session", "steps were made without it", "one has left", "one has ended", "one waits at an agreed step"],
+)
+def test_a_stopped_rank_outside_a_session_is_told_of_and_left_alone_where_work_would_be_lost(
+    others: tuple[Rank, ...],
+) -> None:
+    job = Job([*(dataclasses.replace(rank) for rank in others), outside(**STOPPED)])
+    job.run(15, working=(0,))
+    found = job.first(Suspected)
+    assert found is not None
+    assert 10 <= found[0] <= 12.5
+    assert "rank 2 (host, pid 1002) has been in state T for 10 s; it is left alone: end it, or kill -CONT 1002" in (
+        found[1].text
+    )
+    job.run(700, working=(0,))
+    assert job.first(Hung) is None
+
+
+def test_a_rank_in_a_debugger_or_asleep_in_the_kernel_before_its_session_is_not_ended() -> None:
+    for state, since in (("t", None), ("D", 0.0)):
+        job = Job([opening(), opening(), outside(state=state, stuck_since=since)])
+        job.run(700)
+        assert job.first(Hung) is None, state
+
+
+@pytest.mark.parametrize(
+    ("phases", "ends"),
+    [
+        ((Phase.FIRST_STEP, Phase.FIRST_STEP), True),
+        ((Phase.CLOSED, Phase.FIRST_STEP), True),
+        ((Phase.WAITING, Phase.WAITING), True),
+        ((Phase.CLOSED, Phase.CLOSED), False),
+        ((Phase.NONE, Phase.FIRST_STEP), False),
+    ],
+    ids=["in the middle", "by an exception", "at an agreed step", "after the session", "a session of some ranks"],
+)
+def test_after_a_generation_that_ended_within_a_session_every_rank_is_about_to_enter_one(
+    phases: tuple[Phase, Phase], ends: bool
+) -> None:
+    job = Job([Rank(phase=phase) for phase in phases])
+    job.run(1, working=(0, 1))
+    for _ in range(2):  # one that ends on the way teaches nothing else
+        job.watch.began(2)
+        job.ranks[:] = [outside(beat=job.now), outside(beat=job.now)]
+        job.run(1)
+    job.ranks[1] = outside(**(STOPPED | {"stuck_since": job.now}), beat=job.now)
+    job.run(15)
+    assert (job.first(Hung) is not None) == ends
+    job.ranks[1] = outside(beat=job.now)
+    job.watch.began(2)
+    job.seen.clear()
+    job.run(640)
+    assert (job.first(Suspected) is not None) == ends, "it has ten minutes until it opens one"
+    job.run(700)
+    assert job.first(Hung) is None, "it may be slow"
+
+
+def test_a_script_without_a_session_is_silent_only_where_no_rank_works() -> None:
+    job = Job([outside(cpu_per_s=0.02, cpu_until=900.0), outside(cpu_per_s=0.0), outside(cpu_per_s=0.0)])
+    assert job.run(1465) == []
+    job.run(50)
+    found = job.first(Suspected)
+    assert found is not None
+    assert "no rank has used CPU or done I/O for 60" in found[1].text
+    assert found[1].first.global_rank == 1, "it stopped long before"
+    job.run(700)
+    assert job.first(Hung) is None
+    job.ranks[2].io_per_s = 1e5
+    assert [type(found) for found in job.run(60)][-1] is Resumed
+
+
+def test_idleness_of_an_older_generation_does_not_count() -> None:
+    job = Job([outside(cpu_per_s=0.0)])
+    job.run(400)
+    job.watch.began(1)
+    assert job.run(590) == []
+
+
+def test_a_rank_that_hangs_before_the_session_of_the_others_is_named_after_ten_minutes() -> None:
+    job = Job([opening(beat=5.0), outside(beat=7.0), opening(beat=6.0)])
+    assert job.run(600) == []
+    job.run(20)
+    found = job.first(Suspected)
+    assert found is not None
+    assert found[1].first.global_rank == 1
+    assert "rank 1 (host, pid 1001) stopped first, before its Session: in train.py:1" in found[1].text
+    job.run(700)
+    assert job.first(Hung) is None, "it may be slow"
+
+
+def test_ranks_that_have_no_part_in_the_session_are_not_named_for_its_silence() -> None:
+    job = Job([Rank(), outside(), Rank(step=19)])
+    job.run(620)
+    found = job.first(Suspected)
+    assert found is not None
+    assert found[1].first.global_rank == 2
+    job.run(700)
+    assert job.first(Hung) is None
+
+
+def test_a_rank_that_ended_without_leaving_its_session_is_named() -> None:
+    job = Job([Rank(), Rank(step=19, state="Z")])
+    job.run(70)
+    found = job.first(Suspected)
+    assert found is not None
+    assert found[1].first.global_rank == 1
+
+
+@pytest.mark.parametrize("others", [Rank(phase=Phase.CLOSED), Rank(phase=Phase.CLOSED, state="Z")])
+def test_work_after_the_session_is_left_in_peace(others: Rank) -> None:
+    job = Job([Rank(phase=Phase.CLOSED, cpu_per_s=0.5), dataclasses.replace(others)])
+    assert job.run(700) == []
+    job.ranks[0].cpu_per_s = 0.0
+    assert job.run(565) == []
+    job.run(50)
+    found = job.first(Suspected)
+    assert found is not None
+    assert "no rank has used CPU" in found[1].text
+    assert (found[1].first.global_rank == 0) or others.state != "Z"
+    job.run(700)
+    assert job.first(Hung) is None
 
 
 def test_a_section_is_exempt_and_counts_again_after_its_limit(job: Job) -> None:
@@ -432,3 +601,47 @@ def test_nobody_waits_for_the_stacks_of_a_process_that_is_stopped(tmp_path: Path
         finally:
             watch.close()
             child.kill()
+
+
+def test_a_worker_outside_a_session_is_seen_and_nobody_waits_for_its_stacks(tmp_path: Path) -> None:
+    generation = GenerationId(incarnation=1, nonce="7f3a9c02", generation=1)
+    with subprocess.Popen(["sleep", "600"]) as child:
+        watch = NodeWatch(tmp_path / "no arena", tmp_path)
+        watch.begin(generation, 4)
+        pids = {0: child.pid}
+        try:
+            (pulse,) = watch.look(pids, 1.0)
+            assert (pulse.global_rank, pulse.entered, pulse.phase, pulse.silent_s) == (4, False, Phase.NONE, 0)
+            watch.dump(1, pids, 2.0)
+            assert [pulse.dump for pulse in watch.look(pids, 2.5)] == [0], "others may be about to answer"
+            (pulse,) = watch.look(pids, 3.0)
+            assert (pulse.dump, pulse.silent_s) == (1, 2.0)
+            assert pulse.frame == f"its stacks come with a Session (state {pulse.state})"
+            assert (tmp_path / "stacks" / f"{generation}-dump-1-rank-00004.txt").read_text().startswith("state ")
+            with ControlPage.create(tmp_path / "control") as page:
+                page.rank(0).enter(generation, child.pid)
+                other = NodeWatch(tmp_path, tmp_path)
+                other.begin(generation, 4)
+                assert [pulse.entered for pulse in other.look(pids, 4.0)] == [True]
+                other.begin(GenerationId(incarnation=1, nonce="7f3a9c02", generation=2), 4)
+                assert [pulse.entered for pulse in other.look(pids, 4.5)] == [False], "what an older one left behind"
+                other.close()
+        finally:
+            watch.close()
+            child.kill()
+
+
+def test_work_of_what_a_worker_outside_a_session_has_started_is_read_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def family(pid: int) -> float:
+        read.append(pid)
+        return float(len(read))
+
+    monkeypatch.setattr("holdfast.launcher.watching.family_cpu_s", family)
+    watch = NodeWatch(tmp_path, tmp_path)
+    watch.begin(GenerationId(incarnation=1, nonce="7f3a9c02", generation=1), 0)
+    seen = [watch.look({0: os.getpid()}, now / 2)[0].cpu_s for now in range(50)]
+    assert seen == [1.0] * 20 + [2.0] * 20 + [3.0] * 10
