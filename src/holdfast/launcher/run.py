@@ -88,13 +88,17 @@ def own_address(meeting: Meeting, iface: str = "") -> str:
     Raises:
         UsageError: ``--hold-iface`` names no interface with an address.
     """
+    address = address_of(iface or socket_interface())
+    if iface and address is None:
+        import psutil
+
+        there = psutil.net_if_addrs()
+        problem = "it has no address" if iface in there else "no such interface"
+        raise UsageError(f"--hold-iface {iface}: {problem} (this host has {', '.join(sorted(there))})")
     if meeting.max_nodes == 1:
         return "127.0.0.1"
-    address = address_of(iface or socket_interface())
     if address is not None:
         return address
-    if iface:
-        raise UsageError(f"--hold-iface {iface}: no such interface, or it has no address")
     for host, port in meeting.endpoints or ((meeting.host, meeting.port),):
         try:
             for found in socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM):

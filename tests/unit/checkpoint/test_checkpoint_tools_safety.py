@@ -139,8 +139,16 @@ def test_prune_by_a_metric_that_nobody_has_deletes_nothing(tool: Tool, tmp_path:
     said = tool.refused("prune", tmp_path / "c", "--best", "2", "--by", "los", code=2)
     assert "no checkpoint has this metric (known: loss)" in said
     assert listing(tmp_path) == before
+    said = tool.refused("prune", tmp_path / "c" / "step-00000001", "--best", "2", "--by", "los", code=2)
+    assert "is one checkpoint: give the directory that holds it" in said
+    assert listing(tmp_path) == before
     assert "2 deleted" not in tool.works("prune", tmp_path / "c", "--best", "2", "--by", "loss")
     assert sorted(path.name for path in (tmp_path / "c").glob("step-*")) == ["step-00000002", "step-00000003"]
+
+
+def test_prune_says_where_there_is_nothing_to_prune(tool: Tool, tmp_path: Path) -> None:
+    assert tool.works("prune", tmp_path, "--best", "2", "--by", "loss") == "0 deleted, 0 B\n"
+    assert f"{tmp_path} holds no steps" in tool.err
 
 
 def test_prune_tells_all_that_it_deletes_before_it_does(tool: Tool, steps: Path) -> None:

@@ -86,7 +86,11 @@ SEVERAL = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localh
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [([*SEVERAL, "--hold-iface", "none99"], "no such interface"), (["--signals-to-handle", "SIGKILL"], "SIGKILL")],
+    [
+        ([*SEVERAL, "--hold-iface", "none99"], r"--hold-iface none99: no such interface \(this host has .*\blo\b"),
+        (["--hold-iface", "none99"], "no such interface"),
+        (["--signals-to-handle", "SIGKILL"], "SIGKILL"),
+    ],
 )
 def test_a_mistake_takes_no_seat(base: Path, flags: list[str], expected: str) -> None:
     with pytest.raises(UsageError, match=expected):

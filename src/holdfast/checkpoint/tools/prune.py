@@ -7,6 +7,7 @@ import sys
 
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.retention import Retention
+from holdfast.checkpoint.root import ROOT_NAME
 from holdfast.checkpoint.steps import StepInfo, list_steps
 from holdfast.checkpoint.storage import storage_of
 from holdfast.checkpoint.tools.units import argument, human, put_json
@@ -33,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     """0."""
     if not arguments.directory.is_dir():
         raise UsageError(f"{arguments.directory} is no directory")
+    if (arguments.directory / ROOT_NAME).exists():
+        raise UsageError(f"{arguments.directory} is one checkpoint: give the directory that holds it")
     policy = Retention(
         last=arguments.last,
         every_steps=arguments.every_steps,
@@ -44,8 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if not (arguments.last or arguments.every_steps or arguments.every_seconds or arguments.best):
         raise UsageError("what to keep: give --last, --every-steps, --every-seconds or --best")
+    steps = list_steps(arguments.directory)
     if policy.best_by is not None:
-        _check_metric(policy.best_by, list_steps(arguments.directory))
+        _check_metric(policy.best_by, steps)
     found = policy.find(arguments.directory)
     if not arguments.dry_run:
         found.carry_out(storage_of(arguments.directory), policy)
@@ -53,6 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
         paths = {name: [str(path) for path in getattr(found, name)] for name in ("left_over", "abandoned")}
         put_json({"deleted": [str(info.path) for info in found.steps], **paths, "dry_run": arguments.dry_run})
         return 0
+    if not steps:
+        sys.stderr.write(
+            f"holdfast ckpt: {arguments.directory} holds no steps (folders named step-00000100 and so on)\n"
+        )
     done = "would be deleted" if arguments.dry_run else "deleted"
     sys.stdout.write("".join(f"{info.path} {done} ({human(info.size_bytes)})\n" for info in found.steps))
     sys.stdout.write("".join(f"{path} {done} (an interrupted save left it)\n" for path in found.left_over))
