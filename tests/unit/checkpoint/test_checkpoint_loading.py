@@ -232,7 +232,7 @@ def test_a_rank_with_another_state_or_none_is_named_to_all(
         if ranks.rank == of_another_state:
             return None
         state = {"a": torch.zeros(3)}
-        return _load(ranks, state, tmp_path / "c", monkeypatch, timeout=timedelta(seconds=1.5))
+        return _load(ranks, state, tmp_path / "c", monkeypatch, timeout=timedelta(seconds=3))
 
     errors = together(3, late)
     assert all(isinstance(error, PeerTimeout) for error in errors if error is not None), errors

@@ -22,7 +22,7 @@ def _narrow_tree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "FANOUT", 2)  # twelve ranks make four levels
 
 
-def _together(act: Callable[[Meeting, int], Any], timeout_s: float = 20.0) -> list[Any]:
+def _together(act: Callable[[Meeting, int], Any], timeout_s: float = 120.0) -> list[Any]:
     store = dist.HashStore()
 
     def one(rank: int) -> Any:
@@ -101,7 +101,7 @@ def test_a_missing_rank_deep_in_the_tree_is_named_to_all(missing: int) -> None:
     def act(meeting: Meeting, rank: int) -> Any:
         return None if rank == missing else meeting.gather(b"")
 
-    errors = _together(act, timeout_s=1.5)
+    errors = _together(act, timeout_s=3.0)
     for rank, error in enumerate(errors):
         if rank != missing:
             assert isinstance(error, PeerTimeout), error

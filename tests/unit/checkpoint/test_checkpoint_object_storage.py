@@ -182,7 +182,7 @@ def test_nothing_is_tried_again_for_a_reader_that_is_gone(
     s3.together = Together(2)
     rule = s3.fail("503", "GET", "/file", times=99)
     source.will_read(0, 2 << 20)
-    assert s3.together.arrived.acquire(timeout=20)
+    assert s3.together.arrived.acquire(timeout=120)
     source.close()
     s3.together.wait()
     s3.together = None

@@ -76,7 +76,7 @@ def _save(path: Path, ranks: Ranks, **kwargs: Any) -> StepInfo:
         pieces=pieces,
         data=lambda p: tensor_bytes(data[p.box.offsets[0] : p.box.offsets[0] + p.box.lengths[0]]),
         objects={"rank": ObjectRecord(encode(ranks.rank), per_rank=True)},
-        **{"timeout": timedelta(seconds=20), **kwargs},
+        **{"timeout": timedelta(seconds=120), **kwargs},
     )
 
 
@@ -121,7 +121,7 @@ def test_an_error_that_is_not_ours_also_fails_the_save_on_every_rank(tmp_path: P
             raise_at = Piece("w", "float32", (8,), Box((4,), (4,)))
             return save_pieces(
                 tmp_path / "c", ranks=ranks, version=VERSION, pieces=[raise_at], data=lambda p: 1 // 0,  # type: ignore
-                objects={}, timeout=timedelta(seconds=20),
+                objects={}, timeout=timedelta(seconds=120),
             )  # fmt: skip
         return _save(tmp_path / "c", ranks)
 
@@ -133,7 +133,7 @@ def test_an_error_that_is_not_ours_also_fails_the_save_on_every_rank(tmp_path: P
 
 def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
     def act(ranks: Ranks) -> StepInfo | None:
-        return None if ranks.rank == 1 else _save(tmp_path / "c", ranks, timeout=timedelta(seconds=1.5))
+        return None if ranks.rank == 1 else _save(tmp_path / "c", ranks, timeout=timedelta(seconds=3))
 
     errors = together(3, act)
     for error in (errors[0], errors[2]):
@@ -156,13 +156,13 @@ def test_a_second_attempt_does_not_read_what_the_first_left(tmp_path: Path) -> N
 
     limit = 0.05
     assert isinstance(act(0, [0])[0], PeerTimeout)
-    limit = 20
+    limit = 120
     infos = act(1, [0, 1])
     assert infos[0] == infos[1]
 
 
 def test_ranks_agree_on_what_rank_0_says() -> None:
-    found = together(3, lambda ranks: agree(ranks, "nonce", lambda: f"of {ranks.rank}", timedelta(seconds=20)))
+    found = together(3, lambda ranks: agree(ranks, "nonce", lambda: f"of {ranks.rank}", timedelta(seconds=120)))
     assert found == ["of 0"] * 3
     with pytest.raises(PeerTimeout, match="rank 0 did not come"):
         agree(Ranks(1, 2, dist.HashStore()), "nonce", str, timedelta(seconds=0.01))
@@ -297,7 +297,7 @@ def test_nothing_of_the_core_imports_torch() -> None:
         "import sys, holdfast.checkpoint.commit, holdfast.checkpoint.retention, holdfast.checkpoint.ownership;"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
     assert GENERATION.generation == 4
 
 

@@ -436,6 +436,6 @@ for command in ("ls", "verify", "inspect", "repair"):
     assert main([command, {str(tmp_path / "c")!r}]) == 0, command
 assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=120, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"2 images", done.stdout)

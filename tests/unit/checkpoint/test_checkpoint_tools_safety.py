@@ -209,7 +209,7 @@ def test_a_path_that_is_no_text_and_a_terminal_that_knows_ascii_only(tmp_path: P
     )
     environ = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", code, folder]
-    done = subprocess.run(command, check=False, timeout=120, capture_output=True, env=environ)
+    done = subprocess.run(command, check=False, timeout=240, capture_output=True, env=environ)
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb"w\u2026" in done.stdout
     assert done.stdout.endswith(b"\n" + os.fsencode(folder / "step-00000001") + b"\n")
@@ -220,7 +220,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(steps: Path) -> None:
     os.close(read)
     code = "import sys; from holdfast.checkpoint.tools.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
-        [sys.executable, "-c", code, "ls", str(steps)], check=False, timeout=120, stdout=write, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, "ls", str(steps)], check=False, timeout=240, stdout=write, stderr=subprocess.PIPE
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (1, b"")

@@ -63,7 +63,7 @@ CODES = ((1, 1), (3, 1), (1, 2), (4, 2), (2, 5), (7, 8))
 
 def run_guarded(kernel: str, script: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-c", GUARDED + script, kernel], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", GUARDED + script, kernel], capture_output=True, text=True, timeout=240, check=False
     )
 
 

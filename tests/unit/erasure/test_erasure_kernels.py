@@ -136,9 +136,9 @@ def _observed_in_progress(work: "object") -> bool:
 
     thread = threading.Thread(target=run, name="coder")
     thread.start()
-    assert started.wait(30)
+    assert started.wait(120)
     in_progress = not ended.is_set()
-    thread.join(30)
+    thread.join(120)
     return in_progress
 
 
@@ -164,7 +164,7 @@ def test_one_code_serves_many_threads_at_once(kernel: Kernel) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
         assert not thread.is_alive()
     assert wrong == []
 

@@ -134,7 +134,7 @@ def test_the_record_is_there_before_a_killed_process_is_gone(tmp_path: Path) -> 
         "import pathlib, sys\nfrom holdfast.faults import *\n"
         "Injector(parse_schedule('kill:rank=0,step=3'), pathlib.Path(sys.argv[1]), rank=0).at('begin', 3)\n"
     )
-    process = subprocess.run([sys.executable, "-c", script, tmp_path], check=False, timeout=60)
+    process = subprocess.run([sys.executable, "-c", script, tmp_path], check=False, timeout=240)
     assert process.returncode == -signal.SIGKILL
     assert [fired.fault for fired in read_fired(tmp_path)] == ["kill:step=3,rank=0"]
 
@@ -144,7 +144,7 @@ def test_exit_ends_the_process_with_the_code_given(tmp_path: Path) -> None:
         "from holdfast.faults import *\n"
         "Injector(parse_schedule('exit:rank=0,step=0,code=7'), None, rank=0).at('begin', 0)"
     )
-    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 7
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=240).returncode == 7
 
 
 def test_a_line_torn_by_a_crash_is_left_out(tmp_path: Path) -> None:

@@ -19,18 +19,24 @@ from holdfast.errors import PeerError, PeerTimeout
 from holdfast.runtime.store_agreement import StoreAgreement
 from holdfast.snapshot.reports import Agreed, RankState, Request
 
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=120)
 Body = Callable[[int, int, StoreAgreement], None]
 """Of a step: rank, completed steps, what it may ask."""
 
 
-def train(world: int, until: int, body: Body, *, together: bool = True) -> list[list[tuple[int, Agreed]]]:
-    """Steps of `world` ranks up to a stop; what each rank performed, and when."""
+Performed = list[list[tuple[int, Agreed]]]
+
+
+def train(
+    world: int, until: int, body: Body, *, together: bool = True, performed: Performed | None = None
+) -> Performed:
+    """Steps of `world` ranks up to a stop; what each rank performed, and when. `body` may look at `performed`."""
+    by_rank = [[] for _ in range(world)] if performed is None else performed
     store = dist.HashStore()
     barrier = threading.Barrier(world)
 
     def rank(number: int) -> list[tuple[int, Agreed]]:
-        performed = []
+        performed = by_rank[number]
         with closing(StoreAgreement(Ranks(number, world, store), "session", timeout=PATIENCE)) as agreement:
             agreement.expect(until)
             for step in range(until):
@@ -77,10 +83,11 @@ def test_requests_before_the_agreed_step_are_one() -> None:
         time.sleep(0.001)
         if step == 5:
             agreement.request("save", persist=True, tag=None, metrics={f"of{rank}": 1.0})
-        if step == 700:
+        if performed[rank] and step == performed[rank][0][0] + 300:
             agreement.request("stop", persist=True, metrics={})
 
-    performed = train(3, 5000, body)
+    performed: Performed = [[], [], []]
+    train(3, 5000, body, performed=performed)
     assert performed[1:] == performed[:-1]
     (_, save), (_, stop) = performed[0]
     assert (save.kind, stop.kind) == ("save", "stop")
@@ -173,9 +180,8 @@ def test_a_store_that_goes_is_an_error_of_who_waits_at_a_proposed_step() -> None
         return key.endswith("rank/0") and msgspec.json.decode(value, type=RankState).acknowledged > 0
 
     store = Mortal(has_acknowledged)
-    limit = timedelta(seconds=5)
-    first = StoreAgreement(Ranks(0, 2, store), "session", timeout=limit)
-    second = StoreAgreement(Ranks(1, 2, store), "session", timeout=limit)
+    first = StoreAgreement(Ranks(0, 2, store), "session", timeout=PATIENCE)
+    second = StoreAgreement(Ranks(1, 2, store), "session", timeout=PATIENCE)
     with closing(first), closing(second):
         first.request("stop", persist=False, metrics={})
         with pytest.raises(PeerError, match="does not answer"):

@@ -364,7 +364,7 @@ def test_tensor_changed_outside_of_optimizers_is_copied_at_the_boundary_from_the
 
     def at(self: Injector, when: str, step: int, **rest: object) -> None:
         if when == "copy" and step == 1:
-            assert changed.wait(30)
+            assert changed.wait(120)
 
     monkeypatch.setattr(Injector, "at", at)
     daemon.make_slots(1 << 20)

@@ -64,11 +64,11 @@ def in_threads(*bodies: Callable[[], object]) -> list[object]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     return results
 
 
-def huddles(count: int, *, timeout: timedelta = timedelta(seconds=30)) -> list[Huddle]:
+def huddles(count: int, *, timeout: timedelta = timedelta(seconds=120)) -> list[Huddle]:
     store = dist.HashStore()
     return [Huddle(Ranks(rank, count, store), "test", timeout=timeout) for rank in range(count)]
 

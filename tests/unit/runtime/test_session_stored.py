@@ -100,7 +100,7 @@ def _saved(path: Path, world: int) -> Path:
             pieces=[piece.piece for piece in pieces],
             data=lambda piece: tensor_bytes(tensors[piece.key].contiguous()),
             objects=state.objects(3),
-            timeout=timedelta(seconds=60),
+            timeout=timedelta(seconds=120),
         )
 
     assert together(world, save) == [None] * world
@@ -258,4 +258,4 @@ def test_a_rank_that_begins_from_nothing_leaves_the_others_to_themselves(tmp_pat
 
 
 def _huddle(ranks: Ranks) -> Huddle:
-    return Huddle(ranks, "h", timeout=timedelta(seconds=20))
+    return Huddle(ranks, "h", timeout=timedelta(seconds=120))

@@ -90,7 +90,7 @@ class Nodes:
         sources = tuple(StripeSources(stripe, left) for stripe, left in zip(stripes, shards, strict=True))
         rebuild = Rebuild(global_rank=LOST, coded=self.coded, stripes=sources)
         endpoints = {node: server.endpoint for node, server in self.servers.items()}
-        return DecodedSource(self.context, rebuild, endpoints, keys=self.keys, timeout=timedelta(seconds=10))
+        return DecodedSource(self.context, rebuild, endpoints, keys=self.keys, timeout=timedelta(seconds=120))
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ class Thread(ExchangeThread):
         self.handled: list[ExchangeEvent] = []
 
     def _handle(self, event: ExchangeEvent) -> None:
-        assert self.go.wait(30)
+        assert self.go.wait(120)
         self.handled.append(event)
         super()._handle(event)
 

