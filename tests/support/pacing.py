@@ -49,14 +49,20 @@ def paced(steps: Iterator[int], *, standby_at: int | None = None) -> Iterator[in
 
 
 def wait_for_version(step: int) -> None:
-    """Wait until every rank of this node has a whole image of one version of `step`: a failure then goes back to it."""
+    """Wait until every rank of this node has a whole image of one version of `step`: a failure then goes back to it.
+
+    And until the daemon has seen that, and told the agent: it takes the grants of older steps back then.
+    """
     environment = worker_environment()
     assert environment is not None, "a worker of holdfast run"
     deadline = time.monotonic() + VERSION_LIMIT_S
-    while environment.local_world_size not in _images(environment.arena, step).values():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no version of step {step} within {VERSION_LIMIT_S} s")
-        time.sleep(0.01)
+    with ControlPage.open(environment.arena / "control") as page:
+        while environment.local_world_size not in _images(environment.arena, step).values() or any(
+            granted < step for _, granted in page.grants()
+        ):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no version of step {step} within {VERSION_LIMIT_S} s")
+            time.sleep(0.01)
 
 
 def _images(arena: Path, step: int) -> dict[Version, int]:
