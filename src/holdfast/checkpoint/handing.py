@@ -4,7 +4,7 @@ Every rank handles units in the same order and asks for at most a few at a time;
 all have asked for it, at most a few units too. So memory is bounded on both sides, and nobody waits in a circle: the
 first unfinished unit is always among those that its reader reads and its wanters ask for.
 
-Units of one file are read one after the other, as the system expects of whom it reads ahead for, and verified beside.
+Units of one file are read one after the other, as the system expects of whom it reads ahead for; files side by side.
 
 Ranks of one host look at what was read where the reader has it (`holdfast.checkpoint.slab`), to others it is sent.
 Messages go over ZeroMQ, straight between ranks. Each carries a random key that its receiver told through the process
@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from hmac import compare_digest
 from itertools import islice
-from threading import Event
+from threading import Lock
 from typing import Any, Literal, NamedTuple, Self
 
 import msgspec
@@ -34,7 +34,7 @@ from msgspec.structs import replace
 
 from holdfast.checkpoint.slab import Place, SeenSlab, Slab
 from holdfast.checkpoint.wants import UNIT_BYTES, Unit
-from holdfast.errors import PeerError, PeerTimeout, StorageError
+from holdfast.errors import PeerError, PeerTimeout
 
 _READERS = 4
 _AHEAD = 4
@@ -235,7 +235,6 @@ class Handing:
         post: Post | None,
         *,
         read: Callable[[Unit, memoryview], memoryview],
-        verify: Callable[[Unit, memoryview], None],
         will_read: Callable[[Unit], None],
         take: Callable[[Unit, memoryview], None],
         check: Callable[[], None],
@@ -245,11 +244,10 @@ class Handing:
         Args:
             rank: this one.
             post: None where this process loads alone.
-            read: gives the bytes of a unit, in the memory that it is given where they fit; called by reading threads,
-                for the units of one image in their order and never two at once: so the system sees a file that is
-                read from its start to its end, and reads ahead.
-            verify: raises where these bytes are not what was saved; called by reading threads, while the next are read.
-            will_read: is told which units are to be read soon; called by reading threads, too.
+            read: gives the bytes of a unit, verified, in the memory that it is given where they fit; called by reading
+                threads, for the units of one image in their order and never two at once: so the system sees a file that
+                is read from its start to its end, and reads ahead.
+            will_read: is told which units are to be read soon; called by reading threads, too, before `read`.
             take: uses them, here; the bytes are good until it returns.
             check: raises when another rank has failed; called now and then while this one waits.
             timeout: how long nothing may come.
@@ -257,7 +255,6 @@ class Handing:
         self._rank = rank
         self._post = post
         self._read = read
-        self._verify = verify
         self._will_read = will_read
         self._take = take
         self._check = check
@@ -286,32 +283,32 @@ class Handing:
             _Bell(self._post) as bell,
             ThreadPoolExecutor(_READERS, thread_name_prefix="holdfast-load") as pool,
         ):
+            lanes = _Lanes(pool, self._read_unit)
             try:
-                self._loop(turn, pool, bell)
+                self._loop(turn, lanes, bell)
             finally:
                 for future in turn.reading:
                     future.cancel()
 
-    def _loop(self, turn: _Turn, pool: ThreadPoolExecutor, bell: _Bell) -> None:
+    def _loop(self, turn: _Turn, lanes: _Lanes, bell: _Bell) -> None:
         heard = time.monotonic()
         while turn.is_open:
-            self._begin(turn, pool, bell)
-            ended, came = self._end_reads(turn), self._hear(turn)
+            self._begin(turn, lanes, bell)
+            rung, called = bell.wait(_CHECK_MS)
+            ended, came = rung and self._end_reads(turn), called and self._hear(turn)
             if ended or came:
                 heard = time.monotonic()
-            elif not bell.wait(_CHECK_MS) and turn.waits_for_others:
+            elif turn.waits_for_others:
                 self._check()
                 if time.monotonic() - heard > self._timeout.total_seconds():
                     ranks = sorted({unit.reader for unit in turn.asked.values()} | turn.silent())
                     raise PeerTimeout(f"nothing came from or was taken by rank {', '.join(map(str, ranks[:10]))}")
 
-    def _begin(self, turn: _Turn, pool: ThreadPoolExecutor, bell: _Bell) -> None:
+    def _begin(self, turn: _Turn, lanes: _Lanes, bell: _Bell) -> None:
         while turn.to_read and self._free:
             unit, slot = turn.to_read.popleft(), self._free.pop()  # the one used last: its memory is warm
-            following, order = turn.take_following(_HINTED), turn.next_in(unit.image)
-            future = pool.submit(self._read_in_order, unit, self._memory(slot), following, order)
+            future = lanes.submit(_Read(unit, self._memory(slot), turn.take_following(_HINTED)))
             turn.reading[future] = unit, slot
-            future.add_done_callback(order.let_pass)  # also where it is cancelled
             future.add_done_callback(bell.ring)
         while turn.to_ask and len(turn.asked) < _AHEAD:
             unit = turn.to_ask.popleft()
@@ -319,16 +316,11 @@ class Handing:
             assert self._post is not None
             self._post.ask(unit.reader, unit)
 
-    def _read_in_order(self, unit: Unit, memory: memoryview, following: Sequence[Unit], order: _Order) -> memoryview:
+    def _read_unit(self, read: _Read) -> memoryview:
         """For reading threads."""
-        if not order.before.wait(self._timeout.total_seconds()):
-            raise StorageError(f"what lies before block {unit.first} of an image was not read within {self._timeout}")
-        for soon in following:
+        for soon in read.following:
             self._will_read(soon)
-        data = self._read(unit, memory)
-        order.let_pass()
-        self._verify(unit, data)
-        return data
+        return self._read(read.unit, read.memory)
 
     def _memory(self, slot: int) -> memoryview:
         if not self._slots[slot]:
@@ -374,8 +366,7 @@ class Handing:
             self._free.append(held.slot)
 
     def _hear(self, turn: _Turn) -> bool:
-        if self._post is None:
-            return False
+        assert self._post is not None
         came = self._post.receive(0)
         if came is None:
             return False
@@ -417,16 +408,58 @@ class _Held(NamedTuple):
     """Whether `data` lies in the slot."""
 
 
-class _Order(NamedTuple):
-    """A read's place among those of its image."""
+class _Read(NamedTuple):
+    """A unit that is to be read."""
 
-    before: Event
-    """Set when the one before it has its bytes, or will never have them."""
-    done: Event
+    unit: Unit
+    memory: memoryview
+    following: Sequence[Unit]
+    """What the system is told of before."""
 
-    def let_pass(self, _: object = None) -> None:
-        """The next one may begin."""
-        self.done.set()
+
+class _Lanes:
+    """Reads of one image one after the other, in the order of `submit`, those of several side by side."""
+
+    def __init__(self, pool: ThreadPoolExecutor, read: Callable[[_Read], memoryview]) -> None:
+        """
+        Args:
+            pool: its threads read.
+            read: gives the bytes.
+        """
+        self._pool = pool
+        self._read = read
+        self._lock = Lock()
+        self._waiting: dict[int, deque[tuple[Future[memoryview], _Read]]] = {}
+        """By image, of those of which a thread reads."""
+
+    def submit(self, read: _Read) -> Future[memoryview]:
+        """Have it read after those of its image; for one thread."""
+        future = Future[memoryview]()
+        with self._lock:
+            lane = self._waiting.get(read.unit.image)
+            if lane is not None:
+                lane.append((future, read))
+                return future
+            self._waiting[read.unit.image] = deque([(future, read)])
+        self._pool.submit(self._serve, read.unit.image)
+        return future
+
+    def _serve(self, image: int) -> None:
+        """For reading threads: one goes on with an image until nothing waits, and no thread waits for another."""
+        while (waiting := self._next(image)) is not None:
+            future, read = waiting
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(self._read(read))
+                except BaseException as error:  # noqa: BLE001  # raised by who takes the result
+                    future.set_exception(error)
+
+    def _next(self, image: int) -> tuple[Future[memoryview], _Read] | None:
+        with self._lock:
+            if self._waiting[image]:
+                return self._waiting[image].popleft()
+            del self._waiting[image]
+            return None
 
 
 class _Bell:
@@ -453,12 +486,13 @@ class _Bell:
         """A read has ended."""
         os.eventfd_write(self._fd, 1)
 
-    def wait(self, timeout_ms: int) -> bool:
-        """Whether anything came in time."""
+    def wait(self, timeout_ms: int) -> tuple[bool, bool]:
+        """Whether reads have ended, and whether a message has come, in time."""
         came = dict(self._poller.poll(timeout_ms))
-        if self._fd in came:
+        rung = came.pop(self._fd, 0) != 0
+        if rung:
             os.eventfd_read(self._fd)
-        return bool(came)
+        return rung, bool(came)
 
 
 class _Turn:
@@ -473,18 +507,6 @@ class _Turn:
         """With the slot."""
         self.held: dict[Key, _Held] = {}
         self.asked: dict[Key, Unit] = {}
-        self._read_last: dict[int, Event] = {}
-        """Of each image: set when the read that was begun last has its bytes."""
-
-    def next_in(self, image: int) -> _Order:
-        """The place of the next read of an image."""
-        done = Event()
-        before = self._read_last.get(image)
-        if before is None:
-            before = Event()
-            before.set()
-        self._read_last[image] = done
-        return _Order(before, done)
 
     def take_following(self, limit: int) -> list[Unit]:
         """Those of the next `limit` units to read that were not among them before; called after each `popleft`."""

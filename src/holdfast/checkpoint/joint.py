@@ -147,7 +147,6 @@ class JointReading:
             self._ranks.rank,
             self._post,
             read=self._read,
-            verify=self._verify,
             will_read=self._will_read,
             take=self._take,
             check=self._meeting.check,
@@ -273,13 +272,7 @@ class JointReading:
         if unit.first == HEADER:
             return image.header()
         with self._named(unit):
-            return image.unverified(unit.first, unit.end, self._place(unit) or memory)
-
-    def _verify(self, unit: Unit, data: memoryview) -> None:
-        """For reading threads."""
-        if unit.first != HEADER:
-            with self._named(unit):
-                self.catalog.images[unit.image].check(unit.first, data)
+            return image.blocks(unit.first, unit.end, self._place(unit) or memory)
 
     @contextmanager
     def _named(self, unit: Unit) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -137,7 +138,7 @@ def dtensor_layout(name: str, tensor: DTensor) -> Layout:
             f"{expected}, but the local tensor has shape {local_shape}; shard this dimension evenly"
         )
     boxes, origins = _boxes(runs)
-    return Layout(shape, boxes, origins, _holders(mesh, coordinate, placements))
+    return Layout(shape, boxes, origins, _holders(mesh, tuple(coordinate), tuple(placements)))
 
 
 def shard_runs(
@@ -216,8 +217,10 @@ def _boxes(runs: Sequence[Sequence[Run]]) -> tuple[tuple[Box, ...], tuple[tuple[
     return tuple(boxes), tuple(origins)
 
 
-def _holders(mesh: DeviceMesh, coordinate: Sequence[int], placements: Sequence[Placement]) -> tuple[int, ...]:
-    """Global ranks with this rank's coordinate on every sharding axis of the mesh."""
+@lru_cache(maxsize=64)
+def _holders(mesh: DeviceMesh, coordinate: tuple[int, ...], placements: tuple[Placement, ...]) -> tuple[int, ...]:
+    """Global ranks with this rank's coordinate on every sharding axis of the mesh. A state has few meshes, and torch
+    works out their ranks anew each time."""
     from torch.distributed.tensor.placement_types import Replicate
 
     index: list[Any] = [  # Any: an int or a slice, as tensor indexing takes them

@@ -14,6 +14,8 @@ from holdfast.errors import CorruptError, HoldfastError
 WINDOW_BYTES = 8 << 20
 """Most bytes that are asked of a source at once."""
 _CACHED_BLOCKS = 16
+_CACHED_BYTES = 1 << 20
+"""What is read of a file before its checksums are taken: it is still in the processor's cache then."""
 
 
 class OpenImage:
@@ -130,32 +132,23 @@ class OpenImage:
             CorruptError: one does not match its checksum; names image and block.
             StorageError, PeerError: the source cannot give them.
         """
-        data = self.unverified(first, end, into)
-        self.check(first, data)
-        return data
-
-    def unverified(self, first: int, end: int, into: memoryview | None = None) -> memoryview:
-        """The same before `check`, which another thread may do.
-
-        Raises:
-            CorruptError, StorageError, PeerError: the source cannot give them.
-        """
         start, length = self.extent(first, end)
-        if into is not None and len(into) >= length and isinstance(self.source, FileSource):
-            data = into[:length]
-            self.source.read_into(start, data)
+        if into is None or len(into) < length or not isinstance(self.source, FileSource):
+            data = self.source.read(start, length)
+            self._check_all(first, data)
             return data
-        return self.source.read(start, length)
-
-    def check(self, first: int, data: memoryview) -> None:
-        """Verify whole blocks, from `first` on. Any thread, once the header is known.
-
-        Raises:
-            CorruptError: one does not match its checksum; names image and block.
-        """
         size = self.meta.block_bytes
-        for start in range(0, len(data), size):
-            self._check(first + start // size, data[start : start + size])
+        step = max(1, _CACHED_BYTES // size) * size
+        for at in range(0, length, step):
+            part = into[at : min(at + step, length)]
+            self.source.read_into(start + at, part)
+            self._check_all(first + at // size, part)
+        return into[:length]
+
+    def _check_all(self, first: int, data: memoryview) -> None:
+        size = self.meta.block_bytes
+        for at in range(0, len(data), size):
+            self._check(first + at // size, data[at : at + size])
 
     def will_read(self, first: int, end: int) -> None:
         """`blocks` will be called for these."""
@@ -248,8 +241,7 @@ class OpenImage:
     def _blocks(self, first: int, last: int) -> memoryview:
         data = self.source.read(*self._extent(first, last))
         size = self.meta.block_bytes
-        for block in range(first, last + 1):
-            self._check(block, data[(block - first) * size : (block - first + 1) * size])
+        self._check_all(first, data)
         # The neighbours of this range begin or end in its outer blocks: keep copies, not the whole range.
         self._keep(first, memoryview(bytes(data[:size])))
         self._keep(last, memoryview(bytes(data[(last - first) * size :])))

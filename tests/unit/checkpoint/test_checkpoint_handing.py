@@ -1,4 +1,4 @@
-"""How units are read: in the order of each file, verified beside, and noticed soon."""
+"""How units are read: in the order of each file, files side by side, and noticed soon."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 
 import pytest
 
@@ -21,9 +21,7 @@ from holdfast.errors import CorruptError, PeerError
 _LIMIT = timedelta(seconds=120)
 
 
-def _handing(
-    read: Callable[[Unit], None], verify: Callable[[Unit], None], taken: list[Unit], *, timeout: timedelta = _LIMIT
-) -> Handing:
+def _handing(read: Callable[[Unit], None], taken: list[Unit]) -> Handing:
     def read_into(unit: Unit, memory: memoryview) -> memoryview:
         read(unit)
         return memory[:8]
@@ -32,11 +30,10 @@ def _handing(
         0,
         None,
         read=read_into,
-        verify=lambda unit, data: verify(unit),
         will_read=lambda unit: None,
         take=lambda unit, data: taken.append(unit),
         check=lambda: None,
-        timeout=timeout,
+        timeout=_LIMIT,
     )
 
 
@@ -44,21 +41,19 @@ def _units(count: int, image: int = 0) -> list[Unit]:
     return [Unit(image, number, number + 1, 0, (0,)) for number in range(count)]
 
 
-def test_a_file_is_read_in_order_while_what_was_read_is_verified() -> None:
-    begun = [Event() for _ in range(20)]
-    early: list[int] = []
+def test_a_file_is_read_in_order_and_by_one_thread_at_a_time() -> None:
+    begun: list[int] = []
+    reading = Lock()
 
     def read(unit: Unit) -> None:
-        begun[unit.first].set()
-        if begun[unit.first + 1].wait(0.002):
-            early.append(unit.first + 1)
-
-    def verify(unit: Unit) -> None:
-        assert unit.first == 18 or begun[unit.first + 1].wait(_LIMIT.total_seconds()), unit
+        assert reading.acquire(blocking=False), unit
+        begun.append(unit.first)
+        time.sleep(0.002)  # others could begin now
+        reading.release()
 
     taken: list[Unit] = []
-    _handing(read, verify, taken).run(reversed(_units(19)))
-    assert early == []
+    _handing(read, taken).run(reversed(_units(19)))
+    assert begun == list(range(19))
     assert sorted(taken) == _units(19)
 
 
@@ -69,30 +64,23 @@ def test_files_are_read_side_by_side() -> None:
         both[unit.image].set()
         assert both[1 - unit.image].wait(_LIMIT.total_seconds())
 
-    _handing(read, lambda unit: None, []).run([*_units(1, image=0), *_units(1, image=1)])
+    _handing(read, []).run([*_units(1, image=0), *_units(1, image=1)])
 
 
-def test_one_that_cannot_be_read_ends_it_and_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[bool] = []
-
-    class Noted(Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            waits.append(super().wait(timeout))
-            return waits[-1]
-
-    monkeypatch.setattr(handing, "Event", Noted)
+def test_one_that_cannot_be_read_ends_it_and_what_waits_is_not_read() -> None:
+    begun: list[int] = []
 
     def read(unit: Unit) -> None:
+        begun.append(unit.first)
         if unit.first == 3:
             raise CorruptError("block 3")
 
     taken: list[Unit] = []
     with pytest.raises(CorruptError, match="block 3"):
-        _handing(read, lambda unit: None, taken).run(_units(100))
-    assert waits
-    assert all(waits)
+        _handing(read, taken).run(_units(100))
+    assert begun == list(range(len(begun)))
+    assert 3 < len(begun) <= 3 + handing._AHEAD
     assert set(taken) <= {unit for unit in _units(100) if unit.first != 3}
-    assert len(taken) < 99
 
 
 @pytest.mark.parametrize("count", [3, 40])
@@ -108,7 +96,6 @@ def test_the_system_is_told_what_comes_in_order_and_only_so_far_ahead(count: int
         0,
         None,
         read=read,
-        verify=lambda unit, data: None,
         will_read=lambda unit: told.append(unit.first),
         take=lambda unit, data: None,
         check=lambda: None,
@@ -143,7 +130,6 @@ def test_who_waits_for_others_looks_whether_they_failed_and_asks_only_so_far_ahe
         0,
         posts[0],
         read=read,
-        verify=lambda unit, data: None,
         will_read=lambda unit: None,
         take=lambda unit, data: None,
         check=check,
@@ -155,17 +141,6 @@ def test_who_waits_for_others_looks_whether_they_failed_and_asks_only_so_far_ahe
     while (came := posts[1].receive(60_000 if len(asked) < handing._AHEAD else 10)) is not None:
         asked.append((came[0].kind, came[0].first))
     assert asked == [("ask", number) for number in range(handing._AHEAD)]
-
-
-def test_what_is_wrong_is_not_taken() -> None:
-    def verify(unit: Unit) -> None:
-        if unit.first == 2:
-            raise CorruptError("block 2")
-
-    taken: list[Unit] = []
-    with pytest.raises(CorruptError, match="block 2"):
-        _handing(lambda unit: None, verify, taken).run(_units(50))
-    assert _units(50)[2] not in taken
 
 
 _MB = 1 << 20
