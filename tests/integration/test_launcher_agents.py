@@ -35,6 +35,8 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 BUSY = ("--hold-dead-after", "20s")
 """Where no node is lost: none is to be counted as lost because the machine is busy."""
+LOST = ("--hold-dead-after", "5s")
+"""Where one is, and no other."""
 
 
 def agent(job: Job, number: int, mode: str, *flags: str) -> subprocess.Popen[bytes]:
@@ -102,9 +104,9 @@ def test_a_failure_on_one_node_restarts_both(job: Job, backend: str) -> None:
 
 @pytest.mark.parametrize("victim", ["leader", "member"])
 def test_a_killed_agent_takes_its_workers_along_and_its_return_resumes_the_job(job: Job, victim: str) -> None:
-    leader = agent(job, 0, "wait", *c10d(job))
+    leader = agent(job, 0, "wait", *c10d(job), *LOST)
     wait_for(lambda: "node_joined" in str([e.get("change") for e in _events(job)]), "the leader", job)
-    member = agent(job, 1, "wait", *c10d(job))
+    member = agent(job, 1, "wait", *c10d(job), *LOST)
     wait_for(lambda: len(rows(job)) == 4, "the first generation", job)
     lost, other = (leader, member) if victim == "leader" else (member, leader)
     lost.kill()
@@ -112,7 +114,7 @@ def test_a_killed_agent_takes_its_workers_along_and_its_return_resumes_the_job(j
     node = {"leader": "0", "member": "1"}[victim]
     pids = [int(row[5]) for row in rows(job) if row[0] == node]
     wait_for(lambda: not any(pid in marked(job.name) for pid in pids), "the end of its workers", job)
-    again = agent(job, 2, "wait", *c10d(job))
+    again = agent(job, 2, "wait", *c10d(job), *LOST)
     wait_for(lambda: len(rows(job)) == 8, "the next generation", job)
     (job.root / "go").touch()
     assert finish(other, again) == [0, 0]
@@ -121,9 +123,9 @@ def test_a_killed_agent_takes_its_workers_along_and_its_return_resumes_the_job(j
 
 
 def test_a_silent_node_is_missed_and_the_others_go_on(job: Job) -> None:
-    stays = agent(job, 0, "wait", *c10d(job, "1:2"))
+    stays = agent(job, 0, "wait", *c10d(job, "1:2"), *LOST)
     wait_for(lambda: "node_joined" in str([e.get("change") for e in _events(job)]), "the leader", job)
-    hangs = agent(job, 1, "wait", *c10d(job, "1:2"))
+    hangs = agent(job, 1, "wait", *c10d(job, "1:2"), *LOST)
     wait_for(lambda: len([row for row in rows(job) if row[2] == "4"]) == 4, "a world of four", job)
     os.kill(hangs.pid, signal.SIGSTOP)
     wait_for(lambda: rows(job)[-1][2] == "2" and rows(job)[-2][2] == "2", "a world of two", job)

@@ -30,6 +30,7 @@ def agent(job: Job, number: int, *flags: str) -> subprocess.Popen[bytes]:
     command = ["--nnodes", "1:2", "--rdzv-backend", "c10d", "--rdzv-id", job.name, "--max-restarts", "0"]
     command += ["--rdzv-endpoint", f"localhost:{job.port},localhost:{job.port + 1}", "--hold-grow", "1"]
     command += ["--rdzv-conf", "last_call_timeout=2,join_timeout=100", "--hold-linger", "1s"]
+    command += ["--hold-dead-after", "5s"]  # nobody but who is killed, however busy the machine is
     command += [*flags, "--no-python", "bash", str(job.root / "worker.sh")]
     return job.start(job.holdfast(*command), log=f"agent-{number}.txt")
 

@@ -12,6 +12,7 @@ import pytest
 from support.jobs import BIN, Job, job_in, leftovers
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
+PACED = Path(__file__).resolve().parents[1] / "support" / "paced_script.py"
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ def undisturbed(root: Path, case: Case) -> str:
 
 
 def killed(job: Job, case: Case) -> str:
-    """The final line of a run under `holdfast run` that was killed."""
+    """The final line of a run under `holdfast run` that was killed. Its steps wait for the memory of the node."""
     folder = job.root / "out"
     folder.mkdir()
-    slow = f"slow:rank=0,step=1,seconds=0.12,steps=30,when={case.slow_at}"  # toy steps end before memory is ready
+    slow = f"slow:rank=0,step=1,seconds=0.12,steps=30,when={case.slow_at}"  # `end_step` is not paced
     faults = f"{slow};kill:rank={case.ranks - 1},{case.kill}"
     flags = ["--standalone", "--nproc-per-node", str(case.ranks), "--hold-faults", faults]
-    assert job.run(job.holdfast(*flags, RECIPES / f"{case.name}.py", folder)) == 0, job.output()
+    assert job.run(job.holdfast(*flags, PACED, RECIPES / f"{case.name}.py", folder)) == 0, job.output()
     return final_line(job.output())
 
 

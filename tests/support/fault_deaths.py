@@ -50,7 +50,8 @@ def _rank(rank: int, file: str, at: Path, second: Path, ours: bool) -> None:
         if ours:
             from datetime import timedelta
 
-            hc.save(value, path, timeout=timedelta(seconds=5))
+            # The second one has to be long enough for the rank that lives to come to its death.
+            hc.save(value, path, timeout=timedelta(seconds=120 if step == 1.0 else 10))
         else:
             dcp.save(value, checkpoint_id=path)
 
@@ -70,8 +71,8 @@ def _two_ranks(at: Path, second: Path, ours: bool) -> list[int | None]:
         ranks = [context.Process(target=_quietly, args=a) for a in arguments]
         for process in ranks:
             process.start()
-        ranks[1].join(60)
-        ranks[0].join(20)
+        ranks[1].join(240)
+        ranks[0].join(120 if ours else 20)
         if ranks[0].is_alive():
             ranks[0].kill()
             ranks[0].join(10)

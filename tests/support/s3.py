@@ -38,7 +38,7 @@ class Rule:
 class Together:
     """Holds requests back until so many have come; from then on none."""
 
-    def __init__(self, count: int, timeout_s: float = 20.0) -> None:
+    def __init__(self, count: int, timeout_s: float = 120.0) -> None:
         self._left = threading.Semaphore(count - 1)
         self._met = threading.Event()
         self._timeout_s = timeout_s
@@ -81,12 +81,12 @@ class S3:
     def make_bucket(self, name: str) -> str:
         """Make one; its URL."""
         url = f"http://127.0.0.1:{self.server_port}/{name}"
-        urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=30).close()
+        urllib.request.urlopen(urllib.request.Request(url, method="PUT"), timeout=120).close()
         return f"s3://{name}"
 
     def uploads(self, bucket: str) -> bytes:
         """What the server says of multipart uploads that are under way."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.server_port}/{bucket}?uploads", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.server_port}/{bucket}?uploads", timeout=120) as answer:
             return bytes(answer.read())
 
     def fail(self, kind: Kind, method: str = "", path: str = "", times: int = 1) -> Rule:
@@ -128,7 +128,7 @@ def s3_server() -> Iterator[S3]:
     finally:
         proxy.shutdown()
         proxy.server_close()
-        thread.join(10)
+        thread.join(60)
         server.stop()
 
 
@@ -164,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle
 
     def _ask(self, port: int, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
         try:
             connection.request(self.command, self.path, body, dict(self.headers.items()))
             answer = connection.getresponse()

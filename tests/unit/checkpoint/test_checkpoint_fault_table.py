@@ -18,7 +18,7 @@ _PAGE = _TESTS.parent / "docs" / "fault-table.md"
 
 def _observed(side: str, *options: str) -> dict[str, str]:
     command = [sys.executable, str(_TESTS / "support" / "fault_table.py"), "--side", side, *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=800)
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -141,7 +141,8 @@ def test_small_requests_are_repeated_and_every_repetition_is_logged(
 def test_an_answer_that_takes_too_long_is_asked_for_again(
     s3: S3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("AWS_TIMEOUT", "100ms")
+    monkeypatch.setenv("AWS_TIMEOUT", "2s")
+    monkeypatch.setattr(s3, "slow_s", 5.0)
     at = place(s3.make_bucket(f"b{secrets.token_hex(6)}")) / "file"
     rule = s3.fail("slow", "PUT", "/file")
     assert ObjectStorage(Backoff(attempts=9, first_s=0.01)).write(at, [b"abc"]) == 3
