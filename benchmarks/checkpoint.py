@@ -3,10 +3,10 @@
     python benchmarks/checkpoint.py            # 1 GB of state over 2, 4 and 16 ranks, 20,000 small tensors, flat shards
     python benchmarks/checkpoint.py --quick    # the same in small: it judges what is counted, not what is timed
 
-Two, four or sixteen ranks run in lock step. In each round every subject is measured once, in turn, so that what disturbs the
-machine disturbs all of them; a round's value is that of the slowest rank, and ratios are taken within a round. Reported
-are medians with 95 % bootstrap intervals. A bar is met only if the whole interval is; the exit code is 1 where one is
-not.
+Two, four or sixteen ranks run in lock step. In each round every subject is measured once, in turn, so that what
+disturbs the machine disturbs all of them; a round's value is that of the slowest rank, and ratios are taken within a
+round. Reported are medians with 95 % bootstrap intervals. A bar is met only if the whole interval is; the exit code is
+1 where one is not.
 
 Everything that is written is synced: holdfast and DCP do it themselves, the raw writers (one per rank, its tensors one
 after the other into one file) too; torchsnapshot and torch_checkpointing do not, and are followed by ``fsync`` of each
