@@ -156,7 +156,7 @@ def through_memory(name: str, rank: int, directory: Path) -> None:
         sizes.append(sum(map(len, images)))
         check_restored(name, rank, images, state_of(models, optimizer))
         watch.look()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 200
         while not census.news and not watch.is_settled and time.monotonic() < deadline:
             time.sleep(0.01)
         if rank == 0:  # at the next step one rank shares the work and the other does not know yet

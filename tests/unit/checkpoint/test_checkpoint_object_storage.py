@@ -187,7 +187,7 @@ def test_nothing_is_tried_again_for_a_reader_that_is_gone(
     source.close()
     s3.together.wait()
     s3.together = None
-    _reader().submit(lambda: None).result(30)
+    _reader().submit(lambda: None).result(120)
     assert rule.fired == 1
     assert "attempt" not in caplog.text
 

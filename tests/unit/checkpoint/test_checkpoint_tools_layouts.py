@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,17 @@ def test_workers_stay_within_the_bound_and_the_first_error_ends_the_rest() -> No
         with pytest.raises(UsageError):
             workers_within(workers, bound)
     done: list[int] = []
-    together = threading.Barrier(2)
+    together, raises = threading.Barrier(2), threading.Event()
 
     def work(item: int, tool: str) -> None:
         if item < 2:
             together.wait(120)
         if item == 1:
+            raises.set()
             raise KeyError(item)
         if item > 1:
+            assert raises.wait(120)
+            time.sleep(0.02)  # so that the error is heard of before all is done
             done.append(item)
 
     with pytest.raises(KeyError):
