@@ -16,6 +16,8 @@ A message says what happened, with which values, and what to do, in one line.
 
 from __future__ import annotations
 
+import msgspec
+
 
 class HoldfastError(Exception):
     """The root of every error of this package."""
@@ -55,3 +57,7 @@ class PeerTimeout(PeerError, TimeoutError):
 
 class FenceError(HoldfastError):
     """A newer generation exists; what this process does no longer counts."""
+
+
+DECODE_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError)
+"""What msgspec raises for bytes that do not decode: the second for text that is not UTF-8."""

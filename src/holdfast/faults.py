@@ -30,7 +30,7 @@ from pathlib import Path
 import msgspec
 
 from holdfast.environment import WorkerEnvironment, fault_schedule
-from holdfast.errors import UsageError
+from holdfast.errors import DECODE_ERRORS, UsageError
 
 RECORD_NAME = "faults.jsonl"
 """File in the run's directory that lists what fired."""
@@ -253,7 +253,7 @@ def read_fired(run_dir: Path) -> tuple[Fired, ...]:
     for line in lines:
         try:
             fired.append(msgspec.json.decode(line, type=Fired))
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except DECODE_ERRORS:
             continue
     return tuple(fired)
 

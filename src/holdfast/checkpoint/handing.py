@@ -34,7 +34,7 @@ from msgspec.structs import replace
 
 from holdfast.checkpoint.slab import Place, SeenSlab, Slab
 from holdfast.checkpoint.wants import UNIT_BYTES, Unit
-from holdfast.errors import PeerError, PeerTimeout
+from holdfast.errors import DECODE_ERRORS, PeerError, PeerTimeout
 
 _READERS = 4
 _AHEAD = 4
@@ -192,7 +192,7 @@ class Post:
             frames = self._inbox.recv_multipart(copy=False)
             try:
                 message = _decoder.decode(frames[0].buffer)
-            except (msgspec.MsgspecError, UnicodeDecodeError):
+            except DECODE_ERRORS:
                 self.dropped += 1
                 continue
             data = frames[1].buffer if len(frames) == 2 else memoryview(b"")

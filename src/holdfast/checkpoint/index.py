@@ -18,7 +18,7 @@ from holdfast.checkpoint.compressed import unpacked
 from holdfast.checkpoint.dtypes import DTYPES
 from holdfast.checkpoint.tiles import Placement, Tiling
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.errors import CorruptError, MismatchError
+from holdfast.errors import DECODE_ERRORS, CorruptError, MismatchError
 
 if TYPE_CHECKING:
     from holdfast.checkpoint.share import Share
@@ -56,7 +56,7 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
         """
         try:
             return msgspec.msgpack.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except DECODE_ERRORS as error:
             raise CorruptError(f"an image record does not parse: {error}") from error
 
 
@@ -170,7 +170,7 @@ def decode_index(data: bytes) -> Index:
     """
     try:
         index = msgspec.json.decode(unpacked(data, limit_bytes=MAX_INDEX_BYTES, what="the index"), type=Index)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise CorruptError(f"the index does not parse: {error}") from error
     if index.format != 1:
         raise CorruptError(f"index format {index.format} is newer than this holdfast reads (1)")

@@ -22,6 +22,7 @@ import msgspec
 import zstandard
 
 from holdfast.errors import (
+    DECODE_ERRORS,
     CheckpointError,
     CorruptError,
     HoldfastError,
@@ -286,7 +287,7 @@ class Meeting:
             data = self._store.get(f"{self._prefix}/{name}")
         try:
             return msgspec.msgpack.decode(data, type=_Part)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except DECODE_ERRORS as error:
             raise PeerError(f"what another rank left under {name} does not parse: {error}") from error
 
     def _forget(self, name: str) -> None:

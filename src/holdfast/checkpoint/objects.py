@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from holdfast.checkpoint.flat import FlatRange
-from holdfast.errors import CorruptError, StateError
+from holdfast.errors import DECODE_ERRORS, CorruptError, StateError
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +131,7 @@ def decode_objects(data: bytes | memoryview) -> dict[str, ObjectRecord]:
     """
     try:
         parsed = msgspec.msgpack.decode(data, type=dict[str, tuple[bytes, bool]])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise CorruptError(f"the objects of an image do not parse: {error}") from error
     return {name: ObjectRecord(value, per_rank) for name, (value, per_rank) in parsed.items()}
 

@@ -22,7 +22,7 @@ import msgspec
 import xxhash
 
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CorruptError, UsageError
+from holdfast.errors import DECODE_ERRORS, CorruptError, UsageError
 
 if TYPE_CHECKING:
     from reedsolo import RSCodec
@@ -119,7 +119,7 @@ def _parse(data: bytes) -> Root | None:
         return None
     try:
         root = msgspec.msgpack.decode(record, type=Root)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise CorruptError(f"the root record does not parse: {error}") from error
     if root.format != 1:
         raise CorruptError(f"checkpoint format {root.format} is newer than this holdfast reads (1)")

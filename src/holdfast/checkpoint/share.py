@@ -22,7 +22,7 @@ from holdfast.checkpoint.compressed import unpacked
 from holdfast.checkpoint.image import piece_rows
 from holdfast.checkpoint.index import ImageRecord
 from holdfast.checkpoint.tiles import EvenImages, Grid, Tiling, tiling
-from holdfast.errors import CorruptError, MismatchError
+from holdfast.errors import DECODE_ERRORS, CorruptError, MismatchError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -137,7 +137,7 @@ class Share(msgspec.Struct, frozen=True, array_like=True):
         """
         try:
             return msgspec.msgpack.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except DECODE_ERRORS as error:
             raise CorruptError(f"what a rank says of its image does not parse: {error}") from error
 
 
@@ -200,7 +200,7 @@ class _Pieces(msgspec.Struct, frozen=True, array_like=True):
         """
         try:
             found = msgspec.msgpack.decode(unpacked(data, limit_bytes=MAX_SHARE_BYTES, what=_WHAT), type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except DECODE_ERRORS as error:
             raise CorruptError(f"{_WHAT} does not parse: {error}") from error
         if not all(found._is_sound(dims, part, num_images) for dims, part in found.columns.items()):
             raise CorruptError("the columns of what a rank says of its pieces contradict each other")

@@ -16,7 +16,7 @@ from holdfast.checkpoint.places import place
 from holdfast.checkpoint.root import ROOT_NAME, decode_root
 from holdfast.checkpoint.storage import Storage, storage_of
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CheckpointError, CorruptError, FenceError, StorageError, UsageError
+from holdfast.errors import DECODE_ERRORS, CheckpointError, CorruptError, FenceError, StorageError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ def _late_tag(storage: Storage, path: Path, version: Version) -> tuple[str | Non
         if isinstance(error.__cause__, FileNotFoundError):
             return None, ""
         problem = f"the tag of {path} cannot be read: {error}"
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         problem = f"{path / TAG_NAME} does not parse, the step counts as not tagged: {error}"
     else:
         if found == _LateTag.of(found.tag, str(version)):

@@ -26,7 +26,7 @@ import msgspec
 from holdfast.checkpoint.places import place
 from holdfast.checkpoint.storage import Storage, storage_of
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import CorruptError, HoldfastError
+from holdfast.errors import DECODE_ERRORS, CorruptError, HoldfastError
 from holdfast.launcher.wire import Standing
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class ClaimStore:
         data = self._storage.read(path, limit=_LIMIT_BYTES)
         try:
             return msgspec.json.decode(data, type=Standing)
-        except msgspec.MsgspecError as error:  # a file system without links and exclusive renames, and a sudden death
+        except DECODE_ERRORS as error:  # a file system without links and exclusive renames, and a sudden death
             raise CorruptError(f"{path} is no claim ({error}): remove it while no launcher of this job runs") from error
 
 

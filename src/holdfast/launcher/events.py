@@ -49,6 +49,7 @@ from types import TracebackType
 
 import msgspec
 
+from holdfast.errors import DECODE_ERRORS
 from holdfast.launcher.console import say
 
 SCHEMA = 1
@@ -301,6 +302,6 @@ def read_events(run_dir: Path) -> list[dict[str, object]]:
     for line in path.read_bytes().splitlines():
         try:
             events.append(msgspec.json.decode(line, type=dict[str, object]))
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except DECODE_ERRORS:
             continue
     return events

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from holdfast.errors import PeerError
+from holdfast.errors import DECODE_ERRORS, PeerError
 from holdfast.launcher import health
 from holdfast.launcher.console import say
 from holdfast.launcher.events import AnyEvent, HealthEvent
@@ -173,5 +173,5 @@ def ask_gpus(command: tuple[str, ...] = (sys.executable, "-c", _ASK_GPUS)) -> li
     try:
         answer = subprocess.run(command, capture_output=True, timeout=_GPU_LIMIT_S, check=True).stdout
         return msgspec.json.decode(answer, type=list[Finding])
-    except (OSError, subprocess.SubprocessError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (OSError, subprocess.SubprocessError, *DECODE_ERRORS) as error:
         return [Finding(check="gpu", status="warn", text=f"the check of the GPUs did not end well: {error}")]

@@ -24,7 +24,7 @@ from types import TracebackType
 import msgspec
 
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import PeerError, UsageError
+from holdfast.errors import DECODE_ERRORS, PeerError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class Seat:
         """The run that was last on this seat and did not end in good order."""
         try:
             return msgspec.json.decode((self.directory / "run.json").read_bytes(), type=RunRecord)
-        except (FileNotFoundError, msgspec.MsgspecError, UnicodeDecodeError):
+        except (FileNotFoundError, *DECODE_ERRORS):
             return None
 
     def write_record(self, record: RunRecord) -> None:
@@ -240,7 +240,7 @@ def _read_tenant(descriptor: int) -> Tenant:
     for _ in range(_TRIES):
         try:
             return msgspec.json.decode(os.pread(descriptor, 4096, 0), type=Tenant)
-        except (msgspec.MsgspecError, UnicodeDecodeError):
+        except DECODE_ERRORS:
             time.sleep(_TRY_S)
     return Tenant(pid=0, endpoint="")
 

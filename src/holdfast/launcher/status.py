@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import HoldfastError
+from holdfast.errors import DECODE_ERRORS, HoldfastError
 from holdfast.launcher.seats import RunRecord, Tenant, runtime_directory
 from holdfast.launcher.tool import human_seconds, put_json, put_table
 from holdfast.snapshot.control import MAX_LOCAL_RANKS, ControlPage, Phase, generation_word
@@ -81,7 +81,7 @@ def _read_seat(path: Path) -> JobStatus | None:
         return None
     agent = _holder(path / "agent.lock")
     record = None
-    with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    with contextlib.suppress(OSError, *DECODE_ERRORS):
         record = msgspec.json.decode((path / "run.json").read_bytes(), type=RunRecord)
     if agent == 0 and record is None:
         return None
@@ -107,7 +107,7 @@ def _holder(lock: Path) -> int:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return msgspec.json.decode(file.read(), type=Tenant).pid
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, *DECODE_ERRORS):
         return 0
     return 0
 

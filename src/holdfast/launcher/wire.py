@@ -12,7 +12,7 @@ from typing import Literal
 import msgspec
 
 from holdfast.checkpoint.version import GenerationId
-from holdfast.errors import PeerError
+from holdfast.errors import DECODE_ERRORS, PeerError
 
 PROTOCOL = 5
 """Raised whenever agents of two releases would misread each other."""
@@ -382,5 +382,5 @@ def decode(data: bytes) -> AgentMessage:
         raise PeerError(f"a message of {len(data)} bytes from an agent is over the limit of {MAX_MESSAGE_BYTES}")
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise PeerError(f"{len(data)} bytes from an agent are no message: {error}") from error

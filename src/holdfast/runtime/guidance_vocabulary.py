@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from holdfast.errors import UsageError
+from holdfast.errors import DECODE_ERRORS, UsageError
 
 Tokenizer = Any  # a mapping from token to id, an object with get_vocab(), or the path of a folder that holds one
 
@@ -62,7 +62,7 @@ def _from_files(path: Path) -> dict[str, int] | None:
             continue
         try:
             read = msgspec.json.decode(file.read_bytes())
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (OSError, *DECODE_ERRORS) as error:
             raise UsageError(f"{file} cannot be read as a tokenizer: {error}") from error
         whole = isinstance(read.get("model"), dict)
         vocabulary = read["model"].get("vocab") if whole else read

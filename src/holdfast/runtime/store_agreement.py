@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 
 from holdfast.checkpoint.saving import Ranks
-from holdfast.errors import PeerError, PeerTimeout
+from holdfast.errors import DECODE_ERRORS, PeerError, PeerTimeout
 from holdfast.snapshot.agreement import Agreement, Decision, Situation, at_boundary
 from holdfast.snapshot.reports import Agreed, RankState, Request
 
@@ -155,7 +155,7 @@ class StoreAgreement:
                 pass
         except RuntimeError as error:  # torch's DistStoreError is one
             self._give_up(f"the store of the process group does not answer: {error}")
-        except (PeerError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (PeerError, *DECODE_ERRORS) as error:
             self._give_up(str(error))
 
     def _is_closed(self, pause_s: float) -> bool:

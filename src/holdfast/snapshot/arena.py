@@ -44,7 +44,7 @@ import msgspec
 import xxhash
 
 from holdfast.checkpoint.version import GenerationId, Version
-from holdfast.errors import CorruptError, StorageError
+from holdfast.errors import DECODE_ERRORS, CorruptError, StorageError
 from holdfast.snapshot.control import ControlPage
 from holdfast.snapshot.messages import LeaderRestore, PersistEnded, StartGeneration
 from holdfast.snapshot.records import Parentage, SessionConfig
@@ -488,7 +488,7 @@ def _load_state(path: Path) -> NodeState:
         return NodeState()
     try:
         return msgspec.msgpack.decode(data[16:], type=NodeState)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         _log.warning("%s is of another version of holdfast (%s); what it knew is forgotten", path, error)
         return NodeState()
 

@@ -24,7 +24,7 @@ import zmq
 
 from holdfast.checkpoint.image import read_header
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CorruptError, HoldfastError
+from holdfast.errors import DECODE_ERRORS, CorruptError, HoldfastError
 from holdfast.snapshot.bulk import BulkClient, StreamRange
 from holdfast.snapshot.coding import (
     CHUNK_BYTES,
@@ -167,7 +167,7 @@ class ExchangeThread:
         for whole in self._store.adopt():
             try:
                 held = _record_decoder.decode(whole.map)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except DECODE_ERRORS as error:
                 _log.warning("parity of %s is discarded, its record does not parse: %s", whole.version, error)
                 self._store.clear(whole.number)
                 continue

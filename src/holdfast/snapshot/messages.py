@@ -14,7 +14,7 @@ import msgspec
 
 from holdfast.checkpoint.version import GenerationId, Version
 from holdfast.erasure.groups import Grouping
-from holdfast.errors import PeerError
+from holdfast.errors import DECODE_ERRORS, PeerError
 from holdfast.snapshot.coding import HeldParity, Stream
 from holdfast.snapshot.records import CleanImage, ImageLocation, Member, Parentage, SessionConfig
 from holdfast.snapshot.reports import NodeState, Orders, Pin
@@ -568,5 +568,5 @@ def decode(data: bytes | memoryview) -> AnyMessage:
         raise PeerError(f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}")
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise PeerError(f"{len(data)} bytes from a peer are no message: {error}") from error

@@ -20,7 +20,7 @@ import msgspec
 import xxhash
 
 from holdfast.checkpoint.version import Version
-from holdfast.errors import CorruptError
+from holdfast.errors import DECODE_ERRORS, CorruptError
 from holdfast.snapshot.arena import SLOT_HEADER_BYTES, Arena, Slot, SlotState
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class ParityStore:
             if xxhash.xxh3_128_digest(data) != header.header_digest:
                 raise CorruptError("its record does not match the digest in its header")
             record = msgspec.msgpack.decode(data, type=_Record)
-        except (OSError, CorruptError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (OSError, CorruptError, *DECODE_ERRORS) as error:
             _log.warning("parity of %s in %s is discarded: %s", header.version, self.path(number), error)
             return None
         return WholeParity(

@@ -109,10 +109,13 @@ def test_an_empty_store_has_no_claim(tmp_path: Path) -> None:
     assert ClaimStore(str(tmp_path)).newest() is None
 
 
-def test_a_claim_that_was_cut_short_is_named_and_never_taken_for_one(folder: str) -> None:
+@pytest.mark.parametrize(
+    "torn", [msgspec.json.encode(ONE_SIDE)[:40], msgspec.json.encode(ONE_SIDE).replace(b"a", b"\xff")]
+)
+def test_a_claim_that_was_cut_short_is_named_and_never_taken_for_one(folder: str, torn: bytes) -> None:
     path = Path(folder, "successors", str(FIRST.generation))
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(msgspec.json.encode(ONE_SIDE)[:40])
+    path.write_bytes(torn)
     for ask in (ClaimStore(folder).newest, lambda: ClaimStore(folder).create(OTHER_SIDE, FIRST.generation)):
         with pytest.raises(CorruptError, match=r"successors.*is no claim"):
             ask()

@@ -15,7 +15,7 @@ from holdfast.checkpoint.storage import PosixStorage, remove_leftovers
 from holdfast.checkpoint.tools.exported import Export, Item
 from holdfast.checkpoint.tools.parallel import in_parallel
 from holdfast.checkpoint.tools.safetensors_format import INDEX_NAME, MAX_HEADER_BYTES
-from holdfast.errors import StateError, StorageError
+from holdfast.errors import DECODE_ERRORS, StateError, StorageError
 
 _SOURCE = "holdfast.source"
 """In the metadata of a file: of which source and options it is."""
@@ -83,7 +83,7 @@ def _is_exported(path: Path) -> bool:
             if not 2 <= length <= MAX_HEADER_BYTES:
                 return False
             return _SOURCE in msgspec.json.decode(file.read(length), type=_Header).metadata
-    except (OSError, struct.error, msgspec.MsgspecError, UnicodeDecodeError):
+    except (OSError, struct.error, *DECODE_ERRORS):
         return False
 
 

@@ -31,7 +31,7 @@ from holdfast.checkpoint.boxes import Box, whole
 from holdfast.checkpoint.ownership import Shard, own
 from holdfast.checkpoint.pieces import Piece
 from holdfast.checkpoint.tools.states import SavedTensor
-from holdfast.errors import UsageError
+from holdfast.errors import DECODE_ERRORS, UsageError
 
 _MAX_FILE_BYTES = 64 << 20
 _MAX_WORLD = 1 << 20
@@ -90,7 +90,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             layout = msgspec.json.decode(data, type=cls)
         except OSError as error:
             raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except DECODE_ERRORS as error:
             raise UsageError(f"{path} is no layout: {error}") from error
         layout._check(path)
         return layout

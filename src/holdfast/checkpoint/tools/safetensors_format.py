@@ -15,7 +15,7 @@ from holdfast.checkpoint.objects import TensorRef
 from holdfast.checkpoint.planner import Segment, segments, strides_of
 from holdfast.checkpoint.source import FileSource
 from holdfast.checkpoint.tools.states import SavedTensor, fingerprint_of
-from holdfast.errors import CorruptError, UsageError
+from holdfast.errors import DECODE_ERRORS, CorruptError, UsageError
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
@@ -124,7 +124,7 @@ def read_tensors(file: Path) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
         for name, raw in header.items():
             entry = msgspec.json.decode(raw, type=_Entry)
             yield name, *_checked(file, name, entry, 8 + length, size)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise CorruptError(f"the header of {file} does not parse: {error}") from error
     finally:
         source.close()
@@ -158,7 +158,7 @@ def _files(path: Path) -> list[Path]:
 def _indexed(path: Path, index: Path) -> list[Path]:
     try:
         names = set(msgspec.json.decode(index.read_bytes(), type=_Index).weight_map.values())
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except DECODE_ERRORS as error:
         raise CorruptError(f"{index} does not parse: {error}") from error
     for name in sorted(names):
         if "/" in name or "\\" in name or name in ("", ".", "..") or "\0" in name:
