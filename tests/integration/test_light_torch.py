@@ -18,10 +18,15 @@ weight = torch.ones(2, requires_grad=True)
 optimizer = torch.optim.AdamW([weight])
 weight.sum().backward()
 optimizer.step()
+import torch._dynamo.config
+config = sys.modules["torch._dynamo.config"]
 assert isinstance(sys.modules["torch._dynamo"], _StandIn)
 assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2, 2]
 assert not isinstance(sys.modules["torch._dynamo"], _StandIn)
 assert torch._dynamo is sys.modules["torch._dynamo"]
+assert torch._dynamo.config is config
+assert torch._dynamo.utils.__spec__.origin.endswith("_dynamo/utils.py")
+assert torch._dynamo.utils is sys.modules["torch._dynamo.utils"]
 optimizer.step()
 """
 

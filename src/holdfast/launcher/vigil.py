@@ -87,7 +87,7 @@ class Vigil:
                 self._write(HangEvent(change="dump", text=f"dump {number} of all stacks"))
                 return DumpStacks(generation, number)
             case hangs.Suspected(first, _, text):
-                say(f"warning: {text}; stacks of all ranks are in the run directory")
+                say(f"warning: {text}; stacks/ in the run directory shows what all ranks are at")
                 self._write(self._event("suspected", first.global_rank, first.step, text))
             case hangs.Resumed(text):
                 say(text)
