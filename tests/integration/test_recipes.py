@@ -95,7 +95,7 @@ def test_a_recipe_survives_a_kill(short_path: Path, case: Case) -> None:
         assert all(event.get("steps_lost", 0) <= 2 for event in recoveries)
         assert len(job.fired()) == 2
         # What Python's multiprocessing keeps for a process that SIGKILL ends (workers of a DataLoader) is not ours.
-        assert [found for found in leftovers(job, within_s=3) if "/pymp-" not in found] == []
+        assert leftovers(job, besides="/pymp-") == []
     assert final == undisturbed(short_path / "undisturbed", case)
 
 

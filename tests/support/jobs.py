@@ -153,17 +153,28 @@ def traces(job: Job) -> list[str]:
     """Processes, shared memory, sockets and temporary files of the job."""
     found = [f"process {pid}: {command}" for pid, command in marked(job.name).items()]
     found += [f"shared memory {path}" for path in Path("/dev/shm").glob("holdfast-*") if job.name in path.name]
-    for base in (Path(f"/tmp/holdfast-{os.getuid()}"), job.root / "tmp"):
-        found += [f"file {path}" for path in base.rglob("*") if base == job.root / "tmp" or job.name in str(path)]
-    return found
+    found += [f"file {path}" for path in below(Path(f"/tmp/holdfast-{os.getuid()}")) if job.name in path]
+    return found + [f"file {path}" for path in below(job.root / "tmp")]
 
 
-def leftovers(job: Job, *, within_s: float = 30) -> list[str]:
-    """What is still there of the job after its end; a daemon that is just leaving gets a moment."""
+def below(folder: Path) -> list[str]:
+    """All files and folders in it. Those of other tests come and go meanwhile, at which `Path.rglob` fails."""
+    return [os.path.join(at, name) for at, folders, files in os.walk(folder) for name in (*folders, *files)]
+
+
+def leftovers(job: Job, *, within_s: float = 60, besides: str = "") -> list[str]:
+    """What is still there of the job after its end; a daemon that is just leaving gets a moment.
+
+    Args:
+        within_s: the moment.
+        besides: traces with this in them are of others, and stay.
+    """
     deadline = time.monotonic() + within_s
-    while (found := traces(job)) and time.monotonic() < deadline:
+    while True:
+        found = [trace for trace in traces(job) if not besides or besides not in trace]
+        if not found or time.monotonic() > deadline:
+            return found
         time.sleep(0.05)
-    return found
 
 
 @contextlib.contextmanager
