@@ -440,7 +440,7 @@ class SnapshotClient:
         self._tell(message, again="final")
 
     def wait_persisted(self, version: Version, timeout: timedelta) -> PersistedMessage:
-        """Wait until `version` is in storage.
+        """Wait until `version`, of the final step, is in storage.
 
         Raises:
             StorageError: it could not be written.

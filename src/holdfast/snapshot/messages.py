@@ -356,6 +356,8 @@ class PersistFailedMessage(Message, frozen=True, kw_only=True):
 
     version: Version
     reason: str
+    final: bool = False
+    """As in `PersistEnded`."""
 
 
 class CloseSession(Message, frozen=True, kw_only=True):
@@ -500,6 +502,8 @@ class PersistEnded(Message, frozen=True, kw_only=True):
     error: str | None = None
     seconds: float = 0.0
     tag: str | None = None
+    final: bool = False
+    """Of a failure: it was tried as the step for which the job waits at its end, which it is not tried as again."""
 
 
 AnyMessage = (

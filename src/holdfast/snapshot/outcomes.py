@@ -62,12 +62,19 @@ class Outcomes:
             return message if message is not None and self._settles(message) else None
 
     def wait(self, request: str | None, step: int | None, timeout: timedelta) -> PersistedMessage:
-        """Wait for the checkpoint of `step`, or of the step that was agreed for `request`, with its tag."""
+        """Wait for the checkpoint of the final `step`, or of the step that was agreed for `request`, with its tag.
+
+        The final step is tried again for minutes: a failure from before that was known to be the last one is no answer.
+        """
 
         def found() -> PersistedMessage | PersistFailedMessage | None:
             at = self._agreed.get(request) if request is not None else step
             message = self._by_step.get(at) if at is not None else None
-            return message if message is None or request is None or self._settles(message) else None
+            if message is None:
+                return None
+            if request is not None:
+                return message if self._settles(message) else None
+            return message if isinstance(message, PersistedMessage) or message.final else None
 
         with self._changed:
             if not self._changed.wait_for(lambda: found() or self._over is not None, timeout.total_seconds()):

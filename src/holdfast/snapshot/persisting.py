@@ -244,6 +244,7 @@ class Persisting:
             error=None if persisted else settled.reason or "it could not be written",
             seconds=time.monotonic() - attempt.begins if attempt else 0.0,
             tag=settled.tag,
+            final=settled.final,
         )
         self.ended.append(ended)
         for node_rank in self._leading.members:

@@ -68,6 +68,8 @@ class PersistSettled:
     """persisted, failed or dropped (a newer one took its place; counted, no error)."""
     reason: str = ""
     tag: str | None = None
+    final: bool = False
+    """It was tried as the final step."""
 
 
 PersistInstruction = OrderPersist | CommitPersist | PersistSettled
@@ -188,7 +190,8 @@ class PersistQueue:
         if self._tries < attempts:
             return [self._begin(running.pin, problem=reason)]
         self.failed += 1
-        settled = PersistSettled(version=running.pin.version, outcome="failed", reason=reason, tag=running.pin.tag)
+        pin = running.pin
+        settled = PersistSettled(version=pin.version, outcome="failed", reason=reason, tag=pin.tag, final=pin.final)
         return [settled, *self._end_running()]
 
     def _end_running(self) -> list[PersistInstruction]:

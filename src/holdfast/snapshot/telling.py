@@ -99,5 +99,6 @@ def parent_of(decided: LeaderRestore | None) -> Version | None:
 def outcome(ended: PersistEnded) -> PersistedMessage | PersistFailedMessage:
     """What workers are told of a persist that has ended."""
     if ended.path is None:
-        return PersistFailedMessage(version=ended.version, reason=ended.error or "it could not be written")
+        reason = ended.error or "it could not be written"
+        return PersistFailedMessage(version=ended.version, reason=reason, final=ended.final)
     return PersistedMessage(version=ended.version, path=ended.path, seconds=ended.seconds, tag=ended.tag)

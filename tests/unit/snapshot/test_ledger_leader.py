@@ -358,6 +358,7 @@ def test_a_failed_part_fails_the_attempt_and_a_mandatory_one_is_tried_again():
         assert isinstance(order, OrderPersist)
     out = queue.part_ended(order.version, order.attempt, 0, "disk full")
     assert settled(out) == [(10, "failed")]
+    assert not out[0].final
     assert (queue.failed, pins(queue)) == (1, [])
 
 
@@ -372,7 +373,9 @@ def test_the_final_step_is_tried_for_minutes_after_pauses_with_the_reason_of_the
         pauses.append(pause_s(tries))
     assert pauses[:5] == [0.0, 0.0, 1.0, 2.0, 4.0]
     assert 540 < sum(pauses) < 660
-    assert settled(queue.part_ended(order.version, order.attempt, 0, "the storage is away")) == [(10, "failed")]
+    out = queue.part_ended(order.version, order.attempt, 0, "the storage is away")
+    assert settled(out) == [(10, "failed")]
+    assert out[0].final
 
 
 def test_answers_of_an_older_attempt_are_ignored():

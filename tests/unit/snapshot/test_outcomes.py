@@ -19,8 +19,8 @@ def persisted(step: int, tag: str | None = None) -> PersistedMessage:
     return PersistedMessage(version=G.at(step), path=f"c/step-{step:08d}", seconds=1.0, tag=tag)
 
 
-def failed(step: int) -> PersistFailedMessage:
-    return PersistFailedMessage(version=G.at(step), reason="it is tagged 'first'")
+def failed(step: int, *, final: bool = False) -> PersistFailedMessage:
+    return PersistFailedMessage(version=G.at(step), reason="it is tagged 'first'", final=final)
 
 
 def test_a_save_with_a_tag_ends_when_the_step_has_it_and_not_when_it_is_in_storage_without() -> None:
@@ -64,3 +64,19 @@ def test_a_save_whose_tag_has_not_come_when_the_session_ends_says_so() -> None:
     outcomes.end("the Session is over")
     with pytest.raises(FenceError, match="is over"):
         PendingSave("mine", outcomes).result(NOW)
+
+
+def test_who_waits_for_the_final_step_hears_of_no_failure_from_before_it_was_known_to_be_that() -> None:
+    """A periodic checkpoint of the same step, or an agreed one, was tried once or three times; the final one goes on."""
+    outcomes = Outcomes()
+    outcomes.agree("mine", 10)
+    assert outcomes.put(failed(10))
+    with pytest.raises(StorageError):
+        PendingSave("mine", outcomes).result(NOW)
+    with pytest.raises(PeerTimeout):
+        outcomes.wait(None, 10, NOW)
+    assert outcomes.put(failed(10, final=True))
+    with pytest.raises(StorageError):
+        outcomes.wait(None, 10, NOW)
+    assert outcomes.put(persisted(10))
+    assert outcomes.wait(None, 10, NOW) == persisted(10)
