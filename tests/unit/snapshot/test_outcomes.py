@@ -67,7 +67,7 @@ def test_a_save_whose_tag_has_not_come_when_the_session_ends_says_so() -> None:
 
 
 def test_who_waits_for_the_final_step_hears_of_no_failure_from_before_it_was_known_to_be_that() -> None:
-    """A periodic checkpoint of the same step, or an agreed one, was tried once or three times; the final one goes on."""
+    """A periodic checkpoint of the same step, or an agreed one, was tried one or three times; the last one goes on."""
     outcomes = Outcomes()
     outcomes.agree("mine", 10)
     assert outcomes.put(failed(10))
