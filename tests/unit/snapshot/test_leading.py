@@ -24,14 +24,17 @@ from holdfast.snapshot.messages import (
     NodeReport,
     Notice,
     PersistEnded,
+    PersistFailedMessage,
     PersistOrder,
     PersistPart,
     RanksOpened,
     Restore,
     StartGeneration,
 )
+from holdfast.snapshot.persists import PersistSettled
 from holdfast.snapshot.records import CleanImage, Member, Parentage, SessionConfig
 from holdfast.snapshot.reports import Final, Held, NodeState, Pin, RankState
+from holdfast.snapshot.telling import outcome
 
 OLD = GenerationId(incarnation=1, nonce="00000abc", generation=1)
 NOW = GenerationId(incarnation=1, nonce="00000abc", generation=2)
@@ -218,6 +221,17 @@ def test_nothing_is_tried_again_once_the_job_ends(tmp_path: Path) -> None:
     told.leading.persisting.finishing = True
     told.leading.tick(time.monotonic() + 60)
     assert not told.lanes.busy("storage")
+    told.lanes.close(5.0)
+
+
+@pytest.mark.parametrize("final", [False, True])
+def test_workers_are_told_whether_what_failed_was_tried_as_the_last_step(tmp_path: Path, final: bool) -> None:
+    told = at_its_last_step(tmp_path)
+    failed = PersistSettled(version=NOW.at(6), outcome="failed", reason="the storage is away", final=final)
+    told.leading.persisting.settled(failed)
+    [ended] = told.of(PersistEnded)
+    assert isinstance(ended, PersistEnded)
+    assert outcome(ended) == PersistFailedMessage(version=NOW.at(6), reason="the storage is away", final=final)
     told.lanes.close(5.0)
 
 
