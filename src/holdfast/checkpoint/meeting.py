@@ -246,7 +246,7 @@ class Meeting:
         if not missing:
             return
         patience = self._patience(rank)
-        for _ in polls(patience, FANOUT):
+        for _ in polls(patience, FANOUT, of=world_size):
             for child in [child for child in missing if self._is_there(self._up(child))]:
                 part = self._get(self._up(child))
                 self._forget(self._up(child))
@@ -342,17 +342,24 @@ def store_errors() -> Iterator[None]:
         raise PeerError(f"the store of the process group does not answer: {error}") from error
 
 
-def polls(timeout: timedelta, num_waiting: int = 1) -> Iterator[None]:
-    """Once at the start, then every few milliseconds, later every 0.1 s (more where thousands ask the same store), and
-    once more at the end. What comes is noticed after a sixteenth of the time that it took, or sooner.
+def polls(timeout: timedelta, num_waiting: int = 1, *, of: int = 1) -> Iterator[None]:
+    """Once at the start, then after fractions of a millisecond (2 ms in large jobs), later every 0.1 s (more where
+    thousands ask the same store), and once more at the end. What comes is noticed after a sixteenth of the time that it
+    took, or sooner.
 
     Polling, because a store's own wait holds its connection, and writes a warning for each time-out.
+
+    Args:
+        timeout: how long.
+        num_waiting: ranks that ask for the same.
+        of: ranks that may ask the store for something at the same time, where they are more.
     """
     began = time.monotonic()
     deadline = began + timeout.total_seconds()
+    shortest = min(0.002, max(0.0002, max(num_waiting, of) / 40_000))
     longest = max(0.1, num_waiting / 5000)
     while (now := time.monotonic()) < deadline:
         yield
-        pause = min(max(0.002, (now - began) / 16), longest)
+        pause = min(max(shortest, (now - began) / 16), longest)
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
     yield

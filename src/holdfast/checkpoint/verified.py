@@ -14,8 +14,8 @@ from holdfast.errors import CorruptError, HoldfastError
 WINDOW_BYTES = 8 << 20
 """Most bytes that are asked of a source at once."""
 _CACHED_BLOCKS = 16
-_CACHED_BYTES = 1 << 20
-"""What is read of a file before its checksums are taken: it is still in the processor's cache then."""
+_CACHED_BYTES = 256 << 10
+"""What is read of a file before its checksum goes on over it: it is still in the processor's cache then."""
 
 
 class OpenImage:
@@ -138,11 +138,9 @@ class OpenImage:
             self._check_all(first, data)
             return data
         size = self.meta.block_bytes
-        step = max(1, _CACHED_BYTES // size) * size
-        for at in range(0, length, step):
-            part = into[at : min(at + step, length)]
-            self.source.read_into(start + at, part)
-            self._check_all(first + at // size, part)
+        for at in range(0, length, size):
+            block = into[at : min(at + size, length)]
+            self._compare(first + at // size, _read_hashed(self.source, start + at, block))
         return into[:length]
 
     def _check_all(self, first: int, data: memoryview) -> None:
@@ -213,8 +211,11 @@ class OpenImage:
         return start, min(meta.data_start + (last + 1) * meta.block_bytes, meta.size_bytes) - start
 
     def _check(self, block: int, data: memoryview) -> None:
+        self._compare(block, xxhash.xxh3_64_intdigest(data))
+
+    def _compare(self, block: int, checksum: int) -> None:
         expected = self.meta.checksums[8 * block : 8 * block + 8]
-        if xxhash.xxh3_64_intdigest(data) != int.from_bytes(expected, "little"):
+        if checksum != int.from_bytes(expected, "little"):
             self.damaged = True
             raise CorruptError(
                 f"{self.name}: block {block} (bytes {self._extent(block, block)[0]} on) does not match its checksum"
@@ -251,3 +252,13 @@ class OpenImage:
         self._cache[block] = data
         while len(self._cache) > _CACHED_BLOCKS:
             self._cache.popitem(last=False)
+
+
+def _read_hashed(source: FileSource, offset: int, into: memoryview) -> int:
+    """Read a range; its xxh3_64."""
+    checksum = xxhash.xxh3_64()
+    for at in range(0, len(into), _CACHED_BYTES):
+        part = into[at : at + _CACHED_BYTES]
+        source.read_into(offset + at, part)
+        checksum.update(part)
+    return checksum.intdigest()

@@ -171,9 +171,12 @@ def test_how_far_a_system_reads_ahead_is_known_or_zero() -> None:
     assert source._read_ahead_bytes(Path(__file__).stat().st_dev) >= 0
 
 
-@pytest.mark.parametrize(("num_waiting", "longest"), [(2, 0.1), (10_000, 2.0)])
+@pytest.mark.parametrize(
+    ("num_waiting", "of", "shortest", "longest"),
+    [(2, 1, 0.0002, 0.1), (16, 16, 0.0004, 0.1), (16, 10_000, 0.002, 0.1), (10_000, 1, 0.002, 2.0)],
+)
 def test_what_comes_is_noticed_within_a_sixteenth_of_the_time_it_took(
-    monkeypatch: pytest.MonkeyPatch, num_waiting: int, longest: float
+    monkeypatch: pytest.MonkeyPatch, num_waiting: int, of: int, shortest: float, longest: float
 ) -> None:
     now = 1000.0
 
@@ -183,9 +186,10 @@ def test_what_comes_is_noticed_within_a_sixteenth_of_the_time_it_took(
 
     monkeypatch.setattr(time, "monotonic", lambda: now)
     monkeypatch.setattr(time, "sleep", sleep)
-    looked = [now - 1000 for _ in meeting.polls(timedelta(seconds=60), num_waiting)]
+    looked = [now - 1000 for _ in meeting.polls(timedelta(seconds=60), num_waiting, of=of)]
     assert looked[0] == 0
     assert looked[-1] == pytest.approx(60)
     gaps = [b - a for a, b in pairwise(looked)]
-    assert all(gap <= min(max(0.002, at / 16), longest) + 1e-9 for at, gap in zip(looked, gaps, strict=False))
+    assert all(gap <= min(max(shortest, at / 16), longest) + 1e-9 for at, gap in zip(looked, gaps, strict=False))
+    assert all(gap >= shortest - 1e-9 for gap in gaps[:-1])
     assert len(looked) < (800 if longest < 1 else 200)
