@@ -239,8 +239,9 @@ def load(
     Args:
         state: nested, with the same keys as the saved one; its tensors are filled in place.
         path: the checkpoint.
-        strict: raise where keys are missing or unexpected. If False, what is not saved stays as it is in `state`, and
-            what only the checkpoint has is left out.
+        strict: raise where keys are missing or unexpected, or where a tensor of `state` stands for several that are
+            saved with different values. If False, what is not saved stays as it is in `state`, what only the checkpoint
+            has is left out, and of tied tensors the values of the first are taken.
         cast: convert tensors that are saved in another dtype. If False, they are an error, whatever `strict` says.
         process_group: whose ranks load (None: the default group, or this process alone).
         timeout: how long to wait for the slowest rank.
@@ -251,7 +252,7 @@ def load(
 
     Raises:
         MismatchError: keys are missing or unexpected (`strict`), tensors have other shapes or (without `cast`) dtypes,
-            or a region lies in no image; lists the keys. Nothing was loaded.
+            tied ones differ (`strict`), or a region lies in no image; lists the keys. Nothing was loaded.
         CorruptError, StorageError: the checkpoint cannot be read; tensors of `state` may have been filled.
         PeerTimeout: a rank did not come; named.
         PeerError: another rank failed otherwise.

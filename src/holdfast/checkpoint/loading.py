@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from holdfast.checkpoint.boxes import cut_rows
 from holdfast.checkpoint.catalog import Catalog
 from holdfast.checkpoint.dtypes import itemsize
 from holdfast.checkpoint.held import Held, StateTensor, hold
 from holdfast.checkpoint.joint import JointReading, Want
 from holdfast.checkpoint.meeting import Ranks
 from holdfast.checkpoint.objects import decode, join_tensors
-from holdfast.checkpoint.pairing import pair
+from holdfast.checkpoint.pairing import Pairing, pair
 from holdfast.checkpoint.sinks import Sink
 from holdfast.errors import MismatchError
 
 TREE = "state"
 """The object that holds the state, with `TensorRef` in the place of tensors."""
 _SHOWN = 10
+_COMPARED_BYTES = 8 << 20
+"""Of each of two tensors at once."""
 _calls: Counter[tuple[str, int]] = Counter()
 """Loads of this process by (path, world size): ranks that load together agree on the count. Main thread only."""
 
@@ -92,10 +95,11 @@ class _Comparison:
             MismatchError: it does not; lists the keys.
         """
         pairing, filled = pair(tree, saved)
-        problems = list(self._differences(pairing.tensors, cast=cast))
+        problems = list(self._differences(pairing.tensors.items(), cast=cast))
         if strict:
             problems += [f"{place} is not saved" for place in pairing.missing]
             problems += [f"{place} is saved but not in the state" for place in pairing.unexpected]
+            problems += problems or self._untied(pairing, cast=cast)
         if problems:
             more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise MismatchError(
@@ -109,8 +113,35 @@ class _Comparison:
             if not box.is_empty:
                 yield Want(saved, Sink(part.view(box), box, dtype=dtype, itemsize=itemsize(dtype)))
 
-    def _differences(self, names: Mapping[str, str], *, cast: bool) -> Iterator[str]:
-        for name, saved in names.items():
+    def _untied(self, pairing: Pairing, *, cast: bool) -> list[str]:
+        """What differs between saved tensors that are one tensor in the state: only one of them can be loaded."""
+        problems = []
+        for name, other in sorted(pairing.others):
+            taken = pairing.tensors[name]
+            tied = f"{taken} and {other} are one tensor in the state"
+            differences = list(self._differences([(name, other)], cast=cast))
+            if differences:
+                problems.append(f"{tied}, but of the second, {differences[0]}")
+            elif not self._are_equal(name, taken, other):
+                problems.append(f"{tied}, but not the same as saved: untie them, or take the first with strict=False")
+        return problems
+
+    def _are_equal(self, name: str, saved: str, other: str) -> bool:
+        """Whether two saved tensors are the same to the bit, where this rank holds something of `name`."""
+        dtypes = {self._catalog.tensors[tensor].dtype for tensor in (saved, other)}
+        if len(dtypes) > 1:
+            return False
+        size = itemsize(dtypes.pop())
+        for part in (part for box in self._held[name].boxes for part in cut_rows(box, max(_COMPARED_BYTES // size, 1))):
+            read = [bytearray(part.volume * size) for _ in range(2)]
+            for tensor, data in zip((saved, other), read, strict=True):
+                self._catalog.read(tensor, part, data)
+            if read[0] != read[1]:
+                return False
+        return True
+
+    def _differences(self, names: Iterable[tuple[str, str]], *, cast: bool) -> Iterator[str]:
+        for name, saved in names:
             record, shard = self._catalog.tensors.get(saved), self._held[name].shard
             if record is None:
                 yield f"{name} is named in the saved state, but no image holds it"

@@ -23,6 +23,8 @@ class Pairing:
 
     tensors: dict[str, str] = field(default_factory=dict)
     """Name in the state -> saved name."""
+    others: set[tuple[str, str]] = field(default_factory=set)
+    """Name in the state and another saved name than `tensors` gives for it: tied now, but not when they were saved."""
     missing: list[str] = field(default_factory=list)
     """Places of the state for which nothing is saved."""
     unexpected: list[str] = field(default_factory=list)
@@ -41,7 +43,8 @@ def pair(mine: Tree, saved: Tree) -> tuple[Pairing, Tree]:
 
 def _walk(path: str, mine: Tree, saved: Tree, found: Pairing, *, is_top: bool = False) -> Tree:
     if isinstance(mine, TensorRef) and isinstance(saved, TensorRef):
-        found.tensors.setdefault(mine.name, saved.name)
+        if found.tensors.setdefault(mine.name, saved.name) != saved.name:
+            found.others.add((mine.name, saved.name))
         return mine
     mine_holds, saved_holds = _holds(mine), _holds(saved)
     if not (is_top or mine_holds or saved_holds):

@@ -220,8 +220,9 @@ class TrainingState:
         fetcher = fetcher or OwnFetcher(catalog)
         all_ranks = uneven or any(lifted.wants_all_ranks(reader) for lifted in self._lifted())
         fetcher.objects(range(len(catalog.images)) if all_ranks else ())
-        tensors = self._plan_models(reader, uneven=uneven)
-        plans = self._plan_optimizers(reader, uneven=uneven)
+        aliases = self._saved_aliases(reader, uneven=uneven)
+        tensors = self._plan_models(reader, aliases)
+        plans = self._plan_optimizers(reader, aliases, uneven=uneven)
         for lifted in self._lifted():
             lifted.check(reader)
         reader.verify()
@@ -350,12 +351,18 @@ class TrainingState:
 
     # Restoring
 
-    def _plan_models(self, reader: StateReader, *, uneven: bool) -> list[tuple[str, torch.Tensor | FlatRange]]:
-        """(saved name, live tensor); a tied tensor is looked for under each of its names."""
-        saved_aliases: dict[str, str] = reader.object("aliases", {})
+    def _saved_aliases(self, reader: StateReader, *, uneven: bool) -> dict[str, str]:
+        """Further names of tied tensors when they were saved, each with the name that has the bytes."""
+        saved: dict[str, str] = reader.object("aliases", {})
         if uneven:
             for rank in reader.old_ranks():
-                saved_aliases = {**reader.object_of("aliases", rank), **saved_aliases}
+                saved = {**reader.object_of("aliases", rank), **saved}
+        return saved
+
+    def _plan_models(
+        self, reader: StateReader, saved_aliases: Mapping[str, str]
+    ) -> list[tuple[str, torch.Tensor | FlatRange]]:
+        """(saved name, live tensor); a tied tensor is looked for under each of its names."""
         others: dict[str, list[str]] = {}
         for alias, first in self._aliases.items():
             others.setdefault(first, []).append(alias)
@@ -365,16 +372,24 @@ class TrainingState:
                 name = _MODEL + named.name
                 if name in self._aliases:
                     continue
-                saved = next((saved_aliases.get(n, n) for n in (name, *others.get(name, ()))), name)
+                names = (saved_aliases.get(n, n) for n in (name, *others.get(name, ())))
+                saved = next((n for n in names if n in reader.catalog.tensors), name)
                 live = named.live
                 reader.expect(name, live, as_name=saved)
                 if live.numel():
                     wanted.append((saved, live))
         return wanted
 
-    def _plan_optimizers(self, reader: StateReader, *, uneven: bool) -> list[tuple[OptimizerPart, OptimizerPlan]]:
+    def _plan_optimizers(
+        self, reader: StateReader, saved_aliases: Mapping[str, str], *, uneven: bool
+    ) -> list[tuple[OptimizerPart, OptimizerPlan]]:
+        live = self.names
+        # A tied tensor may be saved under a name that it does not have any more.
+        renamed = {first: live[alias] for alias, first in saved_aliases.items() if first not in live and alias in live}
+
         def resolve(fqn: str) -> str:
-            return self._aliases.get(_MODEL + fqn, _MODEL + fqn).removeprefix(_MODEL)
+            name = _MODEL + fqn
+            return live.get(name, renamed.get(name, name)).removeprefix(_MODEL)
 
         planned = [(part, plan_restore(part, reader, resolve, uneven=uneven)) for part in self._parts]
         return [(part, plan) for part, plan in planned if plan is not None]

@@ -84,6 +84,35 @@ def test_tied_tensors_load_into_untied_ones_and_back(tmp_path: Path) -> None:
     assert torch.equal(both, one)
 
 
+def test_untied_tensors_that_differ_are_not_loaded_into_tied_ones(tmp_path: Path) -> None:
+    """Only one of them could be; the other one's values would be lost without a word."""
+    saved = {"m": {"a": torch.zeros(3_000_000), "b": torch.zeros(3_000_000)}}
+    saved["m"]["b"][-1] = -0.0
+    holdfast.checkpoint.save(saved, tmp_path / "untied")
+    both = torch.full((3_000_000,), 7.0)
+    with pytest.raises(MismatchError, match=r"m\.a and m\.b are one tensor in the state, but not the same as saved"):
+        holdfast.checkpoint.load({"m": {"a": both, "b": both}}, tmp_path / "untied")
+    assert bool((both == 7).all())
+    holdfast.checkpoint.load({"m": {"a": both, "b": both}}, tmp_path / "untied", strict=False)
+    assert bool((both == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (torch.zeros(5), r"of the second, a is saved as float32\[5\], in the state it is float32\[4\]"),
+        (torch.zeros(4, dtype=torch.int32), "not the same as saved"),
+    ],
+)
+def test_untied_tensors_of_other_kinds_are_not_loaded_into_tied_ones(
+    tmp_path: Path, other: torch.Tensor, problem: str
+) -> None:
+    holdfast.checkpoint.save({"a": torch.zeros(4), "b": other}, tmp_path / "untied")
+    both = torch.zeros(4)
+    with pytest.raises(MismatchError, match=problem):
+        holdfast.checkpoint.load({"a": both, "b": both}, tmp_path / "untied", cast=True)
+
+
 def test_large_tied_tensors_load_into_untied_ones(tmp_path: Path) -> None:
     one = torch.randn(2_500_000)
     holdfast.checkpoint.save({"a": one, "b": one}, tmp_path / "tied")
