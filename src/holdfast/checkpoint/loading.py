@@ -99,7 +99,8 @@ class _Comparison:
         if strict:
             problems += [f"{place} is not saved" for place in pairing.missing]
             problems += [f"{place} is saved but not in the state" for place in pairing.unexpected]
-            problems += problems or self._untied(pairing, cast=cast)
+        if strict and not problems:
+            problems = self._untied(pairing, cast=cast)
         if problems:
             more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise MismatchError(
