@@ -191,7 +191,7 @@ def _bytes(held: Mapping[str, Held], piece: Piece) -> memoryview:
 
 
 def _prepare(state: Mapping[str, Any], ranks: Ranks, process_group: Any, copy: bool) -> _Prepared:
-    tree, tensors = split_tensors("", _state_of(state))
+    tree, tensors = split_tensors("", _state_of(state), tied=True)
     held, pieces = _plan(tensors, ranks, process_group)
     local = {part.shard.name: part for part in held}
     encoded = encode(tree)
@@ -237,7 +237,8 @@ def load(
     `state` a rank needs some 64 MiB, from an object store some 100 MiB.
 
     Args:
-        state: nested, with the same keys as the saved one; its tensors are filled in place.
+        state: nested, with the same keys as the saved one (of a tensor that stands in several places, one is enough);
+            its tensors are filled in place.
         path: the checkpoint.
         strict: raise where keys are missing or unexpected, or where a tensor of `state` stands for several that are
             saved with different values. If False, what is not saved stays as it is in `state`, what only the checkpoint
@@ -257,7 +258,7 @@ def load(
         PeerTimeout: a rank did not come; named.
         PeerError: another rank failed otherwise.
     """
-    tree, tensors = split_tensors("", _state_of(state))
+    tree, tensors = split_tensors("", _state_of(state), tied=True)
     loaded = load_tree(tree, tensors, path, strict=strict, cast=cast, process_group=process_group, timeout=timeout)
     return {key: _give(value, loaded[key]) for key, value in state.items()}
 

@@ -11,15 +11,12 @@ from __future__ import annotations
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from holdfast.checkpoint.flat import FlatRange
 from holdfast.errors import DECODE_ERRORS, CorruptError, StateError
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 
@@ -304,13 +301,14 @@ _READ: dict[str, Callable[..., Any]] = {
 }
 
 
-def split_tensors(prefix: str, value: Any) -> tuple[Any, dict[str, Any]]:
+def split_tensors(prefix: str, value: Any, *, tied: bool = False) -> tuple[Any, dict[str, Any]]:
     """Lift the tensors out of a nested value.
 
     Args:
         prefix: starts every tensor's name, may be empty; keys and positions are joined to it with dots.
         value: nested dicts, OrderedDicts, defaultdicts, lists, tuples and deques; other values are left as they are. A
             `FlatRange` counts as a tensor.
+        tied: whether tensors that are one memory seen in one way are one tensor, as the same object is.
 
     Returns:
         The tree with a `TensorRef` in the place of each tensor, which `encode` takes, and the tensors by name (the same
@@ -319,26 +317,36 @@ def split_tensors(prefix: str, value: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         StateError: the value is nested too deep.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    split = _Split(tied=tied)
     try:
-        return _split(prefix, value, tensors, {}), tensors
+        return split.take(prefix, value), split.tensors
     except RecursionError as error:
         raise StateError(f"{prefix or 'the state'} is nested too deep to be stored, or holds itself") from error
 
 
-def _split(name: str, value: Any, tensors: dict[str, Any], seen: dict[int, str]) -> Any:
-    import torch
+class _Split:
+    """Takes tensors out of a nested value, and names them."""
 
-    if isinstance(value, torch.Tensor | FlatRange):
-        if id(value) not in seen:
-            unique, count = name, 1
-            while unique in tensors:
-                count += 1
-                unique = f"{name}#{count}"
-            seen[id(value)] = unique
-            tensors[unique] = value
-        return TensorRef(seen[id(value)])
-    return _rebuild(value, lambda key, item: _split(f"{name}.{key}" if name else str(key), item, tensors, seen))
+    def __init__(self, *, tied: bool) -> None:
+        from holdfast.checkpoint.ties import Ties
+
+        self.tensors: dict[str, Any] = {}
+        self._ties = Ties(by_memory=tied)
+
+    def take(self, name: str, value: Any) -> Any:
+        """The value without them."""
+        import torch
+
+        if not isinstance(value, torch.Tensor | FlatRange):
+            return _rebuild(value, lambda key, item: self.take(f"{name}.{key}" if name else str(key), item))
+        unique, count = name, 1
+        while unique in self.tensors:
+            count += 1
+            unique = f"{name}#{count}"
+        known = self._ties.name(value, unique)
+        if known == unique:
+            self.tensors[unique] = value
+        return TensorRef(known)
 
 
 def join_tensors(tree: Any, get: Callable[[str], Any]) -> Any:

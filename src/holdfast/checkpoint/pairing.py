@@ -1,7 +1,8 @@
 """Compares the state that is loaded into with the saved one, place by place. Pure.
 
 Mappings and sequences that hold tensors, and the state itself, must have the same keys; values without tensors are
-taken as they were saved.
+taken as they were saved. A tensor that stands in several places of the state needs only one of them: other formats save
+tied tensors under one name.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from holdfast.checkpoint.objects import TensorRef
 
@@ -38,10 +39,21 @@ def pair(mine: Tree, saved: Tree) -> tuple[Pairing, Tree]:
         What was found, and the tree, in which places for which nothing is saved are as in `mine`.
     """
     found = Pairing()
-    return found, _walk("", mine, saved, found, is_top=True)
+    absent: list[_Place] = []
+    tree = _walk("", mine, saved, found, absent, is_top=True)
+    found.missing = [place.path for place in absent if place.tensor not in found.tensors]
+    return found, tree
 
 
-def _walk(path: str, mine: Tree, saved: Tree, found: Pairing, *, is_top: bool = False) -> Tree:
+class _Place(NamedTuple):
+    """Where something stands in a state."""
+
+    path: str
+    tensor: str | None
+    """Its name, where it is one."""
+
+
+def _walk(path: str, mine: Tree, saved: Tree, found: Pairing, absent: list[_Place], *, is_top: bool = False) -> Tree:
     if isinstance(mine, TensorRef) and isinstance(saved, TensorRef):
         if found.tensors.setdefault(mine.name, saved.name) != saved.name:
             found.others.add((mine.name, saved.name))
@@ -52,22 +64,23 @@ def _walk(path: str, mine: Tree, saved: Tree, found: Pairing, *, is_top: bool = 
     ours, theirs = _items(mine), _items(saved)
     if ours is None or theirs is None:
         if mine_holds or not saved_holds:
-            found.missing += _places(path, mine)
+            absent += _places(path, mine)
         if saved_holds or not mine_holds:
-            found.unexpected += _places(path, saved)
+            found.unexpected += [place.path for place in _places(path, saved)]
         return mine
     theirs = _with_keys_of(theirs, ours)
     for key, value in theirs.items():
         if key not in ours:
-            found.unexpected += _places(_below(path, key), value)
-    return _rebuilt(mine, lambda key, value: _child(_below(path, key), value, theirs, key, found))
+            found.unexpected += [place.path for place in _places(_below(path, key), value)]
 
-
-def _child(path: str, value: Tree, theirs: Mapping[Any, Tree], key: Any, found: Pairing) -> Tree:
-    if key not in theirs:
-        found.missing += _places(path, value)
+    def child(key: Any, value: Tree) -> Tree:
+        below = _below(path, key)
+        if key in theirs:
+            return _walk(below, value, theirs[key], found, absent)
+        absent.extend(_places(below, value))
         return value
-    return _walk(path, value, theirs[key], found)
+
+    return _rebuilt(mine, child)
 
 
 def _with_keys_of(theirs: Mapping[Any, Tree], ours: Mapping[Any, Tree]) -> Mapping[Any, Tree]:
@@ -103,11 +116,13 @@ def _holds(tree: Tree) -> bool:
     return items is not None and any(map(_holds, items.values()))
 
 
-def _places(path: str, tree: Tree) -> list[str]:
+def _places(path: str, tree: Tree) -> list[_Place]:
     """The tensors in it; itself where there are none."""
+    if isinstance(tree, TensorRef):
+        return [_Place(path, tree.name)]
     items = _items(tree)
     if items is None or not _holds(tree):
-        return [path]
+        return [_Place(path, None)]
     return [place for key, value in items.items() if _holds(value) for place in _places(_below(path, key), value)]
 
 

@@ -84,6 +84,21 @@ def test_tied_tensors_load_into_untied_ones_and_back(tmp_path: Path) -> None:
     assert torch.equal(both, one)
 
 
+def test_a_tied_tensor_is_found_under_any_of_its_names(tmp_path: Path) -> None:
+    """safetensors files have tied tensors under one name only."""
+    holdfast.checkpoint.save({"m": {"b": torch.ones(4)}, "c": torch.ones(1)}, tmp_path / "once")
+    both = torch.zeros(4)
+    loaded = holdfast.checkpoint.load({"m": {"a": both, "b": both}, "c": torch.zeros(1)}, tmp_path / "once")
+    assert loaded["m"]["a"] is loaded["m"]["b"] is both
+    assert both.tolist() == [1] * 4
+    with pytest.raises(MismatchError, match=r": m\.a is not saved$"):
+        holdfast.checkpoint.load({"m": {"a": both, "b": torch.zeros(4)}, "c": torch.zeros(1)}, tmp_path / "once")
+    with pytest.raises(
+        MismatchError, match=r": m\.a is not saved; m\.b is saved but not in the state; m\.d is not saved$"
+    ):
+        holdfast.checkpoint.load({"m": {"a": both, "d": both}, "c": torch.zeros(1)}, tmp_path / "once")
+
+
 def test_untied_tensors_that_differ_are_not_loaded_into_tied_ones(tmp_path: Path) -> None:
     """Only one of them could be; the other one's values would be lost without a word."""
     saved = {"m": {"a": torch.zeros(3_000_000), "b": torch.zeros(3_000_000)}}

@@ -205,6 +205,9 @@ def test_tied_tensors_stay_tied_in_a_torch_file(tool: Tool, tmp_path: Path) -> N
     back = torch.load(tmp_path / "t.pt", weights_only=True)
     back["a"][0] = 5
     assert back["b"][0] == 5
+    tool.works("import", tmp_path / "t.pt", tmp_path / "again")
+    with open_checkpoint(tmp_path / "again") as catalog:
+        assert list(catalog.tensors) == ["a"]
 
 
 def test_an_import_below_a_key_is_exported_without_it(tool: Tool, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ class TorchState:
         except Exception as error:  # a damaged pickle can raise anything; the caller gets one kind
             said = _reason(error) if isinstance(error, RuntimeError | pickle.UnpicklingError) else repr(error)
             raise CorruptError(f"{path} is refused, torch.load does not read it as plain data: {said}") from error
-        self._tree, self._by_name = split_tensors("", loaded)
+        self._tree, self._by_name = split_tensors("", loaded, tied=True)
         self.tensors = tuple(sorted(self._described(name) for name in self._by_name))
 
     def _described(self, name: str) -> SavedTensor:

@@ -1,0 +1,70 @@
+"""Which tensors of a state are one: the same object, or one memory seen in one way.
+
+A module's ``state_dict`` gives each name of a tied parameter a tensor object of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from holdfast.checkpoint.flat import FlatRange
+from holdfast.checkpoint.layout import is_dtensor, local_part
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class Ties:
+    """The names that tensors have got. They must all live as long as this does."""
+
+    def __init__(self, *, by_memory: bool) -> None:
+        """
+        Args:
+            by_memory: False: only the same object is one tensor.
+        """
+        self._place = _place if by_memory else id
+        self._known: dict[int, list[tuple[torch.Tensor | FlatRange, str]]] = {}
+
+    def name(self, tensor: torch.Tensor | FlatRange, name: str) -> str:
+        """Its name: the one that a tensor got which is one with it, or else this."""
+        at_place = self._known.setdefault(self._place(tensor), [])
+        for known, known_name in at_place:
+            if _are_one(known, tensor):
+                return known_name
+        at_place.append((tensor, name))
+        return name
+
+
+def _place(tensor: torch.Tensor | FlatRange) -> int:
+    """Equal for tensors that are one; mostly another for those that are not."""
+    if is_dtensor(tensor):
+        # Not the address: a rank that holds nothing of a tied tensor must find that it is tied, as the others do.
+        storage: int = local_part(tensor).untyped_storage()._cdata
+        return storage
+    return _address(tensor) or id(tensor)
+
+
+def _are_one(a: torch.Tensor | FlatRange, b: torch.Tensor | FlatRange) -> bool:
+    if a is b:
+        return True
+    if is_dtensor(a) and is_dtensor(b):
+        same_cut = (a.shape, a.placements, a.device_mesh) == (b.shape, b.placements, b.device_mesh)
+        return same_cut and _seen_as(local_part(a)) == _seen_as(local_part(b))
+    return _address(a) != 0 and _address(a) == _address(b) and _seen_as(a) == _seen_as(b)
+
+
+def _address(tensor: Any) -> int:
+    """Of a plain tensor that has one; 0 else: empty, sparse, of a device without memory."""
+    if type(tensor) not in _PLAIN:
+        return 0
+    try:
+        address: int = tensor.data_ptr()
+    except RuntimeError:
+        return 0
+    return address
+
+
+def _seen_as(tensor: Any) -> tuple[object, ...]:
+    place = (tensor.device, tensor.data_ptr())
+    return (*place, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
