@@ -49,7 +49,7 @@ def test_one_memory_seen_in_one_way_is_one_tensor(a: Any, b: Any, are_one: bool)
 @pytest.mark.parametrize("rank", range(4))
 def test_every_rank_finds_that_a_sharded_tensor_is_tied(rank: int) -> None:
     """Those that hold nothing of it, too: else the ranks' states would have other tensors."""
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
@@ -61,7 +61,7 @@ def test_every_rank_finds_that_a_sharded_tensor_is_tied(rank: int) -> None:
             "a": sharded,
             "b": sharded.detach(),
             "apart": distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None),
-            "otherwise": distribute_tensor(whole, mesh, [Replicate()], src_data_rank=None),
+            "otherwise": DTensor.from_local(sharded.to_local(), mesh, [Replicate()], run_check=False),
         }
         assert (sharded.to_local().numel() == 0) == (rank == 3)
         tree, tensors = split_tensors("", state, tied=True)
