@@ -33,6 +33,7 @@ WITH_TORCH = {
     "holdfast.checkpoint.layout",
     "holdfast.checkpoint.loading",
     "holdfast.checkpoint.sinks",
+    "holdfast.checkpoint.ties",
     "holdfast.checkpoint.tools.export_dcp",
     "holdfast.checkpoint.tools.export_torch",
     "holdfast.snapshot.copier",
