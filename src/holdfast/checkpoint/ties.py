@@ -15,6 +15,10 @@ from holdfast.checkpoint.layout import is_dtensor, local_part
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
+_Named = tuple[torch.Tensor | FlatRange, str, "_Named | None"]
+"""A tensor, its name, and the one that was named before it at the same place."""
+
+
 class Ties:
     """The names that tensors have got. They must all live as long as this does."""
 
@@ -24,25 +28,29 @@ class Ties:
             by_memory: False: only the same object is one tensor.
         """
         self._place = _place if by_memory else id
-        self._known: dict[int, list[tuple[torch.Tensor | FlatRange, str]]] = {}
+        self._known: dict[int, _Named] = {}
+        """By place, the last one that was named there."""
 
     def name(self, tensor: torch.Tensor | FlatRange, name: str) -> str:
         """Its name: the one that a tensor got which is one with it, or else this."""
-        at_place = self._known.setdefault(self._place(tensor), [])
-        for known, known_name in at_place:
-            if _are_one(known, tensor):
-                return known_name
-        at_place.append((tensor, name))
+        place = self._place(tensor)
+        last = known = self._known.get(place)
+        while known is not None:
+            if _are_one(known[0], tensor):
+                return known[1]
+            known = known[2]
+        self._known[place] = (tensor, name, last)
         return name
 
 
 def _place(tensor: torch.Tensor | FlatRange) -> int:
     """Equal for tensors that are one; mostly another for those that are not."""
-    if is_dtensor(tensor):
+    address = _address(tensor)
+    if not address and is_dtensor(tensor):
         # Not the address: a rank that holds nothing of a tied tensor must find that it is tied, as the others do.
         storage: int = local_part(tensor).untyped_storage()._cdata
         return storage
-    return _address(tensor) or id(tensor)
+    return address or id(tensor)
 
 
 def _are_one(a: torch.Tensor | FlatRange, b: torch.Tensor | FlatRange) -> bool:
