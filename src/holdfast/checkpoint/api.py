@@ -277,8 +277,8 @@ def _value_of(value: Any) -> Any:
 
 
 def _tied(module: torch.nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The state of a module with one object where a parameter or a buffer stands under several names: torch gives each
-    of them one of its own."""
+    """The state of a module with one object where a parameter or a buffer stands under several names. `Ties` would find
+    most of them by their memory, but not what a hook has copied, nor what a subclass hides."""
     first: dict[int, str] = {}
     named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
     for name, tensor in chain.from_iterable(named):

@@ -14,7 +14,6 @@ from holdfast.checkpoint.layout import is_dtensor, local_part
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
-
 _Named = tuple[torch.Tensor | FlatRange, str, "_Named | None"]
 """A tensor, its name, and the one that was named before it at the same place."""
 
@@ -46,9 +45,9 @@ class Ties:
 def _place(tensor: torch.Tensor | FlatRange) -> int:
     """Equal for tensors that are one; mostly another for those that are not."""
     address = _address(tensor)
-    if not address and is_dtensor(tensor):
+    if not address and is_dtensor(tensor) and type(local := local_part(tensor)) in _PLAIN:
         # Not the address: a rank that holds nothing of a tied tensor must find that it is tied, as the others do.
-        storage: int = local_part(tensor).untyped_storage()._cdata
+        storage: int = local.untyped_storage()._cdata
         return storage
     return address or id(tensor)
 

@@ -71,6 +71,23 @@ def test_every_rank_finds_that_a_sharded_tensor_is_tied(rank: int) -> None:
     assert tree["b"] == TensorRef("a")
 
 
+def test_a_sharded_tensor_whose_memory_a_subclass_hides_is_one_only_with_itself() -> None:
+    """The memory of the outer tensor says nothing of what lies in the inner ones."""
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        local = TwoTensor(torch.zeros(3, 2), torch.ones(3, 2))
+        hidden = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+        _, tensors = split_tensors("", {"a": hidden, "b": hidden.detach(), "c": hidden}, tied=True)
+    finally:
+        dist.destroy_process_group()
+    assert list(tensors) == ["a", "b"]
+
+
 def test_the_state_dict_of_a_module_has_its_ties(tmp_path: Path) -> None:
     model = _tied()
     holdfast.checkpoint.save({"model": model.state_dict()}, tmp_path / "c")
